@@ -1,0 +1,16 @@
+"""Calibration: text to token windows, and the walk of those windows through a model, block by block."""
+
+from .blocks import BlockList, find_block_list
+from .statistics import GramAccumulator
+from .walk import BlockProvider, InMemoryBlocks, Walk
+from .windows import token_windows
+
+__all__ = [
+    "BlockList",
+    "BlockProvider",
+    "GramAccumulator",
+    "InMemoryBlocks",
+    "Walk",
+    "find_block_list",
+    "token_windows",
+]

@@ -1,0 +1,35 @@
+"""Streaming statistics of a layer's inputs."""
+
+import torch
+from torch import Tensor
+
+
+class GramAccumulator:
+    """Sums XXᵀ over batches: `gram` (in, in), float32, and `tokens`.
+
+    >>> statistics = GramAccumulator(2, torch.device("cpu"))
+    >>> statistics.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> statistics.gram
+    tensor([[10., 14.],
+            [14., 20.]])
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        # float32: a bfloat16 running sum of ones sticks at 256
+        self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a batch of inputs (..., in)."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram)
+        self.gram.addmm_(rows.t(), rows)
+        self.tokens += len(rows)
+
+    @property
+    def input_norm(self) -> Tensor:
+        """‖x_j‖₂ over all tokens (in,)."""
+        return self.gram.diagonal().sqrt()
+
+    def is_finite(self) -> bool:
+        """Whether every input seen was finite."""
+        return bool(torch.isfinite(self.gram.diagonal()).all())

@@ -1,0 +1,255 @@
+"""The walk: calibration windows pass through a model block by block, and only one block is needed at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..measure import Meter
+from .blocks import BlockList
+from .statistics import GramAccumulator
+
+
+class BlockProvider(Protocol):
+    """Where blocks come from: all in memory, or one at a time from somewhere else."""
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+
+    def skeleton(self, index: int) -> nn.Module:
+        """Block `index`, with or without its weights."""
+
+    def materialise(self, index: int) -> nn.Module:
+        """Block `index`, ready to run."""
+
+    def release(self, index: int) -> None:
+        """Block `index` is done with."""
+
+    def run(self, window: Tensor) -> None:
+        """Run the whole model on windows (batch, tokens); the walk replaces what its blocks do."""
+
+
+class InMemoryBlocks:
+    """The blocks of a model that is in memory as a whole."""
+
+    def __init__(self, model: nn.Module, block_list: BlockList) -> None:
+        self.model, self.blocks = model, block_list.blocks
+        self.device = next(model.parameters()).device
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def skeleton(self, index: int) -> nn.Module:
+        """Block `index`."""
+        return self.blocks[index]
+
+    def materialise(self, index: int) -> nn.Module:
+        """Block `index`; it is there already."""
+        return self.blocks[index]
+
+    def release(self, index: int) -> None:
+        """Nothing: the block stays."""
+
+    def run(self, window: Tensor) -> None:
+        """Run the model on windows (batch, tokens)."""
+        self.model(input_ids=window.to(self.device))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a model calls a block: the arguments besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+
+    def apply(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call `block` on `hidden`, and return the hidden states it gives."""
+        if self.by_keyword:
+            output = block(*self.args, hidden_states=hidden, **self.kwargs)
+        else:
+            output = block(hidden, *self.args, **self.kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+class _Stop(Exception):  # noqa: N818 - no error: it ends a pass early
+    """Ends a forward pass whose rest is not needed."""
+
+
+class Walk:
+    """Calibration windows on their way through the blocks.
+
+    At any time it holds the hidden states before one block, and what the model passes to each block besides. That
+    may differ from block to block (masks, rotary tables); it is recorded in one pass in which no block computes.
+
+    Args:
+        provider: Where the blocks come from.
+        windows: Token ids (windows, tokens).
+        batch_size: Windows run at a time.
+        meter: Counts the seconds of `"forward"` and `"statistics"`.
+
+    Raises:
+        ModelError: the model does not call each of its blocks once, in order, with the hidden states first.
+    """
+
+    def __init__(self, provider: BlockProvider, windows: Tensor, batch_size: int, meter: Meter) -> None:
+        self.provider, self.meter = provider, meter
+        self.hidden: list[Tensor] = []
+        self._calls: list[list[_Call]] = []  # [batch][block]
+        pool: dict[tuple, list[Tensor]] = {}
+        with meter.stage("forward"), torch.no_grad():
+            first = provider.materialise(0)
+            output: list[Any] = []
+            for batch in windows.split(batch_size):
+                hidden, calls = _record_calls(provider, first, batch, output)
+                self.hidden.append(hidden)
+                self._calls.append([_shared(call, pool) for call in calls])
+
+    def stages(self, block: nn.Module, index: int, linears: dict[str, nn.Module]) -> list[list[str]]:
+        """The linears of block `index` in the order they run, those that read the same tensor together.
+
+        A linear that the first batch does not reach, or reaches more than once, is left out.
+        """
+        seen: dict[str, list[tuple]] = {}
+        keep_alive: list[Tensor] = []  # an address must not be reused while it stands for a tensor
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                x = _input(args, kwargs)
+                keep_alive.append(x)
+                seen.setdefault(name, []).append((x.data_ptr(), x.shape, x.stride(), x.dtype))
+
+            return hook
+
+        with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
+            self._run(block, index, 0)
+        stages: dict[tuple, list[str]] = {}
+        for name, inputs in seen.items():
+            if len(inputs) == 1:
+                stages.setdefault(inputs[0], []).append(name)
+        return list(stages.values())
+
+    def statistics(self, block: nn.Module, index: int, linear: nn.Module, in_features: int) -> GramAccumulator:
+        """The Gram matrix of the inputs of `linear`, one of block `index`, over all windows."""
+        accumulator: list[GramAccumulator] = []
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = _input(args, kwargs)
+            with self.meter.stage("statistics"):
+                if not accumulator:
+                    accumulator.append(GramAccumulator(in_features, x.device))
+                accumulator[0].add(x)
+            raise _Stop
+
+        with self.meter.stage("forward"), torch.no_grad(), _hooked({linear: hook}):
+            for batch in range(len(self.hidden)):
+                with suppress(_Stop):
+                    self._run(block, index, batch)
+        return accumulator[0]
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Pass all windows through block `index`."""
+        with self.meter.stage("forward"), torch.no_grad():
+            for batch in range(len(self.hidden)):
+                self.hidden[batch] = self._run(block, index, batch)
+                self._calls[batch][index] = _DONE
+
+    def _run(self, block: nn.Module, index: int, batch: int) -> Tensor:
+        device = next(block.parameters()).device
+        return self._calls[batch][index].apply(block, self.hidden[batch].to(device))
+
+
+_DONE = _Call((), {}, False)
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["input"]
+
+
+@contextmanager
+def _hooked(hooks: dict[nn.Module, Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record_calls(
+    provider: BlockProvider, first: nn.Module, batch: Tensor, output: list[Any]
+) -> tuple[Tensor, list[_Call]]:
+    """Run the model with blocks that only record how they are called. Returns block 0's input, and the calls.
+
+    `output` holds what block 0 really returns, once it ran: the others return the like of it.
+    """
+    count = len(provider)
+    calls: dict[int, _Call] = {}
+    entry: list[Tensor] = []
+    run_first = first.forward
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            by_keyword = not (args and isinstance(args[0], Tensor))
+            hidden = kwargs.pop("hidden_states", None) if by_keyword else args[0]
+            if not isinstance(hidden, Tensor) or index != len(calls):
+                raise ModelError(
+                    f"block {index} is called out of order, more than once, or without hidden states; such a model "
+                    "cannot be walked block by block"
+                )
+            calls[index] = _Call(args if by_keyword else args[1:], kwargs, by_keyword)
+            if index == 0:
+                entry.append(hidden)
+            if index == count - 1:
+                raise _Stop
+            if not output:  # shows whether blocks return a tensor, or a tuple that begins with one
+                again = {"hidden_states": hidden} if by_keyword else {}
+                output.append(run_first(*args, **again, **kwargs))
+            return hidden if isinstance(output[0], Tensor) else (hidden, *output[0][1:])
+
+        return forward
+
+    with _forward_replaced([(provider.skeleton(i), stand_in(i)) for i in range(count)]), suppress(_Stop):
+        provider.run(batch)
+    if len(calls) != count:
+        raise ModelError(f"the model ran {len(calls)} of its {count} blocks; it cannot be walked block by block")
+    return entry[0], [calls[i] for i in range(count)]
+
+
+@contextmanager
+def _forward_replaced(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    # `forward` may sit on the instance already (accelerate puts its hooks there), so it is put back as it was.
+    before = [module.__dict__.get("forward") for module, _ in pairs]
+    try:
+        for module, forward in pairs:
+            module.forward = forward
+        yield
+    finally:
+        for (module, _), old in zip(pairs, before, strict=True):
+            if old is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = old
+
+
+def _shared(value: Any, pool: dict[tuple, list[Tensor]]) -> Any:
+    """`value` with equal tensors made one: every batch brings the same masks and rotary tables."""
+    if isinstance(value, _Call):
+        return _Call(_shared(value.args, pool), _shared(value.kwargs, pool), value.by_keyword)
+    if isinstance(value, dict):
+        return {key: _shared(item, pool) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_shared(item, pool) for item in value)
+    if isinstance(value, Tensor):
+        known = pool.setdefault((value.shape, value.dtype, value.device), [])
+        for other in known:
+            if other is value or torch.equal(other, value):
+                return other
+        known.append(value)
+    return value

@@ -1,0 +1,39 @@
+"""Export a packed model as an ordinary dense checkpoint, zeros in place."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `export`."""
+    parser.add_argument("model", metavar="DIR", help="folder of a packed model")
+    parser.add_argument("output", metavar="OUT", help="folder to make")
+    parser.add_argument("--format", choices=["dense"], default="dense", help="format to write (default: dense)")
+    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, make dense, save."""
+    from ..errors import ModelError
+    from ..folders import check_output, new_folder
+    from ..hf.attach import packed_layers
+    from ..hf.loading import has_tokenizer, load_model, load_tokenizer
+
+    check_output(args.output, args.overwrite)
+    model = load_model(args.model)
+    layers = len(packed_layers(model))
+    if not layers:
+        raise ModelError(f"{args.model}: has no packed layers, so it is dense already")
+    model = model.dequantize()
+    with new_folder(args.output, args.overwrite) as folder:
+        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        if has_tokenizer(args.model):
+            load_tokenizer(args.model).save_pretrained(folder)
+    if args.json:
+        print(json.dumps({"output": args.output, "format": args.format, "layers": layers}))
+    else:
+        print(f"{layers} layers made dense, saved to {args.output}")
+    return 0

@@ -1,0 +1,45 @@
+"""Check a packed model and print the certificate of every layer, from its files alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `inspect`."""
+    parser.add_argument("model", metavar="DIR", help="folder of a packed model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect and print; 2 if anything is wrong."""
+    from ..inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(args.model)
+    if args.json:
+        print(json.dumps(found.to_dict()))
+    elif found.layers:
+        width = max(len(layer.name) for layer in found.layers)
+        print(f"{'layer':<{width}} {'out':>6} {'in':>6} {'n:m':>5} {'min/mean degree':>16} {'starved':>8} {'floor':>9}")
+        for layer in found.layers:
+            c = layer.certificate
+            degrees = f"{c.input_degree_min}/{c.input_degree_mean:.0f}"
+            print(
+                f"{layer.name:<{width}} {layer.out_features:>6} {layer.in_features:>6} {layer.pattern:>5} "
+                f"{degrees:>16} {c.starved_inputs:>8} {_floor(c.floors):>9}"
+            )
+        packed = sum(layer.packed_bytes for layer in found.layers)
+        dense = sum(layer.dense_bytes for layer in found.layers)
+        sizes = f"{packed / 1e6:.1f} MB; dense {dense / 1e6:.1f} MB ({packed / dense:.4f})"
+        print(f"{len(found.layers)} packed layers, {sizes}")
+    for violation in found.violations:
+        print(f"error: {violation.where}: {violation.rule}: {violation.detail}", file=sys.stderr)
+    if found.ok and not args.json:
+        print("no violation")
+    return 0 if found.ok else 2
+
+
+def _floor(floors: dict[int, int]) -> str:
+    """The strongest floor: the smallest band in which every input keeps something, as `B/band`."""
+    return next((f"{degree}/{band}" for band, degree in floors.items() if degree), "none")

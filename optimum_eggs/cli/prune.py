@@ -1,0 +1,118 @@
+"""Prune a model to N:M and save it packed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prune`."""
+    from ..hf.loading import DTYPES
+    from ..presets import PRESETS
+
+    parser.add_argument("model", metavar="MODEL", help="folder, id on the Hub, or GGUF file of a dense model")
+    parser.add_argument("output", metavar="OUT", help="folder to make")
+    parser.add_argument("--pattern", default="2:4", metavar="N:M", help="N kept of every M (default: 2:4)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="fast", help="the method (default: fast)")
+    parser.add_argument(
+        "--calibration",
+        action="append",
+        required=True,
+        metavar="FILE|NAME[=SHARE]",
+        help="text file or data set; given several times they are mixed, in proportion to their shares",
+    )
+    parser.add_argument("--split", help="split of a data set from the Hub (default: train)")
+    parser.add_argument("--text-column", help="text column of a data set from the Hub (default: text)")
+    parser.add_argument("--num-samples", type=int, default=128, help="calibration windows (default: 128)")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (default: 2048)")
+    parser.add_argument("--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows run at a time (default: 4)")
+    parser.add_argument("--min-degree", type=int, help="outputs that every input keeps in every band of rows")
+    parser.add_argument("--band", type=int, help="rows over which that floor holds")
+    parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="prune only layers of these names")
+    parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
+    parser.add_argument("--gguf-file", metavar="NAME", help="name of a GGUF file in MODEL")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to load and prune in (default: auto)")
+    parser.add_argument("--save-dtype", choices=DTYPES, default="auto", help="dtype to save in (default: as loaded)")
+    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
+    parser.add_argument("--device", help="device to prune on, such as cuda (default: cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prune, save, and print what was done."""
+    from ..config import EGGSConfig
+    from ..folders import check_output
+    from ..pruner import EGGSPruner
+
+    # Everything that can be refused is refused before a model is loaded.
+    check_output(args.output, args.overwrite)
+    config = EGGSConfig(
+        args.pattern,
+        preset=args.preset,
+        min_degree=args.min_degree,
+        band=args.band,
+        calibration=parse_sources(args.calibration),
+        split=args.split,
+        text_column=args.text_column,
+        num_samples=args.num_samples,
+        seq_len=args.seq_len,
+        sampling=args.sampling,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        targets=args.targets,
+        ignore=args.ignore,
+    )
+    placement = {"device_map": args.device} if args.device else {}
+    pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **placement)
+    report = pruner.prune(config)
+    pruner.save_pretrained(
+        args.output,
+        overwrite=args.overwrite,
+        dtype=None if args.save_dtype == "auto" else args.save_dtype,
+        max_shard_size=args.max_shard_size,
+    )
+    if args.json:
+        print(json.dumps(report.to_dict() | {"output": args.output}))
+        return 0
+    summary = report.to_dict()["summary"]
+    took = report.measurements
+    print(f"{summary['layers_pruned']} layers pruned to {summary['pattern']} in {took['seconds']:.0f} s")
+    print(f"mean relative error {summary['mean_relative_error']:.4f}, starved inputs {summary['starved_inputs']}")
+    if report.left_dense:
+        print(f"left dense: {', '.join(layer.name for layer in report.left_dense[:6])}" + _more(report.left_dense, 6))
+    print(f"saved to {args.output}")
+    return 0
+
+
+def parse_sources(given: list[str]) -> str | dict[str, float]:
+    """`["a.txt"]` to `"a.txt"`; `["a.txt=3", "c4"]` to `{"a.txt": 3.0, "c4": 1.0}`.
+
+    Raises:
+        ConfigError: a source is named twice.
+
+    >>> parse_sources(["a.txt=3", "c4"])
+    {'a.txt': 3.0, 'c4': 1.0}
+    """
+    sources: dict[str, float] = {}
+    for item in given:
+        name, share = item, 1.0
+        head, equals, tail = item.rpartition("=")
+        if equals and not Path(item).exists():
+            with suppress(ValueError):  # an equals sign within a name
+                name, share = head, float(tail)
+        if name in sources:
+            raise ConfigError(f"calibration={name!r} is given twice; give it once, with a share")
+        sources[name] = share
+    return next(iter(sources)) if len(sources) == 1 else sources
+
+
+def _more(items: list[Any], shown: int) -> str:
+    return f" and {len(items) - shown} more" if len(items) > shown else ""

@@ -1,0 +1,139 @@
+"""Which layers of a model are pruned, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..calibration import BlockList, find_block_list
+from ..config import EGGSConfig
+from ..errors import ConfigError, ModelError, NumericalError, ShapeError
+from ..masks.expander import check_floor
+from ..nn import NMLinear, dense_weight, is_dense_linear
+from ..nn.linear import check_packable
+from .report import DenseLayer
+
+
+@dataclass
+class PrunePlan:
+    """The layers to prune, block by block, by full dotted name; and every weight matrix left dense, with the reason."""
+
+    block_list: BlockList
+    layers: list[dict[str, nn.Module]]
+    left_dense: list[DenseLayer] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all layers to prune, in the order of the blocks."""
+        return [name for block in self.layers for name in block]
+
+
+def make_plan(model: nn.Module, config: EGGSConfig) -> PrunePlan:
+    """Decide which layers to prune, and check everything about them that can be known before work begins.
+
+    Raises:
+        ConfigError: a name pattern that matches nothing, or a floor that a layer is too small for.
+        ModelError: no list of blocks, a packed model, nothing to prune, or weights that are not in memory.
+        ShapeError: m does not divide a layer's inputs.
+        NumericalError: a weight is NaN or infinite.
+    """
+    modules = dict(model.named_modules())
+    packed = next((name for name, module in modules.items() if isinstance(module, NMLinear)), None)
+    if packed is not None:
+        raise ModelError(f"{packed}: is packed already; call model.dequantize() first, or start from the dense model")
+    block_list = find_block_list(model, config.block_list)
+    linears = {name: module for name, module in modules.items() if is_dense_linear(module)}
+    _check_patterns(config, list(linears))
+
+    plan = PrunePlan(block_list, [{} for _ in block_list.blocks])
+    for name, module in modules.items():
+        block = _block_index(name, block_list.name)
+        if name not in linears:
+            plan.left_dense += _other_matrices(name, module, inside=block is not None)
+            continue
+        reason = _why_dense(name, block, config)
+        if reason:
+            plan.left_dense.append(DenseLayer(name, reason, dense_weight(module).numel()))
+        elif block is not None:
+            plan.layers[block][name] = module
+    _check_layers(plan, config)
+    return plan
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name matches one of the patterns: globs that may leave out leading and trailing parts.
+
+    >>> matches("model.layers.0.mlp.down_proj", ["down_proj"]), matches("model.layers.0.mlp.down_proj", ["layers.0"])
+    (True, True)
+    >>> matches("model.layers.10.mlp.down_proj", ["layers.1"]), matches("lm_head", ["*.mlp.*"])
+    (False, False)
+    """
+    return any(
+        fnmatchcase(name, whole) for part in patterns for whole in (part, f"*.{part}", f"{part}.*", f"*.{part}.*")
+    )
+
+
+def _why_dense(name: str, block: int | None, config: EGGSConfig) -> str | None:
+    if matches(name, config.ignore):
+        return "matches `ignore`"
+    if block is None:
+        if config.targets is not None and matches(name, config.targets):
+            raise ConfigError(
+                f"targets={config.targets!r} matches {name}, which is outside the list of blocks and cannot be "
+                "calibrated; leave it out"
+            )
+        return "outside the list of blocks"
+    if config.targets is not None and not matches(name, config.targets):
+        return "not in `targets`"
+    return None
+
+
+def _other_matrices(name: str, module: nn.Module, inside: bool) -> list[DenseLayer]:
+    """The weights of a module that is no dense linear layer, where a reader would ask why they are dense."""
+    own = {key: value for key, value in module.named_parameters(recurse=False) if value.dim() >= 2}
+    reasons = {
+        key: "holds experts as one 3-D parameter" if value.dim() == 3 else f"a {type(module).__name__}, not a linear"
+        for key, value in own.items()
+        if inside or isinstance(module, nn.Embedding)
+    }
+    return [DenseLayer(f"{name}.{key}", reason, own[key].numel()) for key, reason in reasons.items()]
+
+
+def _block_index(name: str, list_name: str) -> int | None:
+    rest = name.removeprefix(f"{list_name}.")
+    return int(rest.split(".")[0]) if rest != name else None
+
+
+def _check_patterns(config: EGGSConfig, names: list[str]) -> None:
+    given = [("targets", part) for part in config.targets or []]
+    given += [("ignore", part) for part in config.ignore if part != "lm_head"]
+    for key, part in given:
+        if not any(matches(name, [part]) for name in names):
+            raise ConfigError(
+                f"{key}: the pattern {part!r} matches no linear layer; the first are {names[:4]}, and a pattern may "
+                "leave out leading and trailing parts of a name"
+            )
+
+
+def _check_layers(plan: PrunePlan, config: EGGSConfig) -> None:
+    if not plan.names:
+        raise ModelError(f"there is nothing to prune: targets={config.targets!r} and ignore={config.ignore!r}")
+    for layers in plan.layers:
+        for name, module in layers.items():
+            weight = dense_weight(module)
+            if weight.device.type == "meta":
+                raise ModelError(
+                    f"{name}: its weight is not in memory (device meta), as with offloading to disk; load the model "
+                    "without offloading"
+                )
+            check_packable(name, module, config.pattern)
+            try:
+                check_floor(weight.shape[0], config.pattern, config.min_degree, config.band)
+            except ConfigError as error:
+                raise ShapeError(f"{name}: {error}") from error
+            if not bool(torch.isfinite(weight).all()):
+                raise NumericalError(f"{name}: the weight holds NaN or infinite values; the checkpoint may be damaged")

@@ -1,0 +1,105 @@
+"""What a pruning run did, measured; `report.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..masks.certificate import Certificate
+
+REPORT_VERSION = 1
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer. `relative_error` is ‖(W − Z)X‖²/‖WX‖² on the calibration inputs it was fitted on."""
+
+    name: str
+    block: int
+    out_features: int
+    in_features: int
+    pattern: str
+    relative_error: float
+    tokens: int
+    certificate: Certificate
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """One weight left dense, and why."""
+
+    name: str
+    reason: str
+    parameters: int
+
+
+@dataclass
+class PruneReport:
+    """The report of a pruning run.
+
+    Attributes:
+        config: The configuration, as JSON types.
+        layers: One entry for each pruned layer.
+        left_dense: Every weight matrix of the blocks, embedding or head that was left dense, with the reason.
+        calibration: What the windows were: source, count, length, SHA-256 of the token ids.
+        measurements: Seconds, CPU seconds and peak resident bytes, in all and by stage.
+    """
+
+    config: dict[str, Any]
+    layers: list[LayerReport]
+    left_dense: list[DenseLayer]
+    calibration: dict[str, Any]
+    measurements: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Mean of the layers' relative errors."""
+        return sum(layer.relative_error for layer in self.layers) / len(self.layers)
+
+    @property
+    def starved_inputs(self) -> int:
+        """Inputs, over all layers, that no output keeps."""
+        return sum(layer.certificate.starved_inputs for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        layers = [asdict(layer) | {"certificate": layer.certificate.to_dict()} for layer in self.layers]
+        return {
+            "report_version": REPORT_VERSION,
+            "summary": {
+                "pattern": f"{self.config['n']}:{self.config['m']}",
+                "layers_pruned": len(self.layers),
+                "parameters_pruned": sum(layer.out_features * layer.in_features for layer in self.layers),
+                "mean_relative_error": self.mean_relative_error,
+                "starved_inputs": self.starved_inputs,
+            },
+            "config": self.config,
+            "calibration": self.calibration,
+            "layers": layers,
+            "left_dense": [asdict(layer) for layer in self.left_dense],
+            "measurements": self.measurements,
+            "versions": self.versions,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def __repr__(self) -> str:
+        seconds = self.measurements.get("seconds", float("nan"))
+        return (
+            f"PruneReport({len(self.layers)} layers at {self.config['n']}:{self.config['m']}, mean relative error "
+            f"{self.mean_relative_error:.4f}, {self.starved_inputs} starved inputs, {seconds:.1f} s)"
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result."""
+    names = ("optimum-eggs", "torch", "transformers", "optimum", "safetensors", "accelerate")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

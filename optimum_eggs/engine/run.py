@@ -1,0 +1,50 @@
+"""From a configuration to a pruned model: draw the calibration windows, prune, and record where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..calibration import token_windows
+from ..config import EGGSConfig
+from .prune import prune_model
+from .report import PruneReport
+
+
+def calibrate_and_prune(
+    model: nn.Module, tokenizer: Any, config: EGGSConfig, calibration: Any = None, progress: bool | None = None
+) -> PruneReport:
+    """Prune `model` in place on windows drawn from `calibration`, or from `config.calibration`.
+
+    The report's configuration names the source as others may know it: a file by its name without folders, data held
+    in memory not at all.
+
+    Raises:
+        EGGSError: as `token_windows` and `prune_model`.
+    """
+    source = config.calibration if calibration is None else calibration
+    windows = token_windows(
+        source,
+        tokenizer,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        sampling=config.sampling,
+        seed=config.seed,
+        split=config.split,
+        text_column=config.text_column,
+    )
+    report = prune_model(model, config, windows, progress)
+    report.config = EGGSConfig.from_dict(report.config | {"calibration": _public_name(source)}).to_dict()
+    report.calibration["source"] = report.config["calibration"] or f"{type(source).__name__} in memory"
+    return report
+
+
+def _public_name(source: Any) -> Any:
+    if isinstance(source, str | Path):
+        return Path(source).name if Path(source).is_file() else str(source)
+    if isinstance(source, Mapping):
+        return {_public_name(name): share for name, share in source.items()}
+    return None

@@ -1,0 +1,37 @@
+"""Every error this package raises on purpose.
+
+Each message names the thing, its value, the rule it broke and what to do about it. All of them derive from
+[`EGGSError`], so `except EGGSError` catches bad input and nothing else.
+"""
+
+
+class EGGSError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(EGGSError, ValueError):
+    """A value in [`EGGSConfig`], a pattern or a command-line option is not allowed."""
+
+
+class ShapeError(EGGSError, ValueError):
+    """A tensor or a layer does not have the shape the pattern needs."""
+
+
+class CalibrationError(EGGSError, ValueError):
+    """The calibration data is missing, empty, too short or does not fit the model."""
+
+
+class NumericalError(EGGSError, ArithmeticError):
+    """A weight, an activation or a solution is NaN or infinite."""
+
+
+class ModelError(EGGSError, ValueError):
+    """The model cannot be found, or is built in a way that cannot be pruned."""
+
+
+class CheckpointError(EGGSError, RuntimeError):
+    """A packed checkpoint is damaged, incomplete or of an unknown version."""
+
+
+class OutputError(EGGSError, OSError):
+    """An output folder cannot be written as asked."""

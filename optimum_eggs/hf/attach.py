@@ -1,0 +1,45 @@
+"""Making a pruned model one that transformers knows how to save, and dense again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..config import EGGSConfig
+from ..nn import NMLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def attach_quantizer(model: PreTrainedModel, config: EGGSConfig) -> None:
+    """Mark `model` as packed, the way `from_pretrained` leaves a model loaded from a packed checkpoint."""
+    from transformers import PreTrainedModel
+
+    from .quantizer import EGGSHfQuantizer
+
+    for name, value in (
+        ("hf_quantizer", EGGSHfQuantizer(config, pre_quantized=True)),
+        ("is_quantized", True),
+        ("quantization_method", config.quant_method),
+    ):
+        setattr(model, name, value)
+    model.config.quantization_config = config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+
+
+def packed_layers(model: nn.Module) -> dict[str, NMLinear]:
+    """The packed layers of a model by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
+
+
+@torch.no_grad()
+def unpack_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every packed layer by the dense layer it came from, zeros in place. Changes and returns `model`."""
+    for name, layer in packed_layers(model).items():
+        model.set_submodule(name, layer.to_original().to(dtype or layer.weight.dtype))
+    return model

@@ -1,0 +1,145 @@
+"""Loading models and tokenizers, with errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..errors import CheckpointError, ConfigError, EGGSError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def parse_dtype(name: str | torch.dtype | None) -> str | torch.dtype:
+    """`"bfloat16"` to `torch.bfloat16`; `None` and `"auto"` to `"auto"`.
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    if name is None or name == "auto":
+        return "auto"
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is unknown; use one of {list(DTYPES)}")
+    return getattr(torch, name)
+
+
+def split_gguf(model_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
+    """A path that is a GGUF file itself, as (folder, file)."""
+    path = Path(model_id)
+    if gguf_file is None and path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), path.name
+    return str(model_id), gguf_file
+
+
+def load_model(
+    model_id: str | Path,
+    *,
+    gguf_file: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a model with the class that its config names.
+
+    Args:
+        model_id: Folder, id on the Hub, or path of a GGUF file.
+        gguf_file: Name of a GGUF file in it; it is loaded as an ordinary dense model.
+        dtype: As for transformers; default `"auto"`.
+        kwargs: Passed to `from_pretrained`.
+
+    Raises:
+        ModelError: the model cannot be found or loaded.
+        CheckpointError: a packed checkpoint is damaged.
+    """
+    import transformers
+
+    source, gguf_file = split_gguf(model_id, gguf_file)
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    hub = {
+        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
+    }
+    with _translated(source, "model"):
+        config = transformers.AutoConfig.from_pretrained(source, **extra, **hub)
+        names = getattr(config, "architectures", None) or []
+        kind = getattr(transformers, names[0], None) if names else None
+        kind = kind if kind is not None else transformers.AutoModelForCausalLM
+        model = kind.from_pretrained(source, dtype=parse_dtype(dtype), **extra, **kwargs)
+    if gguf_file:
+        # The weights are dense by now; transformers would still refuse to save a model that says it is GGUF.
+        quantizer: Any = model.hf_quantizer
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+@torch.no_grad()
+def own_memory(model: torch.nn.Module) -> None:
+    """Give every parameter memory of its own, in place.
+
+    Weights loaded from a safetensors file share one mapping of it, which is only released when the last of them is
+    gone: replacing some of them would free nothing.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def load_tokenizer(model_id: str | Path, *, gguf_file: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    source, gguf_file = split_gguf(model_id, gguf_file)
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    with _translated(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source, **extra, **kwargs)
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def calibration_tokenizer(calibration: Any, model_id: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, if the calibration source is text; None if it is token ids."""
+    from ..calibration.windows import given_ids
+
+    if calibration is None or (not isinstance(calibration, Mapping) and given_ids(calibration) is not None):
+        return None
+    return load_tokenizer(model_id, **kwargs)
+
+
+@contextmanager
+def _translated(source: str, what: str) -> Iterator[None]:
+    """Turns what transformers raises for a missing or damaged model into one of this package's errors."""
+    path = Path(source)
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_path and not path.exists():
+        raise ModelError(f"{source}: there is no such {what}; check the path")
+    if path.is_dir() and not any(path.glob("*.gguf")) and not (path / "config.json").is_file():
+        raise ModelError(f"{source}: there is no config.json in it; pass the folder of a saved model")
+    try:
+        yield
+    except EGGSError:
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{source}: a weight file is damaged ({_first_line(error)}); download it again"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{source}: cannot load the {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,155 @@
+"""The transformers quantizer: prune on load, load a packed checkpoint, save one."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+
+from ..config import QUANT_METHOD, EGGSConfig
+from ..errors import CheckpointError, ModelError
+from ..nn import NMLinear, dense_weight, is_dense_linear
+from ..nn.dense import is_conv1d
+from ..packing.checkpoint import check_files, check_packed_tensors
+from ..pattern import NMPattern
+from .attach import attach_quantizer, packed_layers, unpack_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..engine import PruneReport
+
+logger = logging.getLogger(__name__)
+
+
+class EGGSHfQuantizer(HfQuantizer):
+    """Prunes a dense model as it is loaded, or swaps in packed layers for a packed checkpoint.
+
+    Attributes:
+        report: The report of the pruning, after a dense model was pruned on load.
+    """
+
+    requires_calibration = False
+    quantization_config: EGGSConfig
+
+    def __init__(self, quantization_config: EGGSConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report: PruneReport | None = None
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Refuse to prune a model of which a part would stay on disk."""
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ModelError(
+                "device_map sends a part of the model to 'disk', and what is not in memory cannot be pruned on load; "
+                "use device_map='cpu', or none"
+            )
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        pruned = self.quantization_config.pruned_modules
+        if not pruned:
+            raise CheckpointError(
+                "config.json: quantization_config.pruned_modules is missing or empty, so it is not known which layers "
+                "are packed; prune the model again"
+            )
+        check_files(checkpoint_files or [], pruned)
+        for name, pattern in pruned.items():
+            _swap_in(model, name, NMPattern.parse(pattern))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            for name, layer in packed_layers(model).items():
+                layer.weight.requires_grad_(False)  # the loader turns gradients on
+                if layer.bias is not None:
+                    layer.bias.requires_grad_(False)
+                if layer.weight_meta.device.type != "meta":  # offloaded to disk: checked by its shape alone
+                    check_packed_tensors(name, layer.weight, layer.weight_meta, layer.pattern)
+            return model
+        return self._prune(model)
+
+    def _prune(self, model: PreTrainedModel) -> PreTrainedModel:
+        from ..engine import calibrate_and_prune
+        from .loading import calibration_tokenizer, own_memory
+
+        config = self.quantization_config
+        tokenizer = config.tokenizer or calibration_tokenizer(config.calibration, model.config._name_or_path)
+        own_memory(model)
+        report = calibrate_and_prune(model, tokenizer, config)
+        attach_quantizer(model, EGGSConfig.from_dict(report.config))
+        quantizer: Any = model.hf_quantizer
+        quantizer.report = report
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
+        return unpack_layers(model, dtype)
+
+    def is_serializable(self) -> bool:
+        """Packed models are saved by `save_pretrained`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on a packed model."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The packed values themselves can be trained, the mask fixed."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Generation compiles nothing by itself."""
+        return False
+
+
+def _swap_in(model: PreTrainedModel, listed: str, pattern: NMPattern) -> None:
+    """Replace the dense layer that config.json calls `listed` by an empty packed one."""
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    # A base model is loaded from the checkpoint of a model with a head, or the other way round.
+    name = next((n for n in (listed, listed.removeprefix(prefix), prefix + listed) if n in modules), None)
+    if name is None:
+        raise CheckpointError(
+            f"{listed}: config.json lists it as pruned, and {type(model).__name__} has no such layer; load the model "
+            "with the class it was saved from"
+        )
+    dense = modules[name]
+    if not is_dense_linear(dense):
+        raise CheckpointError(f"{name}: config.json lists it as pruned, and it is a {type(dense).__name__}, no linear")
+    weight = dense_weight(dense)
+    if weight.shape[1] % pattern.m:
+        raise CheckpointError(
+            f"{name}: config.json says {pattern}, and in_features={weight.shape[1]} is not a multiple of m={pattern.m}"
+        )
+    layer = NMLinear(
+        weight.shape[1],
+        weight.shape[0],
+        dense.bias is not None,
+        pattern,
+        fan_in_fan_out=is_conv1d(dense),
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    model.set_submodule(name, layer)
+
+
+def register() -> None:
+    """Make transformers know `quant_method: "eggs"`. Does nothing the second time."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(EGGSConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(EGGSHfQuantizer)

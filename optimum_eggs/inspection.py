@@ -1,0 +1,152 @@
+"""Inspecting a packed checkpoint from its files alone: what is wrong with it, and the certificate of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .errors import CheckpointError
+from .masks.certificate import Certificate, certify
+from .packing import unpack
+from .packing.checkpoint import (
+    TensorEntry,
+    header_problems,
+    pruned_patterns,
+    read_config,
+    read_headers,
+    stored_name,
+    tensor_problems,
+    weight_files,
+)
+from .packing.pack import unpack_mask
+from .pattern import NMPattern
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing wrong: the layer or file, the rule it breaks, and how."""
+
+    where: str
+    rule: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """One packed layer of a checkpoint."""
+
+    name: str
+    out_features: int
+    in_features: int
+    pattern: str
+    packed_bytes: int
+    dense_bytes: int
+    certificate: Certificate
+
+
+@dataclass
+class Inspection:
+    """The findings. `config` is the checkpoint's `quantization_config`, if it could be read."""
+
+    folder: str
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: list[InspectedLayer] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.violations
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        layers = [asdict(layer) | {"certificate": layer.certificate.to_dict()} for layer in self.layers]
+        return {
+            "folder": self.folder,
+            "ok": self.ok,
+            "violations": [asdict(violation) for violation in self.violations],
+            "config": self.config,
+            "layers": layers,
+        }
+
+
+def inspect_checkpoint(folder: str | Path, progress: bool | None = None) -> Inspection:
+    """Check a packed checkpoint and compute its certificates. Never raises for what is in the files: it is reported."""
+    found = Inspection(str(folder))
+    try:
+        found.config = read_config(folder)
+        patterns = pruned_patterns(found.config)
+        files = weight_files(folder)
+    except CheckpointError as error:
+        found.violations.append(Violation("config.json", "config", str(error)))
+        return found
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        try:
+            entries |= read_headers([file])
+        except CheckpointError as error:
+            found.violations.append(Violation(file.name, "file", str(error)))
+    if found.violations:
+        return found
+    listed = {stored_name(entries, name): (name, pattern) for name, pattern in patterns.items()}
+    for key in entries:
+        if key.endswith(".weight_meta") and key.removesuffix(".weight_meta") not in listed:
+            where = key.removesuffix(".weight_meta")
+            found.violations.append(Violation(where, "not listed", "is packed, and config.json does not list it"))
+    quiet = None if progress is None else not progress
+    for key, (name, pattern) in tqdm(listed.items(), desc="Inspecting", unit="layer", disable=quiet):
+        _inspect_layer(found, key, name, pattern, entries)
+    return found
+
+
+def _inspect_layer(found: Inspection, key: str, name: str, pattern: NMPattern, entries: dict[str, TensorEntry]) -> None:
+    problems = list(header_problems(key, pattern, entries))
+    if not problems:
+        weight, meta = (_read(entries, f"{key}.{part}") for part in ("weight", "weight_meta"))
+        problems = list(tensor_problems(weight, meta, pattern))
+    found.violations += [Violation(name, rule, problem) for rule, problem in problems]
+    if problems:
+        return
+    in_features = weight.shape[1] // pattern.n * pattern.m
+    min_degree, band = _promised_floor(found.config)
+    dense = unpack(weight, meta, pattern)
+    certificate = certify(unpack_mask(meta, in_features), dense, pattern, extra_bands=(band,) if min_degree else ())
+    if min_degree:
+        holds = certificate.floors[min(band, weight.shape[0])]
+        if holds < min_degree:
+            detail = (
+                f"config.json promises that every input keeps {min_degree} of every {band} rows, and one keeps {holds}"
+            )
+            found.violations.append(Violation(name, "floor", detail))
+    found.layers.append(
+        InspectedLayer(
+            name,
+            weight.shape[0],
+            in_features,
+            str(pattern),
+            packed_bytes=weight.numel() * weight.element_size() + meta.numel(),
+            dense_bytes=dense.numel() * weight.element_size(),
+            certificate=certificate,
+        )
+    )
+
+
+def _promised_floor(config: dict[str, Any]) -> tuple[int, int]:
+    """(min_degree, band) as the configuration states them; (0, 1) if it promises none."""
+    min_degree, band = config.get("min_degree"), config.get("band")
+    if isinstance(min_degree, int) and isinstance(band, int) and min_degree > 0 and band > 0:
+        return min_degree, band
+    return 0, 1
+
+
+def _read(entries: dict[str, TensorEntry], key: str) -> Tensor:
+    try:
+        with safe_open(str(entries[key].file), framework="pt") as opened:
+            return opened.get_tensor(key)
+    except SafetensorError as error:
+        raise CheckpointError(f"{entries[key].file}: cannot read {key} ({error}); download it again") from error

@@ -1,0 +1,7 @@
+"""Masks: a score (out, in) in, a boolean mask (out, in) with n kept of every m out."""
+
+from .diagonal import diagonal_mask
+from .expander import expander_mask
+from .topn import topn_mask
+
+__all__ = ["diagonal_mask", "expander_mask", "topn_mask"]

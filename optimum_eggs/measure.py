@@ -1,0 +1,100 @@
+"""Seconds and peak memory, stage by stage."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+
+class Meter:
+    """Measures wall seconds, CPU seconds and peak resident memory of named stages.
+
+    Stages may nest: time spent in an inner stage is not counted for the outer one. Memory is sampled by a thread
+    while the meter is open; on CUDA, the allocator's own peak of the whole run is added to the summary.
+
+    >>> with Meter() as meter:
+    ...     with meter.stage("work"):
+    ...         _ = sum(range(1000))
+    >>> sorted(meter.summary()["stages"])
+    ['work']
+    """
+
+    def __init__(self, interval: float = 0.01) -> None:
+        self._interval = interval
+        self._process = psutil.Process()
+        self._stack: list[str] = []
+        self._wall: dict[str, float] = {}
+        self._cpu: dict[str, float] = {}
+        self._peak: dict[str, int] = {}
+        self._mark = (0.0, 0.0)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Meter:
+        self._begin = (time.perf_counter(), time.process_time())
+        self.start_rss = self._process.memory_info().rss
+        self._peak_rss = self.start_rss
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._end = (time.perf_counter(), time.process_time())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what happens within for `name`."""
+        self._switch()
+        self._stack.append(name)
+        self._note_memory()
+        try:
+            yield
+        finally:
+            self._note_memory()
+            self._switch()
+            self._stack.pop()
+
+    def summary(self) -> dict:
+        """Totals and stages, after the meter is closed. Seconds; bytes."""
+        stages = {
+            name: {"seconds": self._wall[name], "cpu_seconds": self._cpu[name], "peak_rss": self._peak[name]}
+            for name in self._wall
+        }
+        total = {
+            "seconds": self._end[0] - self._begin[0],
+            "cpu_seconds": self._end[1] - self._begin[1],
+            "rss_before": self.start_rss,
+            "peak_rss": self._peak_rss,
+            "stages": stages,
+        }
+        if torch.cuda.is_available():
+            total["peak_cuda"] = torch.cuda.max_memory_allocated()
+        return total
+
+    def _switch(self) -> None:
+        now = (time.perf_counter(), time.process_time())
+        if self._stack:
+            name = self._stack[-1]
+            self._wall[name] = self._wall.get(name, 0.0) + now[0] - self._mark[0]
+            self._cpu[name] = self._cpu.get(name, 0.0) + now[1] - self._mark[1]
+        self._mark = now
+
+    def _note_memory(self) -> None:
+        rss = self._process.memory_info().rss
+        self._peak_rss = max(self._peak_rss, rss)
+        for name in self._stack[-1:]:
+            self._peak[name] = max(self._peak.get(name, 0), rss)
+
+    def _sample(self) -> None:
+        while not self._done.wait(self._interval):
+            self._note_memory()

@@ -1,0 +1,25 @@
+"""What counts as a dense linear layer, and its weight as (out, in)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`: a linear layer that stores its weight as (in, out)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether `module` is a layer that can be packed: exactly `nn.Linear`, or `Conv1D`.
+
+    Subclasses are left alone, since what their forward does with the weight is not known.
+    """
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a dense linear layer as (out, in): a view, without gradient."""
+    weight = module.get_parameter("weight").detach()
+    return weight.t() if is_conv1d(module) else weight

@@ -1,0 +1,162 @@
+"""`NMLinear`: a linear layer that holds its weight packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from ..masks import topn_mask
+from ..ops import nm_linear
+from ..packing import meta_width, pack, packed_width, unpack, unpack_mask
+from ..pattern import NMPattern
+from .dense import dense_weight, is_conv1d, is_dense_linear
+
+TWO_OF_FOUR = NMPattern(2, 4)
+
+
+class NMLinear(nn.Linear):
+    """y = x Wᵀ + b with W packed N:M.
+
+    A subclass of `nn.Linear` so that tools that look for linear layers find it. Its `weight` is the packed one, of
+    shape (out, in·n/m), so a tool that mistakes it for a dense one fails on the shape and cannot do silent harm.
+
+    Args:
+        in_features, out_features, bias, device, dtype: As for `nn.Linear`.
+        pattern: n kept of every m inputs.
+        fan_in_fan_out: The layer replaced stored its weight as (in, out) (`Conv1D`), as in PEFT.
+
+    Attributes:
+        weight: The values kept (out, in·n/m), a parameter that does not ask for gradients.
+        weight_meta: One bit for every dense position (out, ⌈in/8⌉), a uint8 buffer.
+        bias: (out,) or None.
+
+    A new layer holds uninitialised values and bits: fill it from a state dict, or use [`NMLinear.from_linear`].
+
+    Raises:
+        ShapeError: `in_features` is not a multiple of m.
+
+    >>> layer = NMLinear.from_linear(nn.Linear(8, 3), NMPattern(2, 4))
+    >>> layer.weight.shape, layer.weight_meta.shape
+    (torch.Size([3, 4]), torch.Size([3, 1]))
+    >>> layer
+    NMLinear(in_features=8, out_features=3, bias=True, pattern=2:4)
+    """
+
+    weight_meta: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        pattern: NMPattern = TWO_OF_FOUR,
+        *,
+        fan_in_fan_out: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.pattern, self.fan_in_fan_out = pattern, fan_in_fan_out
+        values = torch.empty(out_features, packed_width(in_features, pattern), device=device, dtype=dtype)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        meta = torch.empty(out_features, meta_width(in_features), device=device, dtype=torch.uint8)
+        self.register_buffer("weight_meta", meta)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: random bits would not be a legal pattern."""
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls, linear: nn.Module, pattern: NMPattern, mask: Tensor | None = None, weight: Tensor | None = None
+    ) -> NMLinear:
+        """Pack a dense layer.
+
+        Args:
+            linear: An `nn.Linear`, or transformers' `Conv1D`.
+            pattern: n kept of every m inputs.
+            mask: (out, in), boolean; without one the n largest magnitudes of each group stay.
+            weight: (out, in), the values to keep in place of the layer's own; cast to the layer's dtype.
+
+        Raises:
+            ShapeError: the layer is of another kind, m does not divide in, or the mask does not fit.
+        """
+        if not is_dense_linear(linear):
+            raise ShapeError(f"{type(linear).__name__} is not a dense linear layer; pass an nn.Linear or a Conv1D")
+        own = dense_weight(linear)
+        mask = topn_mask(own.abs(), pattern) if mask is None else mask
+        values, meta = pack(own if weight is None else weight.to(own.dtype), mask, pattern)
+        bias = linear.bias
+        layer = cls(
+            own.shape[1],
+            own.shape[0],
+            bias is not None,
+            pattern,
+            fan_in_fan_out=is_conv1d(linear),
+            device="meta",
+            dtype=own.dtype,
+        )
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        layer.weight_meta = meta
+        if isinstance(bias, Tensor):
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer.train(linear.training)
+
+    def mask(self) -> Tensor:
+        """The boolean mask (out, in) of the positions kept."""
+        return unpack_mask(self.weight_meta, self.in_features)
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight (out, in), zeros in place, in the layer's dtype."""
+        return unpack(self.weight, self.weight_meta, self.pattern)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with its zeros in place: an `nn.Linear`, whatever kind was packed."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dense_weight())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def to_original(self) -> nn.Module:
+        """The dense layer of the kind that was packed: an `nn.Linear`, or a `Conv1D` if `fan_in_fan_out`."""
+        linear = self.to_linear()
+        if not self.fan_in_fan_out:
+            return linear
+        from transformers.pytorch_utils import Conv1D
+
+        conv = Conv1D(self.out_features, self.in_features)
+        conv.weight = nn.Parameter(linear.weight.t().contiguous())
+        bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(self.out_features)
+        conv.bias = nn.Parameter(bias)
+        return conv.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., in) to (..., out)."""
+        return nm_linear(x, self.weight, self.weight_meta, self.bias, self.pattern.n, self.pattern.m)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.pattern}"
+        )
+
+
+def check_packable(name: str, linear: nn.Module, pattern: NMPattern) -> None:
+    """Raise unless the pattern fits the layer called `name`.
+
+    Raises:
+        ShapeError: m does not divide in_features.
+    """
+    in_features = dense_weight(linear).shape[1]
+    if in_features % pattern.m:
+        raise ShapeError(f"{name}: in_features={in_features} is not a multiple of m={pattern.m}; add it to `ignore`")

@@ -1,0 +1,6 @@
+"""The packed form of an N:M matrix: the values kept and one bit for every position. See docs/format.md."""
+
+from .layout import FORMAT_VERSION, meta_width, packed_width
+from .pack import pack, pack_mask, unpack, unpack_mask
+
+__all__ = ["FORMAT_VERSION", "meta_width", "pack", "pack_mask", "packed_width", "unpack", "unpack_mask"]

@@ -1,0 +1,155 @@
+"""`EGGSPruner`: load, prune, save, the Optimum way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from optimum.quantization_base import OptimumQuantizer
+
+from .config import EGGSConfig
+from .engine import PruneReport, calibrate_and_prune
+from .engine.report import REPORT_NAME
+from .errors import ConfigError, ModelError
+from .folders import check_output, new_folder
+from .hf.attach import attach_quantizer
+from .hf.loading import load_model, load_tokenizer, own_memory, parse_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class EGGSPruner(OptimumQuantizer):
+    """Prunes a transformers model to N:M and saves it packed.
+
+    Args:
+        model: A dense model in memory. It is pruned in place.
+        tokenizer: Its tokenizer; not needed if the calibration data are token ids.
+
+    Attributes:
+        model, tokenizer: As given.
+        report: The report of the last pruning, or None.
+
+    Example:
+        ```python
+        pruner = EGGSPruner.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        report = pruner.prune(EGGSConfig("2:4"), calibration="wiki.valid.raw")
+        pruner.save_pretrained("smollm2-2-4")
+        ```
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.report: PruneReport | None = None
+        self._broken = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_or_path: PreTrainedModel | str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        gguf_file: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> EGGSPruner:
+        """Load a dense model and its tokenizer.
+
+        Args:
+            model_or_path: A model, a folder, an id on the Hub, or the path of a GGUF file.
+            tokenizer: In place of the model's own.
+            gguf_file: Name of a GGUF file in the folder or repository.
+            dtype: Dtype to load the weights in; default `"auto"`, the checkpoint's own.
+            kwargs: Passed to transformers' `from_pretrained` (`revision`, `token`, `device_map`, …).
+
+        Raises:
+            ModelError: the model or its tokenizer cannot be found or loaded.
+        """
+        if not isinstance(model_or_path, str | Path):
+            return cls(model_or_path, tokenizer)
+        if tokenizer is None:
+            hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+            chosen = {key: kwargs[key] for key in hub if key in kwargs}
+            tokenizer = load_tokenizer(model_or_path, gguf_file=gguf_file, **chosen)
+        model = load_model(model_or_path, gguf_file=gguf_file, dtype=dtype, **kwargs)
+        own_memory(model)
+        return cls(model, tokenizer)
+
+    def prune(
+        self, config: EGGSConfig | str | None = None, calibration: Any = None, *, progress: bool | None = None
+    ) -> PruneReport:
+        """Prune the model in place.
+
+        Args:
+            config: What to do; a pattern such as `"2:4"` stands for `EGGSConfig("2:4")`, which is the default.
+            calibration: Calibration data, in place of `config.calibration`; the same kinds are known.
+            progress: Show a progress bar on stderr. Default: if it is a terminal.
+
+        Returns:
+            The report, which is also kept as `report` and saved with the model.
+
+        Raises:
+            EGGSError: bad input. Before the work begins the model is untouched; if it fails within (an activation
+                that is NaN, an interrupt), the model is half pruned and will not be saved.
+        """
+        if self._broken:
+            raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
+        if config is None or isinstance(config, str):
+            config = EGGSConfig(config)
+        if not isinstance(config, EGGSConfig):
+            raise ConfigError(f"config={config!r} is a {type(config).__name__}; pass an EGGSConfig or a pattern")
+        untouched = _weight_versions(self.model)
+        try:
+            report = calibrate_and_prune(self.model, config.tokenizer or self.tokenizer, config, calibration, progress)
+        except BaseException:
+            self._broken = _weight_versions(self.model) != untouched
+            raise
+        attach_quantizer(self.model, EGGSConfig.from_dict(report.config))
+        self.report = report
+        return report
+
+    quantize = prune
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        overwrite: bool = False,
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: int | str = "50GB",
+    ) -> None:
+        """Save the packed model, its config, its tokenizer and `report.json`.
+
+        The folder appears when it is complete; nothing is left behind otherwise.
+
+        Args:
+            save_directory: Folder to make.
+            overwrite: Replace a saved model that is there.
+            dtype: Cast the model to this dtype first. Default: as it is.
+            max_shard_size: As for transformers.
+
+        Raises:
+            ModelError: the model is not pruned, or the last `prune` did not finish.
+            OutputError: the folder is not empty, or cannot be written.
+        """
+        if self._broken:
+            raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
+        if self.report is None:
+            raise ModelError("the model is not pruned yet; call prune() first")
+        check_output(save_directory, overwrite)
+        target = parse_dtype(dtype)
+        if isinstance(target, torch.dtype):
+            for parameter in self.model.parameters():  # not buffers: rotary tables are computed in float32
+                parameter.data = parameter.data.to(target)
+        with new_folder(save_directory, overwrite) as folder:
+            self.model.save_pretrained(folder, max_shard_size=max_shard_size)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            self.report.save(folder / REPORT_NAME)
+
+
+def _weight_versions(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """Changes when a weight is written in place or a layer replaced."""
+    return [(id(parameter), parameter._version) for parameter in model.parameters()]

@@ -1,0 +1,70 @@
+"""Masked refit: least squares over the surviving weights, all rows at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+
+
+def masked_refit(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.01, steps: int = 15) -> Tensor:
+    """Minimise ‖(W − Z)X‖²_F + λ‖W − Z‖²_F over Z supported on the mask, λ = damping · mean(diag XXᵀ).
+
+    Preconditioned conjugate gradients (Jacobi), projected onto the mask, on every row at the same time; each step is
+    one product with the Gram matrix. The objective falls with every step, from Z = W∘mask.
+
+    Args:
+        weight: W (out, in), float32 or float64.
+        mask: (out, in), boolean.
+        gram: XXᵀ (in, in), summed over the calibration tokens, in the dtype of `weight`.
+        damping: Relative size of λ; also what keeps the problem definite when inputs are dead or dependent.
+        steps: Number of conjugate gradient steps.
+
+    Returns:
+        Z (out, in), zero off the mask. If every input was zero, W∘mask. Memory: five buffers of (out, in), one of
+        (in, in).
+
+    Raises:
+        ShapeError: the shapes do not belong together.
+    """
+    if mask.shape != weight.shape or gram.shape != (weight.shape[1],) * 2:
+        raise ShapeError(
+            f"weight {tuple(weight.shape)}, mask {tuple(mask.shape)} and gram {tuple(gram.shape)} do not belong "
+            "together; they must be (out, in), (out, in) and (in, in)"
+        )
+    solution = weight * mask
+    diagonal = gram.diagonal()
+    shift = damping * diagonal.mean()
+    if not bool(shift > 0):
+        return solution
+    damped = gram.clone()
+    damped.diagonal().add_(shift)
+    scale = damped.diagonal()
+
+    tiny = torch.finfo(weight.dtype).tiny
+    residual = ((weight - solution) @ damped).mul_(mask)
+    direction = residual / scale
+    energy = (residual * direction).sum(1, keepdim=True)
+    for _ in range(steps):
+        curved = (direction @ damped).mul_(mask)
+        # A row that is solved has energy 0 and stays where it is.
+        step = energy / (direction * curved).sum(1, keepdim=True).clamp_min(tiny)
+        solution.addcmul_(step, direction)
+        residual.addcmul_(step, curved, value=-1)
+        towards = residual / scale
+        fresh = (residual * towards).sum(1, keepdim=True)
+        direction.mul_(fresh / energy.clamp_min(tiny)).add_(towards)
+        energy = fresh
+    return solution
+
+
+def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """‖(W − Z)X‖²_F / ‖WX‖²_F, from the Gram matrix. weight W and pruned Z (out, in); gram XXᵀ (in, in).
+
+    0 when the layer's output was zero and still is.
+    """
+    difference = weight - pruned
+    lost = ((difference @ gram) * difference).sum(dtype=torch.float64)
+    whole = ((weight @ gram) * weight).sum(dtype=torch.float64)
+    return float(lost / whole) if bool(whole > 0) else float(lost)

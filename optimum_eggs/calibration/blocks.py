@@ -57,8 +57,8 @@ def find_block_list(model: nn.Module, name: str | None = None) -> BlockList:
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", len(members))
     if len(members) == 1 and layers != 1:
         raise ModelError(
-            f"{type(model).__name__}: {found} holds one block that runs {layers} times; blocks that share their weights "
-            "cannot be pruned"
+            f"{type(model).__name__}: {found} is one block that runs {layers} times; blocks that share weights cannot "
+            "be pruned"
         )
     return BlockList(found, list(members))
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partialmethod
 
 from ..errors import EGGSError
 from . import evaluate, export, inspect, prune
@@ -43,8 +44,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
 
 def _quiet_libraries() -> None:
     """Keep the libraries' progress bars and notes from a stderr that is no terminal."""
+    from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)

@@ -186,13 +186,14 @@ def _inference_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no cache of keys and values; both put back afterwards."""
     training = model.training
     config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cached = [(part, part.use_cache) for part in (config, text_config) if hasattr(part, "use_cache")]
     model.eval()
-    if use_cache is not None:
-        config.use_cache = False
+    for part, _ in cached:
+        part.use_cache = False
     try:
         yield
     finally:
         model.train(training)
-        if use_cache is not None:
-            config.use_cache = use_cache
+        for part, use_cache in reversed(cached):
+            part.use_cache = use_cache

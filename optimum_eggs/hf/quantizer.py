@@ -75,7 +75,8 @@ class EGGSHfQuantizer(HfQuantizer):
                 layer.weight.requires_grad_(False)  # the loader turns gradients on
                 if layer.bias is not None:
                     layer.bias.requires_grad_(False)
-                if layer.weight_meta.device.type != "meta":  # offloaded to disk: checked by its shape alone
+                # A layer that is offloaded to disk has been checked by its shapes alone.
+                if "meta" not in (layer.weight.device.type, layer.weight_meta.device.type):
                     check_packed_tensors(name, layer.weight, layer.weight_meta, layer.pattern)
             return model
         return self._prune(model)
@@ -93,8 +94,9 @@ class EGGSHfQuantizer(HfQuantizer):
         quantizer.report = report
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
-        return unpack_layers(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # transformers passes config.dtype, which a save leaves as a string
+        return unpack_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
         """Packed models are saved by `save_pretrained`."""

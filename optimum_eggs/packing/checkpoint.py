@@ -125,9 +125,13 @@ def check_files(files: Sequence[str | Path], pruned: Mapping[str, str]) -> None:
 
 
 def stored_name(entries: Mapping[str, TensorEntry], name: str) -> str:
-    """The name that a file has for the layer `name`, which may differ in its first parts (a base model's prefix)."""
+    """The name that a file has for the layer `name`.
+
+    It may differ in its first parts (a base model's prefix), but never in the number of the block or what follows.
+    """
     parts = name.split(".")
-    for start in range(len(parts)):
+    block = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
+    for start in range(block):
         end = f"{'.'.join(parts[start:])}.weight_meta"
         found = [key for key in entries if key == end or key.endswith(f".{end}")]
         if len(found) == 1:

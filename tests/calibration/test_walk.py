@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list
+from optimum_eggs.errors import ConfigError, ModelError
+from optimum_eggs.measure import Meter
+from optimum_eggs.nn import dense_weight, is_dense_linear
+
+WINDOWS = tiny.make_windows(5, 12)
+
+
+def linears_of(model, name):
+    return {full: module for full, module in model.get_submodule(name).named_modules() if is_dense_linear(module)}
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_the_walk_gives_the_hidden_states_of_the_whole_forward(name):
+    # Gemma3's layers get different masks and rotary tables; a walk that hands all blocks the first one's differs.
+    model = tiny.make_model(name)
+    model.config.use_cache = False  # as pruning does
+    found = find_block_list(model)
+    outputs = []
+    hook = found.blocks[-1].register_forward_hook(
+        lambda module, args, output: outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+    )
+    with torch.no_grad():
+        for batch in WINDOWS.split(2):
+            model(input_ids=batch, use_cache=False)
+    hook.remove()
+    with Meter() as meter:
+        walk = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter)
+        for index, block in enumerate(found.blocks):
+            walk.advance(block, index)
+    assert len(walk.hidden) == len(outputs) == 3
+    assert all(torch.equal(a, b) for a, b in zip(walk.hidden, outputs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox", "bert"])
+def test_statistics_are_the_gram_matrix_of_the_inputs(name):
+    model = tiny.make_model(name)
+    found = find_block_list(model)
+    linears = linears_of(model, found.block_name(1))
+    inputs: dict[str, list[torch.Tensor]] = {full: [] for full in linears}
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args, full=full: inputs[full].append(args[0].flatten(0, -2)))
+        for full, module in linears.items()
+    ]
+    with torch.no_grad():
+        model(input_ids=WINDOWS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    with Meter() as meter:
+        walk = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter)
+        walk.advance(found.blocks[0], 0)
+        for full, module in linears.items():
+            statistics = walk.statistics(found.blocks[1], 1, module, dense_weight(module).shape[1])
+            x = torch.cat(inputs[full]).double()
+            # float32 sums of 60 products, in another order: 60 roundings of 2^-24 of the largest sum
+            bound = 60 * 2**-24 * float((x.abs().T @ x.abs()).max())
+            assert (statistics.gram - x.T @ x).abs().max() <= bound
+            assert statistics.tokens == WINDOWS.numel()
+
+
+def test_stages_share_an_input_and_follow_the_order_of_execution():
+    model = tiny.make_model("llama")
+    found = find_block_list(model)
+    linears = linears_of(model, "model.layers.0")
+    with Meter() as meter:
+        stages = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter).stages(found.blocks[0], 0, linears)
+    assert stages == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+
+
+def test_the_model_is_left_as_it_was_after_recording():
+    model = tiny.make_model("llama")
+    before = model(input_ids=WINDOWS).logits
+    with Meter() as meter:
+        Walk(InMemoryBlocks(model, find_block_list(model)), WINDOWS, 2, meter)
+    assert torch.equal(model(input_ids=WINDOWS).logits, before)
+    assert not any("forward" in block.__dict__ for block in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", "model.layers"),
+        ("opt", "model.decoder.layers"),
+        ("gpt2", "transformer.h"),
+        ("gpt_neox", "gpt_neox.layers"),
+        ("bert", "bert.encoder.layer"),
+        ("mixtral", "model.layers"),
+    ],
+)
+def test_the_block_list_is_found_by_structure(name, expected):
+    found = find_block_list(tiny.make_model(name))
+    assert found.name == expected
+    assert len(found.blocks) == 2
+
+
+class TwoLists(nn.Module):
+    """Two block lists, of which text runs through `used`."""
+
+    def __init__(self, used: list[str]) -> None:
+        super().__init__()
+        self.used = used
+        self.embed = nn.Embedding(8, 4)
+        self.vision = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
+        self.text = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(3)])
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for name in self.used:
+            for block in getattr(self, name):
+                x = block(x)
+        return x
+
+
+def test_of_several_lists_the_one_that_text_runs_through_is_taken():
+    assert find_block_list(TwoLists(["text"])).name == "text"
+    assert find_block_list(TwoLists(["text", "vision"]), "vision").name == "vision"
+
+
+def test_an_ambiguous_model_is_refused():
+    with pytest.raises(ModelError, match=r"text runs through \['text', 'vision'\]"):
+        find_block_list(TwoLists(["text", "vision"]))
+    with pytest.raises(ModelError, match="it has no nn.ModuleList with linear layers inside"):
+        find_block_list(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ConfigError, match="block_list='embed' is no list of blocks of this model; found"):
+        find_block_list(TwoLists(["text"]), "embed")
+
+
+def test_blocks_that_share_weights_are_refused():
+    import transformers
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+    model = transformers.AlbertModel(transformers.AlbertConfig(**small, embedding_size=32, num_hidden_layers=3))
+    with pytest.raises(ModelError, match="runs 3 times; blocks that share weights cannot be pruned"):
+        find_block_list(model)
+
+
+def test_a_model_that_skips_a_block_is_refused():
+    model = TwoLists(["text"])
+    found = find_block_list(model)
+    found.blocks.append(nn.Linear(4, 4))
+    with Meter() as meter, pytest.raises(ModelError, match="the model ran 3 of its 4 blocks"):
+        Walk(InMemoryBlocks(model, found), torch.zeros(2, 3, dtype=torch.int64), 2, meter)

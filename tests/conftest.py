@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from optimum_eggs import EGGSConfig, EGGSPruner
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    # Tiny matrices: more threads only wait for each other.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny.make_text(4000))
+    return path
+
+
+@pytest.fixture
+def config():
+    """A configuration that fits the tiny models."""
+    return EGGSConfig("2:4", num_samples=8, seq_len=16, band=8)
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory, tokenizer):
+    """A dense tiny Llama with a tokenizer."""
+    folder = tmp_path_factory.mktemp("dense") / "llama"
+    tiny.make_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_folder(tmp_path_factory, dense_folder, text_file):
+    """The same, pruned and packed."""
+    folder = tmp_path_factory.mktemp("packed") / "llama"
+    pruner = EGGSPruner.from_pretrained(dense_folder)
+    pruner.prune(EGGSConfig("2:4", num_samples=8, seq_len=16, band=8, batch_size=3), calibration=text_file)
+    pruner.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python():
+    return sys.executable

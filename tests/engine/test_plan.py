@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from optimum_eggs import EGGSConfig, NMLinear, NMPattern
+from optimum_eggs.engine import make_plan
+from optimum_eggs.errors import ConfigError, ModelError, NumericalError, ShapeError
+
+
+def plan(model, **changes):
+    return make_plan(model, EGGSConfig("2:4", **({"band": 8} | changes)))
+
+
+def test_all_linears_of_the_blocks_are_pruned_and_the_rest_is_named():
+    found = plan(tiny.make_model("opt"))
+    assert len(found.names) == 12
+    reasons = {layer.name: layer.reason for layer in found.left_dense}
+    assert reasons["lm_head"] == "matches `ignore`"
+    assert reasons["model.decoder.project_in"] == "outside the list of blocks"
+    assert "Embedding" in reasons["model.decoder.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_held_as_one_parameter_are_left_dense_and_named(name):
+    found = plan(tiny.make_model(name))
+    experts = [layer for layer in found.left_dense if layer.reason == "holds experts as one 3-D parameter"]
+    assert [layer.name for layer in experts] == [
+        f"model.layers.{block}.mlp.experts.{part}" for block in (0, 1) for part in ("gate_up_proj", "down_proj")
+    ]
+    assert all(layer.parameters > 0 for layer in experts)
+    assert all("self_attn" in layer for layer in found.names)
+
+
+def test_targets_and_ignore_choose_by_name():
+    model = tiny.make_model("llama")
+    assert plan(model, targets=["down_proj"]).names == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert all("layers.0" not in name for name in plan(model, ignore=["layers.0", "lm_head"]).names)
+    reasons = {layer.name: layer.reason for layer in plan(model, targets=["down_proj"]).left_dense}
+    assert reasons["model.layers.0.mlp.up_proj"] == "not in `targets`"
+
+
+@pytest.mark.parametrize("key", ["targets", "ignore"])
+def test_a_pattern_that_matches_nothing_is_refused(key):
+    with pytest.raises(ConfigError, match=rf"{key}: the pattern 'downproj' matches no linear layer"):
+        plan(tiny.make_model("llama"), **{key: ["downproj"]})
+
+
+def test_a_target_outside_the_blocks_is_refused():
+    with pytest.raises(ConfigError, match="matches lm_head, which is outside the list of blocks"):
+        plan(tiny.make_model("llama"), targets=["lm_head"], ignore=[])
+
+
+def test_nothing_to_prune_is_refused():
+    with pytest.raises(ModelError, match="there is nothing to prune"):
+        plan(tiny.make_model("llama"), targets=["down_proj"], ignore=["down_proj"])
+
+
+def test_a_layer_that_m_does_not_divide_is_named_with_the_remedy():
+    model = tiny.make_model("llama")
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(66, 32)
+    message = r"model.layers.1.mlp.down_proj: in_features=66 is not a multiple of m=4; add it to `ignore`"
+    with pytest.raises(ShapeError, match=message):
+        plan(model)
+    assert len(plan(model, ignore=["layers.1.mlp.down_proj", "lm_head"]).names) == 13
+
+
+def test_a_layer_too_small_for_the_floor_is_named():
+    with pytest.raises(ShapeError, match=r"layers.0.self_attn.q_proj: min_degree=5 cannot hold at 1:8: 32 rows keep"):
+        make_plan(tiny.make_model("llama"), EGGSConfig("1:8", min_degree=5, band=64))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value):
+    model = tiny.make_model("llama")
+    model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = value
+    with pytest.raises(NumericalError, match=r"model.layers.1.self_attn.v_proj: the weight holds NaN or infinite"):
+        plan(model)
+
+
+def test_a_packed_model_is_refused():
+    model = tiny.make_model("llama")
+    block = model.model.layers[0].mlp
+    block.up_proj = NMLinear.from_linear(block.up_proj, NMPattern(2, 4))
+    with pytest.raises(ModelError, match=r"model.layers.0.mlp.up_proj: is packed already"):
+        plan(model)
+
+
+def test_weights_that_are_not_in_memory_are_refused():
+    with pytest.raises(ModelError, match=r"not in memory \(device meta\)"):
+        plan(tiny.make_model("llama").to("meta"))

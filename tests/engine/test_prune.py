@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from optimum_eggs import EGGSConfig, NMLinear
+from optimum_eggs.calibration import find_block_list
+from optimum_eggs.engine import prune_model
+from optimum_eggs.errors import CalibrationError, NumericalError
+from optimum_eggs.masks import topn_mask
+from optimum_eggs.nn import dense_weight, is_dense_linear
+from optimum_eggs.presets import PRESETS
+
+WINDOWS = tiny.make_windows(8, 16)
+
+
+def packed(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_architecture(name, dtype, config):
+    model = tiny.make_model(name, dtype=dtype)
+    block_list = find_block_list(model).name
+    expected = {n for n, layer in model.named_modules() if is_dense_linear(layer) and n.startswith(block_list)}
+    report = prune_model(model, config, WINDOWS)
+    layers = packed(model)
+    assert set(layers) == expected == {layer.name for layer in report.layers}
+    for layer in report.layers:
+        assert layer.certificate.legal
+        assert layer.certificate.floors[8] >= 1
+        assert 0 < layer.relative_error < 0.7
+        assert layers[layer.name].weight.dtype == dtype
+    assert torch.isfinite(model(input_ids=WINDOWS).logits).all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "6:8", "1:2"])
+def test_every_preset_and_pattern(preset, pattern):
+    model = tiny.make_model("llama")
+    before = {name: dense_weight(layer).clone() for name, layer in model.named_modules() if is_dense_linear(layer)}
+    report = prune_model(model, EGGSConfig(pattern, preset=preset), WINDOWS)
+    for name, layer in packed(model).items():
+        weight, mask = layer.dense_weight(), layer.mask()
+        assert (mask.unflatten(1, (-1, layer.pattern.m)).sum(-1) == layer.pattern.n).all()
+        if preset != "fast":  # the others leave the weights that stay as they were
+            assert torch.equal(weight, before[name] * mask)
+        if preset == "magnitude":
+            assert torch.equal(mask, topn_mask(before[name].abs(), layer.pattern))
+    if preset == "paper":
+        assert all(layer.certificate.floors[int(pattern[2])] >= 1 for layer in report.layers)
+
+
+def test_refit_lowers_the_error_and_the_floor_costs_little():
+    errors = {}
+    for preset in ("ria", "fast", "paper"):
+        report = prune_model(tiny.make_model("llama"), EGGSConfig("2:4", preset=preset), WINDOWS)
+        errors[preset] = report.mean_relative_error
+    assert errors["fast"] < errors["ria"] < errors["paper"]
+
+
+def test_blocks_see_the_inputs_that_pruned_blocks_give(config):
+    model, twin = tiny.make_model("llama"), tiny.make_model("llama")
+    report = prune_model(model, config, WINDOWS)
+    inputs = []
+    twin.model.layers[0] = model.model.layers[0]
+    twin.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        twin(input_ids=WINDOWS)
+    x = inputs[0].flatten(0, 1).double()
+    before = dense_weight(twin.model.layers[1].self_attn.q_proj).double()
+    after = model.model.layers[1].self_attn.q_proj.dense_weight().double()
+    expected = ((x @ (before - after).T) ** 2).sum() / ((x @ before.T) ** 2).sum()
+    reported = next(layer for layer in report.layers if layer.name == "model.layers.1.self_attn.q_proj")
+    assert reported.relative_error == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_report_says_it_all_in_json(config):
+    model = tiny.make_model("mixtral")
+    report = json.loads(json.dumps(prune_model(model, config, WINDOWS).to_dict()))
+    assert report["config"]["pruned_modules"] == dict.fromkeys(packed(model), "2:4")
+    assert report["summary"]["layers_pruned"] == len(report["layers"]) == 8
+    assert report["calibration"]["windows"] == 8
+    assert report["versions"]["torch"] == torch.__version__
+    assert any("experts" in layer["name"] for layer in report["left_dense"])
+    stages = report["measurements"]["stages"]
+    assert {"forward", "statistics", "mask", "update", "pack", "report"} <= set(stages)
+    assert sum(stage["seconds"] for stage in stages.values()) <= report["measurements"]["seconds"]
+
+
+def test_the_batch_size_changes_nothing_but_rounding():
+    masks = []
+    for batch_size in (1, 3, 8):
+        model = tiny.make_model("llama")
+        prune_model(model, EGGSConfig("2:4", preset="ria", batch_size=batch_size), WINDOWS)
+        masks.append(torch.cat([layer.mask().flatten() for layer in packed(model).values()]))
+    assert all((mask == masks[0]).float().mean() > 0.999 for mask in masks)
+
+
+def test_dense_layers_are_let_go(config):
+    import gc
+    import weakref
+
+    model = tiny.make_model("llama")
+    dense = [weakref.ref(layer) for layer in model.modules() if type(layer) is torch.nn.Linear]
+    prune_model(model, config, WINDOWS)
+    gc.collect()
+    assert sum(layer() is not None for layer in dense) == 1  # the head
+
+
+def test_mode_and_cache_are_put_back(config):
+    model = tiny.make_model("llama").train()
+    prune_model(model, config, WINDOWS)
+    assert model.training
+    assert model.config.use_cache is True
+
+
+def test_layers_that_the_text_does_not_reach_are_left_dense_and_named(config, caplog):
+    model = tiny.make_model("llama")
+    model.model.layers[0].mlp.spare = torch.nn.Linear(32, 32)
+    report = prune_model(model, config, WINDOWS)
+    assert type(model.model.layers[0].mlp.spare) is torch.nn.Linear
+    left = {layer.name: layer.reason for layer in report.left_dense}
+    assert "not reached by the calibration text" in left["model.layers.0.mlp.spare"]
+    assert "model.layers.0.mlp.spare" not in report.config["pruned_modules"]
+    assert "left dense" in caplog.text
+
+
+def test_activations_that_are_not_finite_name_the_layer(config):
+    model = tiny.make_model("llama")
+    model.model.layers[1].input_layernorm.weight.data[3] = float("inf")
+    with pytest.raises(NumericalError, match=r"model.layers.1.self_attn.q_proj: its calibration inputs hold NaN"):
+        prune_model(model, config, WINDOWS)
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (torch.full((2, 8), 999), r"run from 999 to 999, and the model's vocabulary has 256; use the model's own"),
+        (torch.full((2, 8), -1), r"run from -1 to -1"),
+        (torch.zeros(1, 200, dtype=torch.int64), r"seq_len=200 is more than the model's context of 128 tokens"),
+        (torch.zeros(0, 8, dtype=torch.int64), r"must be \(windows, tokens\)"),
+    ],
+)
+def test_windows_that_do_not_fit_the_model_leave_it_untouched(windows, message, config):
+    model = tiny.make_model("llama")
+    with pytest.raises(CalibrationError, match=message):
+        prune_model(model, config, windows)
+    assert not packed(model)

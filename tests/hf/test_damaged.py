@@ -1,0 +1,86 @@
+"""What `from_pretrained` does with a damaged packed checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from optimum_eggs.errors import CheckpointError, ConfigError
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def folder(packed_folder, tmp_path):
+    return shutil.copytree(packed_folder, tmp_path / "copy")
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+def shorten_meta(tensors):
+    tensors[f"{LAYER}.weight_meta"] = tensors[f"{LAYER}.weight_meta"][:, :-1].contiguous()
+
+
+def keep_one_more(tensors):
+    tensors[f"{LAYER}.weight_meta"][3, 0] |= 0xF
+
+
+def drop_meta(tensors):
+    del tensors[f"{LAYER}.weight_meta"]
+
+
+def spoil_value(tensors):
+    tensors[f"{LAYER}.weight"][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, r"model.safetensors: is truncated or no safetensors file"),
+        (lambda f: change_tensors(f, shorten_meta), rf"{LAYER}: weight_meta has shape \(64, 3\); with weight"),
+        (lambda f: change_tensors(f, keep_one_more), rf"{LAYER}: weight_meta keeps 4 of 4 in row 3, group 0"),
+        (lambda f: change_tensors(f, drop_meta), rf"{LAYER}: config.json lists it as pruned, and its weight_meta is"),
+        (lambda f: change_tensors(f, spoil_value), rf"{LAYER}: weight holds NaN or infinite values"),
+        (lambda f: change_config(f, lambda c: c.update(pruned_modules={})), "pruned_modules is missing or empty"),
+        (lambda f: change_config(f, lambda c: c["pruned_modules"].update({LAYER: "1:4"})), rf"{LAYER}: .* it must be"),
+        (lambda f: change_config(f, lambda c: c["pruned_modules"].update(x="2:4")), "x: config.json lists it as pruned"),
+    ],
+    ids=["truncated", "meta length", "meta popcount", "meta missing", "nan", "no list", "other pattern", "other layer"],
+)
+def test_damage_is_named(folder, change, message):
+    change(folder)
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, r"format_version=99 is unknown to this release, which reads version 1; upgrade"),
+        ({"m": 5}, r"pattern 2:5: m=5 is not a supported group size"),
+        ({"surprise": 1}, r"surprise=1: EGGSConfig has no such key"),
+    ],
+)
+def test_a_configuration_that_is_not_ours_is_named(folder, change, message):
+    change_config(folder, lambda config: config.update(change))
+    with pytest.raises(ConfigError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
+from optimum_eggs.errors import CalibrationError, ModelError
+
+
+def packed(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
+
+
+def config(**changes):
+    return EGGSConfig("2:4", **({"num_samples": 8, "seq_len": 16, "band": 8, "seed": 5} | changes))
+
+
+def test_it_gives_the_weights_that_the_pruner_gives(dense_folder, text_file):
+    model = AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config(calibration=str(text_file)))
+    pruner = EGGSPruner.from_pretrained(dense_folder)
+    pruner.prune(config(), calibration=text_file)
+    ours, theirs = packed(pruner.model), packed(model)
+    assert ours.keys() == theirs.keys()
+    for name, layer in ours.items():
+        assert torch.equal(layer.weight, theirs[name].weight)
+        assert torch.equal(layer.weight_meta, theirs[name].weight_meta)
+    assert model.hf_quantizer.report.calibration == pruner.report.calibration
+
+
+def test_another_seed_gives_other_windows(dense_folder, text_file):
+    digests = set()
+    for seed in (0, 1):
+        pruner = EGGSPruner.from_pretrained(dense_folder)
+        digests.add(pruner.prune(config(seed=seed), calibration=text_file).calibration["sha256"])
+    assert len(digests) == 2
+
+
+def test_it_saves_and_loads(dense_folder, text_file, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config(calibration=str(text_file)))
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(4, 16)[None]
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert again.config.quantization_config.calibration == "text.txt"
+
+
+def test_texts_and_a_tokenizer_may_be_given(dense_folder, text_file, tokenizer):
+    texts = [text_file.read_text()]
+    given = config(calibration=texts, tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=given)
+    assert len(packed(model)) == 14
+    assert model.config.quantization_config.calibration is None
+
+
+def test_token_ids_need_no_tokenizer(dense_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    model.save_pretrained(tmp_path / "bare")
+    ids = torch.randint(4, 256, (8, 16))
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "bare", quantization_config=config(calibration=ids))
+    assert len(packed(pruned)) == 14
+
+
+def test_without_calibration_it_says_what_is_missing(dense_folder):
+    with pytest.raises(CalibrationError, match="calibration=None: pass a text file"):
+        AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config())
+
+
+def test_offloading_to_disk_is_refused(dense_folder, text_file, tmp_path):
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(ModelError, match="what is not in memory cannot be pruned on load"):
+        AutoModelForCausalLM.from_pretrained(
+            dense_folder,
+            quantization_config=config(calibration=str(text_file)),
+            device_map=places,
+            offload_folder=tmp_path,
+        )

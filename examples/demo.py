@@ -39,18 +39,19 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=32, help="calibration windows of 512 tokens")
     args = parser.parse_args()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     dense, packed = args.output / "dense", args.output / "packed"
 
-    print("1. The dense model, as an ordinary bfloat16 checkpoint")
+    print("1. The dense model, as an ordinary bfloat16 checkpoint", flush=True)
     model_file = smollm2()
     load_model(model_file, dtype="bfloat16").save_pretrained(dense)
     load_tokenizer(model_file).save_pretrained(dense)
 
-    print(f"2. Prune it to 2:4 on {args.num_samples} x 512 tokens of text (float32 mathematics)")
+    print(f"2. Prune it to 2:4 on {args.num_samples} x 512 tokens of text; a few minutes", flush=True)
     pruner = EGGSPruner.from_pretrained(dense, dtype="float32")
     config = EGGSConfig("2:4", preset="fast", num_samples=args.num_samples, seq_len=512)
-    print(f"   {pruner.prune(config, calibration=DATA / 'calibration.txt')}")
+    print(f"   {pruner.prune(config, calibration=DATA / 'calibration.txt')}", flush=True)
     pruner.save_pretrained(packed, dtype="bfloat16", overwrite=True)
     del pruner
 

@@ -131,7 +131,7 @@ def test_of_several_lists_the_one_that_text_runs_through_is_taken():
 def test_an_ambiguous_model_is_refused():
     with pytest.raises(ModelError, match=r"text runs through \['text', 'vision'\]"):
         find_block_list(TwoLists(["text", "vision"]))
-    with pytest.raises(ModelError, match="it has no nn.ModuleList with linear layers inside"):
+    with pytest.raises(ModelError, match=r"it has no nn.ModuleList with linear layers inside"):
         find_block_list(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ConfigError, match="block_list='embed' is no list of blocks of this model; found"):
         find_block_list(TwoLists(["text"]), "embed")

@@ -1,0 +1,245 @@
+"""The command line, through real subprocesses."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from optimum_eggs.cli.main import main
+from optimum_eggs.inspection import inspect_checkpoint
+
+OPTIMUM_CLI = Path(sys.executable).with_name("optimum-cli")
+SMALL = ["--num-samples", "8", "--seq-len", "16", "--band", "8"]
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def within(*arguments, code=0):
+    """The same as `eggs`, within this process: a start of Python costs seconds, and errors are many."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            returned = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            returned = exit.code
+    done = Done(returned, out.getvalue(), err.getvalue())
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def eggs(*arguments, entry="module", code=0):
+    """Run the command in a process of its own."""
+    start = [str(OPTIMUM_CLI), "eggs"] if entry == "optimum-cli" else [sys.executable, "-m", "optimum_eggs"]
+    done = subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize("entry", ["module", "optimum-cli"])
+def test_prune_prints_one_json_object_and_nothing_else(entry, dense_folder, text_file, tmp_path):
+    done = eggs("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL, "--json", entry=entry)
+    report = json.loads(done.stdout)
+    assert report["summary"]["layers_pruned"] == 14
+    assert report["config"]["preset"] is None  # band 8 is not the preset's
+    assert done.stderr == ""
+    assert inspect_checkpoint(tmp_path / "out").ok
+
+
+def test_the_whole_road(dense_folder, text_file, tmp_path):
+    packed, dense = tmp_path / "packed", tmp_path / "dense"
+    printed = eggs("prune", dense_folder, packed, "--calibration", text_file, *SMALL, "--save-dtype", "bfloat16").stdout
+    assert "14 layers pruned to 2:4" in printed
+    assert "lm_head" in printed
+
+    printed = eggs("inspect", packed).stdout
+    assert "model.layers.1.mlp.down_proj" in printed
+    assert "14 packed layers" in printed
+    assert "no violation" in printed
+    found = json.loads(eggs("inspect", packed, "--json").stdout)
+    assert found["ok"] is True
+    report = json.loads((packed / "report.json").read_text())
+    masks = {layer["name"]: layer["certificate"]["floors"] for layer in report["layers"]}
+    assert {layer["name"]: layer["certificate"]["floors"] for layer in found["layers"]} == masks
+
+    assert "14 layers made dense" in eggs("export", packed, dense, "--format", "dense").stdout
+    code = (
+        f"import sys, transformers; m = transformers.AutoModelForCausalLM.from_pretrained({str(dense)!r}); "
+        "assert 'optimum_eggs' not in sys.modules; print(float((m.model.layers[0].mlp.up_proj.weight == 0).sum()))"
+    )
+    zeros = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(zeros.stdout) >= 32 * 64 / 2
+
+    options = ["--text", text_file, "--seq-len", "16", "--num-windows", "4"]
+    both = json.loads(eggs("evaluate", packed, "--against", dense, *options, "--json").stdout)
+    assert both["model"]["perplexity"] == both["against"]["perplexity"]
+    assert both["ratio"]["pruned_layer_bytes"] == 9 / 16
+    assert both["model"]["perplexity"]["tokens"] == 4 * 15
+    printed = eggs("evaluate", packed, "--against", dense, *options).stdout
+    assert "perplexity" in printed
+    assert "parameters kept" in printed
+
+
+def test_perplexity_agrees_with_an_independent_sum(packed_folder, text_file, tokenizer):
+    done = eggs("evaluate", packed_folder, "--text", text_file, "--seq-len", "16", "--num-windows", "3", "--json")
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    ids = tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
+    total = 0.0
+    for start in (0, 16, 32):
+        window = torch.tensor([ids[start : start + 16]])
+        with torch.no_grad():
+            total += 15 * float(model(window, labels=window).loss)
+    expected = torch.tensor(total / 45).exp().item()
+    assert json.loads(done.stdout)["model"]["perplexity"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_sources_are_mixed(dense_folder, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    sources = ["--calibration", f"{text_file}=3", "--calibration", other]
+    report = json.loads(within("prune", dense_folder, tmp_path / "out", *sources, *SMALL, "--json").stdout)
+    assert report["calibration"]["source"] == {"text.txt": 3.0, "other.txt": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--pattern", "4:2"], "pattern 4:2: n=4 is the number kept"),
+        (["--pattern", "0:4"], "pattern 0:4: n=0"),
+        (["--pattern", "2:5"], "pattern 2:5: m=5 is not a supported group size"),
+        (["--pattern", "two:four"], "pattern='two:four' is not of the form"),
+        (["--num-samples", "100000"], "tokens, and num_samples=100000 windows of seq_len=16 need 1600000"),
+        (["--ignore", "downproj"], "ignore: the pattern 'downproj' matches no linear layer"),
+        (["--preset", "best-ever"], "invalid choice: 'best-ever'"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--seed", "-1"], "seed=-1 must be an integer of at least 0"),
+    ],
+)
+def test_wrong_options_exit_with_2_and_leave_nothing(changes, message, dense_folder, text_file, tmp_path):
+    done = within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL, *changes, code=2)
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_or_a_text_that_is_not_there(dense_folder, text_file, tmp_path):
+    missing = tmp_path / "missing" / "model"
+    done = within("prune", missing, tmp_path / "out", "--calibration", text_file, code=2)
+    assert f"{missing}: there is no such" in done.stderr
+    done = within("prune", dense_folder, tmp_path / "out", "--calibration", tmp_path / "no.txt", code=2)
+    assert "there is no such file" in done.stderr
+    (tmp_path / "empty.txt").write_text("")
+    done = within("prune", dense_folder, tmp_path / "out", "--calibration", tmp_path / "empty.txt", *SMALL, code=2)
+    assert "the text has 0 tokens" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_not_empty(dense_folder, packed_folder, text_file, tmp_path):
+    out = shutil.copytree(packed_folder, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    options = ["--calibration", text_file, *SMALL, "--pattern", "1:4"]
+    done = within("prune", dense_folder, out, *options, code=2)
+    assert "exists and is not empty; name another folder, or pass --overwrite" in done.stderr
+    assert (out / "model.safetensors").read_bytes() == before
+    within("prune", dense_folder, out, *options, "--overwrite")
+    assert inspect_checkpoint(out).config["n"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_packed_model_is_not_pruned_again_and_a_dense_one_not_exported(
+    dense_folder, packed_folder, text_file, tmp_path
+):
+    done = within("prune", packed_folder, tmp_path / "out", "--calibration", text_file, *SMALL, code=2)
+    assert "is packed already" in done.stderr
+    done = within("export", dense_folder, tmp_path / "out", code=2)
+    assert "has no packed layers" in done.stderr
+    done = within("inspect", dense_folder, code=2)
+    assert "this model is not packed" in done.stderr
+
+
+def damage(folder, change):
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "where", "rule"),
+    [
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+            "model.safetensors",
+            "file",
+        ),
+        (
+            lambda f: damage(f, lambda t: t.update({f"{UP}.weight_meta": t[f"{UP}.weight_meta"][:-1].clone()})),
+            UP,
+            "weight_meta length",
+        ),
+        (lambda f: damage(f, lambda t: t[f"{UP}.weight_meta"][0, 0].fill_(0xFF)), UP, "pattern"),
+        (lambda f: set_config(f, format_version=2), "config.json", "config"),
+        (lambda f: damage(f, lambda t: t.pop(f"{UP}.weight_meta")), UP, "missing tensor"),
+        (lambda f: set_config(f, min_degree=8), "model.layers.0.self_attn.q_proj", "floor"),
+        (lambda f: damage(f, lambda t: t[f"{UP}.weight"][0, 0].fill_(float("inf"))), UP, "values"),
+    ],
+    ids=["truncated", "meta length", "popcount", "version", "missing", "floor", "inf"],
+)
+def test_inspect_names_each_corruption(corrupt, where, rule, packed_folder, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "copy")
+    corrupt(folder)
+    done = within("inspect", folder, "--json", code=2)
+    found = json.loads(done.stdout)
+    assert found["ok"] is False
+    assert (where, rule) in [(violation["where"], violation["rule"]) for violation in found["violations"]]
+    assert f"error: {where}: {rule}: " in done.stderr
+
+
+def test_an_error_ends_a_process_with_2_and_without_a_traceback(dense_folder, text_file, tmp_path):
+    options = ["prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL, "--pattern", "4:2"]
+    for entry in ("module", "optimum-cli"):
+        done = eggs(*options, entry=entry, code=2)
+        assert done.stderr.startswith("error: pattern 4:2: n=4 is the number kept of every m=2")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_lists_the_subcommands():
+    for entry in ("module", "optimum-cli"):
+        assert "{prune,evaluate,inspect,export}" in eggs("--help", entry=entry).stdout
+
+
+def test_an_interrupt_ends_with_130(monkeypatch, capsys):
+    from optimum_eggs.cli import main as command
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.inspect, "run", interrupted)
+    assert command.main(["inspect", "anything"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"

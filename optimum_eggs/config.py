@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ class EGGSConfig(QuantizationConfigMixin):
 
     def _matching_preset(self, asked: str | None) -> str | None:
         """The preset that stands for the values held, `asked` first."""
-        names = [asked] if asked is not None else list(PRESETS)
+        names = list(PRESETS) if asked is None else [asked, *PRESETS]
         values = {field: getattr(self, field) for field in _METHOD_FIELDS}
         for name in names:
             base = preset(name)
@@ -274,9 +274,11 @@ def _one_of(name: str, value: Any, allowed: Sequence[str] | Mapping[str, Any]) -
 def _names(name: str, value: Any) -> list[str] | None:
     if value is None:
         return None
-    if isinstance(value, str) or not all(isinstance(item, str) and item for item in value):
+    listed = isinstance(value, Iterable) and not isinstance(value, str)
+    items = list(value) if listed else []
+    if not listed or not all(isinstance(item, str) and item for item in items):
         raise ConfigError(f"{name}={value!r} must be a list of name patterns; write for example {name}=['down_proj']")
-    return list(value)
+    return items
 
 
 def _pruned_modules(value: Any) -> dict[str, str] | None:
@@ -290,6 +292,8 @@ def _pruned_modules(value: Any) -> dict[str, str] | None:
 def _calibration_names(source: Any) -> str | dict[str, float] | None:
     if isinstance(source, str | Path):
         return str(source)
-    if isinstance(source, Mapping) and all(isinstance(name, str | Path) for name in source):
+    if isinstance(source, Mapping) and all(
+        isinstance(name, str | Path) and isinstance(share, int | float) for name, share in source.items()
+    ):
         return {str(name): float(share) for name, share in source.items()}
     return None

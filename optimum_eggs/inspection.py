@@ -19,7 +19,7 @@ from .packing.checkpoint import (
     pruned_patterns,
     read_config,
     read_headers,
-    stored_name,
+    stored_names,
     tensor_problems,
     weight_files,
 )
@@ -81,9 +81,13 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None) -> Insp
     try:
         found.config = read_config(folder)
         patterns = pruned_patterns(found.config)
-        files = weight_files(folder)
     except CheckpointError as error:
         found.violations.append(Violation("config.json", "config", str(error)))
+        return found
+    try:
+        files = weight_files(folder)
+    except CheckpointError as error:
+        found.violations.append(Violation("weights", "file", str(error)))
         return found
     entries: dict[str, TensorEntry] = {}
     for file in files:
@@ -93,7 +97,8 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None) -> Insp
             found.violations.append(Violation(file.name, "file", str(error)))
     if found.violations:
         return found
-    listed = {stored_name(entries, name): (name, pattern) for name, pattern in patterns.items()}
+    keys = stored_names(entries, patterns)
+    listed = {keys[name]: (name, pattern) for name, pattern in patterns.items()}
     for key in entries:
         if key.endswith(".weight_meta") and key.removesuffix(".weight_meta") not in listed:
             where = key.removesuffix(".weight_meta")

@@ -54,7 +54,7 @@ class NMPattern:
         """
         if isinstance(text, NMPattern):
             return text
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"\s*(\d{1,4})\s*:\s*(\d{1,4})\s*", text) if isinstance(text, str) else None
         if match is None:
             raise ConfigError(f"pattern={text!r} is not of the form 'n:m' (n kept of every m); write for example '2:4'")
         return cls(int(match[1]), int(match[2]))

@@ -26,6 +26,6 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: no preset has that name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"preset={name!r} is unknown; use one of {list(PRESETS)}")
     return dict(PRESETS[name])

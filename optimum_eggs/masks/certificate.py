@@ -107,7 +107,7 @@ def second_singular_value(adjacency: Tensor, tolerance: float = 1e-4) -> float:
     by Lanczos iteration (`scipy.sparse.linalg.eigsh`) to a relative `tolerance`. Nodes without edges are left out.
     Returns 0 for a graph with one node on a side.
     """
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
     adjacency = adjacency[adjacency.sum(1) > 0][:, adjacency.sum(0) > 0]
     if adjacency.shape[0] > adjacency.shape[1]:
@@ -136,6 +136,6 @@ def second_singular_value(adjacency: Tensor, tolerance: float = 1e-4) -> float:
     operator = LinearOperator((rows, rows), matvec=multiply, dtype=np.float64)
     try:
         value = float(eigsh(operator, k=1, which="LA", v0=start, tol=2 * tolerance, return_eigenvectors=False)[0])
-    except ArpackNoConvergence:
+    except ArpackError:  # no convergence, or nothing is left once the first pair is out
         value = all_values()
     return math.sqrt(max(value, 0.0))

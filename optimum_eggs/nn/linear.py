@@ -133,7 +133,8 @@ class NMLinear(nn.Linear):
             return linear
         from transformers.pytorch_utils import Conv1D
 
-        conv = Conv1D(self.out_features, self.in_features)
+        with torch.device("meta"):  # its own initialisation would draw random numbers
+            conv = Conv1D(self.out_features, self.in_features)
         conv.weight = nn.Parameter(linear.weight.t().contiguous())
         bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(self.out_features)
         conv.bias = nn.Parameter(bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,10 @@ def weight_files(folder: str | Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted({Path(name).name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index}: is not a safetensors index ({error}); {_PRUNE_AGAIN}") from error
-        files = [folder / Path(name).name for name in names]
+        files = [folder / name for name in names]
     else:
         files = [folder / WEIGHTS_NAME]
     for file in files:
@@ -119,23 +119,32 @@ def check_files(files: Sequence[str | Path], pruned: Mapping[str, str]) -> None:
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         raise CheckpointError(f"{list(map(str, files))}: a packed checkpoint is of safetensors files only")
     entries = read_headers(files)
+    keys = stored_names(entries, pruned)
     for name, pattern in pruned.items():
-        for _, problem in header_problems(stored_name(entries, name), NMPattern.parse(pattern), entries):
+        for _, problem in header_problems(keys[name], NMPattern.parse(pattern), entries):
             raise CheckpointError(f"{name}: {problem}; {_PRUNE_AGAIN}")
 
 
-def stored_name(entries: Mapping[str, TensorEntry], name: str) -> str:
-    """The name that a file has for the layer `name`.
+def stored_names(entries: Mapping[str, TensorEntry], names: Iterable[str]) -> dict[str, str]:
+    """The names that the files have for layers: layer -> name in the files, the layer's own where there is none.
 
-    It may differ in its first parts (a base model's prefix), but never in the number of the block or what follows.
+    They may differ in their first parts (a base model's prefix), but never in the number of the block or what follows;
+    and a tensor that is another layer's under its own name is never taken.
     """
+    names = list(names)
+    packed = {key.removesuffix(".weight_meta") for key in entries if key.endswith(".weight_meta")}
+    free = packed - set(names)
+    return {name: name if name in packed else _renamed(name, free) for name in names}
+
+
+def _renamed(name: str, free: set[str]) -> str:
     parts = name.split(".")
     block = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
     for start in range(block):
-        end = f"{'.'.join(parts[start:])}.weight_meta"
-        found = [key for key in entries if key == end or key.endswith(f".{end}")]
+        end = ".".join(parts[start:])
+        found = [key for key in free if key == end or key.endswith(f".{end}")]
         if len(found) == 1:
-            return found[0].removesuffix(".weight_meta")
+            return found[0]
     return name
 
 

@@ -18,7 +18,7 @@ def pack(weight: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor, Tens
     `weight`, and meta (out, ⌈in/8⌉), uint8.
 
     Raises:
-        ShapeError: the shapes differ, in is not a multiple of m, or a group does not keep exactly n.
+        ShapeError: the shapes differ, the mask is not boolean, in is not a multiple of m, or a group does not keep exactly n.
 
     >>> values, meta = pack(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[True, False, False, True]]), NMPattern(2, 4))
     >>> values, meta
@@ -26,6 +26,8 @@ def pack(weight: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor, Tens
     """
     if weight.dim() != 2 or weight.shape != mask.shape:
         raise ShapeError(f"weight {tuple(weight.shape)} and mask {tuple(mask.shape)} must both be (out, in)")
+    if mask.dtype != torch.bool:
+        raise ShapeError(f"mask has dtype {mask.dtype}; it must be torch.bool")
     width = packed_width(weight.shape[1], pattern)
     kept = mask.unflatten(1, (-1, pattern.m)).sum(-1)
     if not bool((kept == pattern.n).all()):

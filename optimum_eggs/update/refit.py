@@ -36,25 +36,30 @@ def masked_refit(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.
     solution = weight * mask
     diagonal = gram.diagonal()
     shift = damping * diagonal.mean()
-    if not bool(shift > 0):
+    if not bool(diagonal.any()):
         return solution
     damped = gram.clone()
     damped.diagonal().add_(shift)
-    scale = damped.diagonal()
+    kind = torch.finfo(weight.dtype)
+    scale = damped.diagonal().clamp_min(kind.tiny)  # a dead input, without damping
 
-    tiny = torch.finfo(weight.dtype).tiny
     residual = ((weight - solution) @ damped).mul_(mask)
     direction = residual / scale
     energy = (residual * direction).sum(1, keepdim=True)
+    solved = energy * kind.eps**2
     for _ in range(steps):
         curved = (direction @ damped).mul_(mask)
-        # A row that is solved has energy 0 and stays where it is.
-        step = energy / (direction * curved).sum(1, keepdim=True).clamp_min(tiny)
+        curvature = (direction * curved).sum(1, keepdim=True)
+        # A row stays where it is once its residual is rounding, or where its curvature is: along directions that few
+        # tokens have seen, a small damping is lost in the sum, and a step would go anywhere.
+        rounding = kind.eps * (direction.square() * scale).sum(1, keepdim=True)
+        goes_on = (energy > solved) & (curvature > rounding)
+        step = torch.where(goes_on, energy / curvature, 0)
         solution.addcmul_(step, direction)
         residual.addcmul_(step, curved, value=-1)
         towards = residual / scale
         fresh = (residual * towards).sum(1, keepdim=True)
-        direction.mul_(fresh / energy.clamp_min(tiny)).add_(towards)
+        direction.mul_(torch.where(goes_on, fresh / energy, 0)).add_(towards)
         energy = fresh
     return solution
 
@@ -67,4 +72,5 @@ def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
     difference = weight - pruned
     lost = ((difference @ gram) * difference).sum(dtype=torch.float64)
     whole = ((weight @ gram) * weight).sum(dtype=torch.float64)
-    return float(lost / whole) if bool(whole > 0) else float(lost)
+    # A sum of squares that is nearly zero may round below it.
+    return max(0.0, float(lost / whole) if bool(whole > 0) else float(lost))

@@ -62,7 +62,10 @@ def spoil_value(tensors):
         (lambda f: change_tensors(f, spoil_value), rf"{LAYER}: weight holds NaN or infinite values"),
         (lambda f: change_config(f, lambda c: c.update(pruned_modules={})), "pruned_modules is missing or empty"),
         (lambda f: change_config(f, lambda c: c["pruned_modules"].update({LAYER: "1:4"})), rf"{LAYER}: .* it must be"),
-        (lambda f: change_config(f, lambda c: c["pruned_modules"].update(x="2:4")), "x: config.json lists it as pruned"),
+        (
+            lambda f: change_config(f, lambda c: c["pruned_modules"].update(x="2:4")),
+            "x: config.json lists it as pruned",
+        ),
     ],
     ids=["truncated", "meta length", "meta popcount", "meta missing", "nan", "no list", "other pattern", "other layer"],
 )

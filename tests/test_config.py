@@ -1,0 +1,220 @@
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import PATTERNS, checked
+
+from optimum_eggs.config import SELECTIONS, UPDATES, EGGSConfig
+from optimum_eggs.errors import ConfigError
+from optimum_eggs.importance import IMPORTANCE
+from optimum_eggs.pattern import NMPattern
+from optimum_eggs.presets import PRESETS
+
+
+def through_json(config: EGGSConfig) -> EGGSConfig:
+    return EGGSConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"min_degre": 1}, r"min_degre=1: EGGSConfig has no such key; did you mean 'min_degree'\?"),
+        ({"zzzz": 1}, r"zzzz=1: EGGSConfig has no such key; the keys are \['pattern', 'n', 'm', .*\]"),
+        ({"quant_method": "gptq"}, r"quant_method='gptq' is not this package's; it must be 'eggs'"),
+        ({"format_version": 2}, r"format_version=2 is unknown .* reads version 1; upgrade optimum-eggs, or prune"),
+        ({"pattern": "4:2"}, r"pattern 4:2: n=4 is the number kept"),
+        ({"pattern": "0:4"}, r"pattern 0:4: n=0 is the number kept"),
+        ({"pattern": "2:5"}, r"pattern 2:5: m=5 is not a supported group size"),
+        ({"pattern": "two:four"}, r"pattern='two:four' is not of the form"),
+        ({"n": 2}, r"n=2, m=None: both are needed; write n=2, m=4 or pattern='2:4'"),
+        ({"m": 4}, r"n=None, m=4: both are needed"),
+        ({"pattern": "1:4", "n": 2, "m": 4}, r"pattern='1:4' contradicts n=2, m=4; pass one of the two"),
+        ({"preset": "slow"}, r"preset='slow' is unknown; use one of \['fast', 'paper', 'ria', 'wanda', 'magnitude'\]"),
+        ({"preset": ["fast"]}, r"preset=\['fast'\] is unknown"),
+        ({"importance": "size"}, r"importance='size' is unknown; use one of \['magnitude', 'wanda', 'ria'\]"),
+        ({"selection": "best"}, r"selection='best' is unknown; use one of \['optimal', 'diagonal', 'none'\]"),
+        ({"weight_update": "sgd"}, r"weight_update='sgd' is unknown; use one of \['refit', 'none'\]"),
+        ({"sampling": ["random"]}, r"sampling=\['random'\] is unknown; use one of \['random', 'sequential'\]"),
+        ({"exponent": -0.5}, r"exponent=-0.5 must be a finite number of at least 0"),
+        ({"exponent": float("nan")}, r"exponent=nan must be a finite number"),
+        ({"damping": float("inf")}, r"damping=inf must be a finite number"),
+        ({"damping": "0.1"}, r"damping='0.1' must be a finite number"),
+        ({"damping": True}, r"damping=True must be a finite number"),
+        ({"selection": "none", "min_degree": 1}, r"min_degree=1 with selection='none': nothing would keep that floor"),
+        ({"min_degree": -1}, r"min_degree=-1 must be an integer of at least 0"),
+        (
+            {"selection": "diagonal", "min_degree": 3},
+            r"min_degree=3 with selection='diagonal' at 2:4: .* use 2 or less",
+        ),
+        (
+            {"selection": "diagonal", "band": 8},
+            r"band=8 with selection='diagonal': diagonals live in tiles of m=4 rows",
+        ),
+        ({"band": 0, "min_degree": 0}, r"band=0 must be an integer of at least 1"),
+        ({"band": 3, "min_degree": 2}, r"band=3 with min_degree=2 at 2:4: 3 rows keep 6 .* takes 8; use a band of 4"),
+        ({"refit_steps": 0}, r"refit_steps=0 must be an integer of at least 1"),
+        ({"refit_steps": 1.5}, r"refit_steps=1.5 must be an integer"),
+        ({"num_samples": 0}, r"num_samples=0 must be an integer of at least 1"),
+        ({"seq_len": 1}, r"seq_len=1 must be an integer of at least 2"),
+        ({"seed": -1}, r"seed=-1 must be an integer of at least 0"),
+        ({"batch_size": False}, r"batch_size=False must be an integer of at least 1"),
+        ({"split": ""}, r"split='' must be a text that is not empty, or None"),
+        ({"text_column": 3}, r"text_column=3 must be a text"),
+        ({"block_list": ""}, r"block_list='' must be a text"),
+        (
+            {"targets": "down_proj"},
+            r"targets='down_proj' must be a list of name patterns; write .* targets=\['down_proj'\]",
+        ),
+        ({"targets": 5}, r"targets=5 must be a list of name patterns"),
+        ({"ignore": ["lm_head", ""]}, r"ignore=\['lm_head', ''\] must be a list of name patterns"),
+        ({"pruned_modules": ["a"]}, r"pruned_modules=\['a'\] must map the names of layers to patterns such as '2:4'"),
+        ({"pruned_modules": {"a": "2:5"}}, r"pattern 2:5: m=5 is not a supported group size"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_reason(values, message):
+    with pytest.raises(ConfigError, match=message):
+        EGGSConfig(**values)
+
+
+def test_the_defaults_are_the_fast_preset_at_two_of_four():
+    config = EGGSConfig()
+    assert (config.preset, config.pattern, config.importance) == ("fast", NMPattern(2, 4), "ria")
+    assert (config.selection, config.min_degree, config.band, config.weight_update) == ("optimal", 1, 16, "refit")
+    assert config == EGGSConfig("2:4", preset="fast") == EGGSConfig(n=2, m=4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_what_it_stands_for(name):
+    config = EGGSConfig(preset=name)
+    assert {field: getattr(config, field) for field in PRESETS[name]} == PRESETS[name]
+    assert config.preset == name
+
+
+def test_what_is_passed_besides_a_preset_wins():
+    config = EGGSConfig(preset="paper", importance="wanda")
+    assert (config.importance, config.selection, config.preset) == ("wanda", "diagonal", None)
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "6:8", "31:32"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name, pattern):
+    config = EGGSConfig(pattern, preset=name)
+    again = through_json(config)
+    assert again == config
+    assert (again.preset, str(again.pattern)) == (name, pattern)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_mix_of_methods_survives_json(name):
+    for importance, selection, update in itertools.product(IMPORTANCE, SELECTIONS, UPDATES):
+        config = EGGSConfig(preset=name, importance=importance, selection=selection, weight_update=update)
+        assert through_json(config) == config
+
+
+@checked
+@given(st.sampled_from(PATTERNS), st.integers(0, 40), st.integers(0, 2**40), st.floats(0, 10))
+def test_numbers_survive_json(legal, min_degree, seed, damping):
+    config = EGGSConfig(n=legal[0], m=legal[1], min_degree=min_degree, seed=seed, damping=damping)
+    again = through_json(config)
+    assert again == config
+    assert (again.pattern, again.min_degree, again.seed, again.damping) == (
+        NMPattern(*legal),
+        min_degree,
+        seed,
+        damping,
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "band"),
+    [
+        ({}, 16),
+        ({"min_degree": 2}, 16),
+        ({"min_degree": 3}, 24),  # a floor of 3 at 2:4 needs 6 rows
+        ({"pattern": "1:4"}, 16),
+        ({"pattern": "1:8"}, 32),
+        ({"pattern": "1:32"}, 128),
+        ({"pattern": "6:8"}, 16),
+        ({"min_degree": 0}, 16),
+        ({"pattern": "4:8", "selection": "diagonal"}, 8),
+        ({"band": 2}, 2),
+    ],
+)
+def test_the_default_band_is_sixteen_or_four_times_what_the_floor_needs(values, band):
+    assert EGGSConfig(**values).band == band
+
+
+@checked
+@given(st.sampled_from(PATTERNS), st.integers(1, 20))
+def test_the_default_band_can_hold_the_floor(legal, min_degree):
+    config = EGGSConfig(n=legal[0], m=legal[1], min_degree=min_degree)
+    assert config.band * config.n >= min_degree * config.m
+
+
+def test_a_floor_is_on_by_default_wherever_a_selection_keeps_it():
+    assert EGGSConfig(preset="ria", selection="optimal").min_degree == 1
+    assert EGGSConfig(preset="fast", selection="none").min_degree == 0
+
+
+def test_deepcopy_shares_data_and_tokenizer():
+    texts = (text for text in ["one", "two"])  # a generator can be neither copied nor pickled
+    tokenizer = object()
+    twin = copy.deepcopy(EGGSConfig(calibration=texts, tokenizer=tokenizer))
+    assert twin.calibration is texts
+    assert twin.tokenizer is tokenizer
+
+
+def test_deepcopy_copies_the_lists():
+    config = EGGSConfig(targets=["up"], pruned_modules={"a": "2:4"})
+    twin = copy.deepcopy(config)
+    twin.targets.append("down")
+    twin.ignore.append("down")
+    twin.pruned_modules["b"] = "2:4"
+    assert (config.targets, config.ignore, config.pruned_modules) == (["up"], ["lm_head"], {"a": "2:4"})
+
+
+def test_names_given_as_an_iterator_are_all_kept():
+    assert EGGSConfig(targets=iter(["up", "down"])).targets == ["up", "down"]
+
+
+@pytest.mark.parametrize(
+    ("source", "stored"),
+    [
+        ("wikitext2", "wikitext2"),
+        (Path("a") / "b.txt", str(Path("a") / "b.txt")),
+        ({"c4": 3, Path("b.txt"): 1}, {"c4": 3.0, "b.txt": 1.0}),
+        (["a text"], None),
+        ({"input_ids": [[1, 2], [3, 4]]}, None),
+    ],
+)
+def test_calibration_is_stored_only_where_it_names_its_sources(source, stored):
+    assert EGGSConfig(calibration=source).to_dict()["calibration"] == stored
+
+
+def test_the_tokenizer_is_not_stored():
+    assert "tokenizer" not in EGGSConfig(tokenizer=object()).to_dict()
+
+
+def test_changing_the_stored_form_leaves_the_configuration_alone():
+    config = EGGSConfig(pruned_modules={"a": "2:4"})
+    config.to_dict()["pruned_modules"]["a"] = "1:4"
+    assert config.pruned_modules == {"a": "2:4"}
+
+
+def test_pruned_modules_are_stored_as_plain_text():
+    given_names = {"a": NMPattern(2, 4), "b": " 6:8 "}
+    assert EGGSConfig(pruned_modules=given_names).to_dict()["pruned_modules"] == {"a": "2:4", "b": "6:8"}
+
+
+def test_the_stored_form_names_the_method_and_its_version():
+    stored = EGGSConfig().to_dict()
+    assert (stored["quant_method"], stored["format_version"]) == ("eggs", 1)
+
+
+def test_configurations_that_differ_are_not_equal():
+    assert EGGSConfig(seed=1) != EGGSConfig()
+    assert EGGSConfig() != EGGSConfig().to_dict()

@@ -18,7 +18,8 @@ def pack(weight: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor, Tens
     `weight`, and meta (out, ⌈in/8⌉), uint8.
 
     Raises:
-        ShapeError: the shapes differ, the mask is not boolean, in is not a multiple of m, or a group does not keep exactly n.
+        ShapeError: the shapes differ, the mask is not boolean, in is not a multiple of m, or a group does not keep
+            exactly n.
 
     >>> values, meta = pack(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[True, False, False, True]]), NMPattern(2, 4))
     >>> values, meta

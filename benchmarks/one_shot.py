@@ -1,9 +1,9 @@
 """The one-shot methods side by side: perplexity, error, degree floor, CPU seconds and memory.
 
 Every run is a process of its own, so that memory is its own. The dense model is judged in the same way. With
-`--repeat`, pruning with wanda and fast is timed that often, taking turns; CPU seconds are medians, with the range behind
-them. Memory growth is the peak while pruning over what was resident once the model was loaded, as a share of the dense
-model's bytes.
+`--repeat`, pruning with wanda and fast is timed that often, taking turns; CPU seconds are medians, with the range
+behind them. Memory growth is the peak while pruning over what was resident once the model was loaded, as a share of the
+dense model's bytes.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..calibration.windows import token_stream, windows_digest
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..hf.attach import packed_layers
 from ..hf.loading import load_model, load_tokenizer
+from ..packing.checkpoint import read_headers, weight_files
 from .perplexity import Perplexity, perplexity
 from .size import ModelSize, model_size
 
@@ -67,6 +69,9 @@ def evaluate_folder(folder: str, args: Any, names: list[str] | None = None, dige
     Raises:
         EGGSError: the model or the text cannot be used, or the digest differs.
     """
+    if not Path(folder).is_dir():
+        raise ModelError(f"{folder}: there is no such folder; save the model first, its files are measured too")
+    read_headers(weight_files(folder))
     tokenizer = load_tokenizer(folder)
     windows = evaluation_windows(args.text, tokenizer, args.seq_len, args.num_windows, args.split, args.text_column)
     if digest is not None and windows_digest(windows) != digest:

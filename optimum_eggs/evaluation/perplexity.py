@@ -30,8 +30,12 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1, progress:
     Logits are taken to float32. Memory: the logits of one batch, twice.
 
     Raises:
-        ModelError: the model gives no logits over its vocabulary, as an encoder without a head.
+        ModelError: the model predicts masked tokens, or gives no logits over its vocabulary.
     """
+    if type(model).__name__.endswith("ForMaskedLM"):
+        raise ModelError(
+            f"{type(model).__name__} predicts masked tokens, not next ones; perplexity needs a causal model"
+        )
     device = next(model.parameters()).device
     total = 0.0
     batches = windows.split(batch_size)

@@ -66,8 +66,9 @@ class EGGSHfQuantizer(HfQuantizer):
                 "are packed; prune the model again"
             )
         check_files(checkpoint_files or [], pruned)
+        modules = dict(model.named_modules())
         for name, pattern in pruned.items():
-            _swap_in(model, name, NMPattern.parse(pattern))
+            _swap_in(model, modules, name, NMPattern.parse(pattern))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
@@ -104,24 +105,23 @@ class EGGSHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained on a packed model."""
-        return True
+        """Not yet: an ordinary adapter would fill the zeros."""
+        return False
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The packed values themselves can be trained, the mask fixed."""
-        return True
+        """Not yet."""
+        return False
 
     @property
     def is_compileable(self) -> bool:
-        """Generation compiles nothing by itself."""
+        """Packed models are not compiled by `generate`."""
         return False
 
 
-def _swap_in(model: PreTrainedModel, listed: str, pattern: NMPattern) -> None:
+def _swap_in(model: PreTrainedModel, modules: dict[str, nn.Module], listed: str, pattern: NMPattern) -> None:
     """Replace the dense layer that config.json calls `listed` by an empty packed one."""
     prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
     # A base model is loaded from the checkpoint of a model with a head, or the other way round.
     name = next((n for n in (listed, listed.removeprefix(prefix), prefix + listed) if n in modules), None)
     if name is None:

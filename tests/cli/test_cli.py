@@ -148,6 +148,8 @@ def test_a_model_or_a_text_that_is_not_there(dense_folder, text_file, tmp_path):
     done = within("prune", dense_folder, tmp_path / "out", "--calibration", tmp_path / "empty.txt", *SMALL, code=2)
     assert "the text has 0 tokens" in done.stderr
     assert not (tmp_path / "out").exists()
+    done = within("evaluate", "some/id", "--text", text_file, code=2)
+    assert "some/id: there is no such folder" in done.stderr
 
 
 def test_an_output_folder_that_is_not_empty(dense_folder, packed_folder, text_file, tmp_path):

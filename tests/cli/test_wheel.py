@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+# The tests may run on an editable install, which would register the command a second time.
+WITHOUT_EDITABLE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+site = sys.argv.pop(1)
+sys.path[:] = [site, *(path for path in sys.path if "editable" not in path)]
+import optimum_eggs
+print("from", optimum_eggs.__file__, file=sys.stderr)
+from optimum.commands.optimum_cli import main
+main()
+"""
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,10 +36,11 @@ def test_the_command_works_from_a_wheel(tmp_path):
     assert (site / "optimum_eggs" / "py.typed").is_file()
     assert not list((site / "optimum").rglob("__init__.py"))  # one there would hide the rest of optimum
 
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    command = [str(Path(sys.executable).with_name("optimum-cli")), "eggs", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
-    assert "{prune,evaluate,inspect,export}" in done.stdout
-    code = "import optimum_eggs, optimum.commands.register as r; print(optimum_eggs.__file__, *r.__path__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.stdout.startswith(str(site))
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EDITABLE, str(site), "eggs", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert "{prune,evaluate,inspect,export}" in done.stdout, done.stderr
+    assert f"from {site}" in done.stderr

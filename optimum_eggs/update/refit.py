@@ -70,7 +70,7 @@ def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
     0 when the layer's output was zero and still is.
     """
     difference = weight - pruned
-    lost = ((difference @ gram) * difference).sum(dtype=torch.float64)
+    # A sum of squares that is nearly zero may round below it. NaN stays NaN.
+    lost = ((difference @ gram) * difference).sum(dtype=torch.float64).clamp_min(0)
     whole = ((weight @ gram) * weight).sum(dtype=torch.float64)
-    # A sum of squares that is nearly zero may round below it.
-    return max(0.0, float(lost / whole) if bool(whole > 0) else float(lost))
+    return float(lost / whole) if bool(whole > 0) else float(lost)

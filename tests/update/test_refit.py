@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -183,3 +184,10 @@ def test_shapes_that_do_not_fit_are_refused(mask, gram):
         ShapeError, match=r"do not belong together; they must be \(out, in\), \(out, in\) and \(in, in\)"
     ):
         masked_refit(torch.ones(6, COLUMNS), torch.ones(mask, dtype=torch.bool), torch.ones(gram))
+
+
+def test_the_relative_error_never_hides_a_nan():
+    weight = torch.ones(2, 4)
+    spoilt = weight.clone()
+    spoilt[0, 0] = float("nan")
+    assert math.isnan(relative_error(weight, spoilt, torch.eye(4)))

@@ -5,32 +5,28 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import validation as check
 from .errors import ConfigError
 from .importance import IMPORTANCE
 from .packing import FORMAT_VERSION
 from .pattern import NMPattern
-from .presets import PRESETS, preset
+from .presets import METHOD, PRESETS, preset
+from .update.descent import check_supports
 
 QUANT_METHOD = "eggs"
+SOLVERS = ("score", "admm", "sparsegpt")
 SELECTIONS = ("optimal", "diagonal", "none")
 UPDATES = ("refit", "none")
+TUNING_TARGETS = ("dense", "pruned")
+ALLOCATIONS = ("uniform", "error")
 SAMPLINGS = ("random", "sequential")
-_METHOD_FIELDS = (
-    "importance",
-    "exponent",
-    "selection",
-    "min_degree",
-    "band",
-    "weight_update",
-    "refit_steps",
-    "damping",
-)
+AUTO = "auto"
 
 
 class EGGSConfig(QuantizationConfigMixin):
@@ -38,18 +34,36 @@ class EGGSConfig(QuantizationConfigMixin):
 
     Args:
         pattern: `"n:m"`, n the number **kept** of every m inputs; or pass `n` and `m`. Default `"2:4"`.
-        preset: A name that stands for the values of the method: `"fast"` (the default), `"paper"`, `"ria"`, `"wanda"`,
-            `"magnitude"`. What is passed besides it wins. `None` once the values are not those of a preset.
-        importance: The score of a weight: `"ria"`, `"wanda"` or `"magnitude"`.
+        preset: A name that stands for the values of the method: `"fast"` (the default), `"best"`, `"paper"`, and the
+            baselines `"alps"`, `"sparsegpt"`, `"ria"`, `"wanda"`, `"magnitude"`. What is passed besides it wins. `None`
+            once the values are not those of a preset.
+        solver: How a layer's mask is found: `"score"` (by importance), `"admm"` (together with the values) or
+            `"sparsegpt"` (from left to right, with the published updates; knows no floor).
+        importance: The score of a weight: `"ria"`, `"wanda"` or `"magnitude"`. For `solver="score"`.
         exponent: RIA's power of the input's norm.
         selection: How the floor on the inputs' degrees is kept: `"optimal"` (the best mask there is under the floor),
             `"diagonal"` (whole wrapped diagonals of m x m tiles, as published) or `"none"`.
-        min_degree: The floor: outputs that every input keeps in every `band` rows. 0 without a floor.
+        min_degree: The floor: outputs that every input keeps in every `band` rows. 0 without a floor. `"auto"` chooses
+            floor and band for each layer: the strongest whose error is within `floor_tolerance` of having none.
         band: Rows over which the floor holds. Default: 16, or four times the rows that the floor needs at least if
             that is more; m for `"diagonal"`, which knows no other.
-        weight_update: What becomes of the weights that stay: `"refit"` (masked least squares) or `"none"`.
+        floor_tolerance: How much of a layer's error `min_degree="auto"` may add, as a share of it.
+        swaps: Rounds of swaps that improve the mask for weights that stay as they are. For `solver="score"`.
+        descent_sweeps: Sweeps of group coordinate descent over mask and values, under the floor.
+        weight_update: What becomes of the weights that stay: `"refit"` (masked least squares) or `"none"` (as the
+            solver leaves them; a score leaves them as they were).
         refit_steps: Conjugate gradient steps of the refit.
-        damping: Ridge of the refit, relative to the mean diagonal of the Gram matrix.
+        damping: Ridge of every solver, relative to the mean diagonal of the Gram matrix.
+        permutation: Reorder channels before they are cut into groups, where the order folds into the layer before.
+        error_correction: How far, from 0 to 1, a layer's target makes up for what pruning has done to its inputs.
+        block_tuning: Adam steps on the weights kept and the norms of each block once it is pruned, so that its output
+            comes near the dense model's; each on `batch_size` windows. A part of the windows is held out to stop by.
+            0 for none.
+        tuning_lr: Peak learning rate of block tuning.
+        tuning_target: What a tuned block is to give: `"dense"`, the output of the dense model's block on the dense
+            model's hidden states, or `"pruned"`, the output of that block on the pruned model's.
+        allocation: `"uniform"`, n:m in every layer, or `"error"`, n:m on average and n by layer, where it lowers the
+            error most.
         calibration: A text file, the name of a data set (`"wikitext2"`, `"c4"` or any id on the Hub), a list of
             texts, token ids, a `datasets.Dataset`, or a mapping of files and names to the share of the windows that
             each gives. Data itself is never stored in the configuration.
@@ -83,14 +97,24 @@ class EGGSConfig(QuantizationConfigMixin):
         n: int | None = None,
         m: int | None = None,
         preset: str | None = None,
+        solver: str | None = None,
         importance: str | None = None,
-        exponent: float = 0.5,
+        exponent: float | None = None,
         selection: str | None = None,
-        min_degree: int | None = None,
+        min_degree: int | str | None = None,
         band: int | None = None,
+        floor_tolerance: float | None = None,
+        swaps: int | None = None,
+        descent_sweeps: int | None = None,
         weight_update: str | None = None,
-        refit_steps: int = 15,
-        damping: float = 0.01,
+        refit_steps: int | None = None,
+        damping: float | None = None,
+        permutation: bool | None = None,
+        error_correction: float | None = None,
+        block_tuning: int | None = None,
+        tuning_lr: float | None = None,
+        tuning_target: str | None = None,
+        allocation: str | None = None,
         calibration: Any = None,
         split: str | None = None,
         text_column: str | None = None,
@@ -121,31 +145,23 @@ class EGGSConfig(QuantizationConfigMixin):
         chosen = _pattern(pattern, n, m)
         self.n, self.m = chosen.n, chosen.m
 
-        base = _preset_values(preset)
-        self.importance = _one_of("importance", base["importance"] if importance is None else importance, IMPORTANCE)
-        self.exponent = _number("exponent", exponent, least=0)
-        self.selection = _one_of("selection", base["selection"] if selection is None else selection, SELECTIONS)
-        self.min_degree = _min_degree(min_degree, base["min_degree"], self.selection, chosen)
-        self.band = _band(band, self.min_degree, self.selection, chosen)
-        update = base["weight_update"] if weight_update is None else weight_update
-        self.weight_update = _one_of("weight_update", update, UPDATES)
-        self.refit_steps = _integer("refit_steps", refit_steps, least=1)
-        self.damping = _number("damping", damping, least=0)
+        given = {key: value for key, value in locals().items() if key in METHOD and value is not None}
+        self._set_method(_preset_values(preset), given, band, chosen)
 
         self.calibration = calibration
-        self.split = _text("split", split)
-        self.text_column = _text("text_column", text_column)
-        self.num_samples = _integer("num_samples", num_samples, least=1)
-        self.seq_len = _integer("seq_len", seq_len, least=2)
-        self.sampling = _one_of("sampling", sampling, SAMPLINGS)
-        self.seed = _integer("seed", seed, least=0)
-        self.batch_size = _integer("batch_size", batch_size, least=1)
+        self.split = check.text("split", split)
+        self.text_column = check.text("text_column", text_column)
+        self.num_samples = check.integer("num_samples", num_samples, least=1)
+        self.seq_len = check.integer("seq_len", seq_len, least=2)
+        self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
+        self.seed = check.integer("seed", seed, least=0)
+        self.batch_size = check.integer("batch_size", batch_size, least=1)
 
-        self.targets = _names("targets", targets)
-        self.ignore = _names("ignore", ignore) or []
-        self.block_list = _text("block_list", block_list)
+        self.targets = check.names("targets", targets)
+        self.ignore = check.names("ignore", ignore) or []
+        self.block_list = check.text("block_list", block_list)
         self.tokenizer = tokenizer
-        self.pruned_modules = _pruned_modules(pruned_modules)
+        self.pruned_modules = check.pruned_modules(pruned_modules)
         self.preset = self._matching_preset(preset)
 
     @property
@@ -153,15 +169,38 @@ class EGGSConfig(QuantizationConfigMixin):
         """The pattern asked for, n kept of every m."""
         return NMPattern(self.n, self.m)
 
+    def _set_method(
+        self, base: Mapping[str, Any], given: Mapping[str, Any], band: int | None, pattern: NMPattern
+    ) -> None:
+        value = {**base, **given}
+        self.solver = check.one_of("solver", value["solver"], SOLVERS)
+        self.importance = check.one_of("importance", value["importance"], IMPORTANCE)
+        self.exponent = check.number("exponent", value["exponent"], least=0)
+        self.selection = check.one_of("selection", value["selection"], SELECTIONS)
+        self.min_degree = _min_degree(given.get("min_degree"), base["min_degree"], self.selection, pattern)
+        self.band = _band(band, self.min_degree, self.selection, pattern)
+        self.floor_tolerance = check.number("floor_tolerance", value["floor_tolerance"], least=0)
+        self.swaps = check.integer("swaps", value["swaps"], least=0)
+        self.descent_sweeps = check.integer("descent_sweeps", value["descent_sweeps"], least=0)
+        self.weight_update = check.one_of("weight_update", value["weight_update"], UPDATES)
+        self.refit_steps = check.integer("refit_steps", value["refit_steps"], least=1)
+        self.damping = check.number("damping", value["damping"], least=0)
+        self.permutation = check.flag("permutation", value["permutation"])
+        self.error_correction = check.number("error_correction", value["error_correction"], least=0, most=1)
+        self.block_tuning = check.integer("block_tuning", value["block_tuning"], least=0)
+        self.tuning_lr = check.number("tuning_lr", value["tuning_lr"], least=0)
+        self.tuning_target = check.one_of("tuning_target", value["tuning_target"], TUNING_TARGETS)
+        self.allocation = check.one_of("allocation", value["allocation"], ALLOCATIONS)
+        _check_combination(self)
+
     def _matching_preset(self, asked: str | None) -> str | None:
         """The preset that stands for the values held, `asked` first."""
         names = list(PRESETS) if asked is None else [asked, *PRESETS]
-        values = {field: getattr(self, field) for field in _METHOD_FIELDS}
+        values = {field: getattr(self, field) for field in METHOD}
         for name in names:
             base = preset(name)
-            full = {"exponent": 0.5, "refit_steps": 15, "damping": 0.01} | base
-            full["band"] = _band(None, base["min_degree"], base["selection"], self.pattern)
-            if full == values:
+            band = _band(None, base["min_degree"], base["selection"], self.pattern)
+            if base == values and band == self.band:
                 return name
         return None
 
@@ -208,11 +247,46 @@ def _pattern(pattern: str | NMPattern | None, n: int | None, m: int | None) -> N
     return chosen
 
 
+def _possible_patterns(config: EGGSConfig) -> list[NMPattern]:
+    return config.pattern.allocations() if config.allocation == "error" else [config.pattern]
+
+
+def _check_combination(config: EGGSConfig) -> None:
+    """Refuse values that contradict each other."""
+    solver, selection, update = config.solver, config.selection, config.weight_update
+    if solver == "sparsegpt" and selection != "none":
+        raise ConfigError(
+            f"selection={selection!r} with solver='sparsegpt': it chooses its mask column by column and cannot keep a "
+            "floor; use solver='admm', or selection='none'"
+        )
+    if solver == "admm" and selection == "diagonal":
+        raise ConfigError("selection='diagonal' with solver='admm': use selection='optimal' or 'none'")
+    if config.swaps and solver != "score":
+        raise ConfigError(f"swaps={config.swaps} with solver={solver!r}: swaps are for solver='score'; use swaps=0")
+    updates = update == "refit" or solver != "score" or config.descent_sweeps
+    if config.error_correction and not updates:
+        raise ConfigError(
+            f"error_correction={config.error_correction} with weight_update='none': no weight would change; use "
+            "weight_update='refit'"
+        )
+    for possible in _possible_patterns(config) if config.descent_sweeps else []:
+        check_supports(possible)
+    if config.allocation == "error" and isinstance(config.min_degree, int) and config.min_degree:
+        # The layer that is given least must still be able to keep the floor.
+        _band(config.band, config.min_degree, selection, config.pattern.allocations()[0])
+    if config.block_tuning and not config.tuning_lr:
+        raise ConfigError(f"tuning_lr={config.tuning_lr} with block_tuning={config.block_tuning} would tune nothing")
+
+
 def _preset_values(name: str | None) -> dict[str, Any]:
     return preset("fast" if name is None else name)
 
 
-def _min_degree(given: int | None, of_preset: int, selection: str, pattern: NMPattern) -> int:
+def _min_degree(given: Any, of_preset: int, selection: str, pattern: NMPattern) -> int | str:
+    if isinstance(given, str) and given == AUTO:
+        if selection != "optimal":
+            raise ConfigError(f"min_degree='auto' with selection={selection!r}: use selection='optimal'")
+        return AUTO
     if selection == "none":
         if given:
             raise ConfigError(
@@ -220,7 +294,9 @@ def _min_degree(given: int | None, of_preset: int, selection: str, pattern: NMPa
                 "min_degree=0"
             )
         return 0
-    degree = _integer("min_degree", (of_preset or 1) if given is None else given, least=0)
+    if isinstance(given, str):
+        raise ConfigError(f"min_degree={given!r} must be an integer of at least 0, or 'auto'")
+    degree = check.integer("min_degree", (of_preset or 1) if given is None else given, least=0)
     if selection == "diagonal" and degree > pattern.n:
         raise ConfigError(
             f"min_degree={degree} with selection='diagonal' at {pattern}: a row keeps one weight of each diagonal, so "
@@ -229,7 +305,7 @@ def _min_degree(given: int | None, of_preset: int, selection: str, pattern: NMPa
     return degree
 
 
-def _band(given: int | None, min_degree: int, selection: str, pattern: NMPattern) -> int:
+def _band(given: int | None, min_degree: int | str, selection: str, pattern: NMPattern) -> int:
     if selection == "diagonal":
         if given not in (None, pattern.m):
             raise ConfigError(
@@ -237,56 +313,18 @@ def _band(given: int | None, min_degree: int, selection: str, pattern: NMPattern
                 "out, or use selection='optimal'"
             )
         return pattern.m
+    if isinstance(min_degree, str):
+        if given not in (None, 16):
+            raise ConfigError(f"band={given} with min_degree='auto': the band is chosen too; leave `band` out")
+        return 16
     need = -(-min_degree * pattern.m // pattern.n)
-    band = max(16, 4 * need) if given is None else _integer("band", given, least=1)
+    band = max(16, 4 * need) if given is None else check.integer("band", given, least=1)
     if band < need:
         raise ConfigError(
             f"band={band} with min_degree={min_degree} at {pattern}: {band} rows keep {band * pattern.n} weights a "
             f"group and the floor takes {min_degree * pattern.m}; use a band of {need} or more, or a smaller min_degree"
         )
     return band
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
-    return value
-
-
-def _number(name: str, value: Any, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
-        raise ConfigError(f"{name}={value!r} must be a finite number of at least {least}")
-    return float(value)
-
-
-def _text(name: str, value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise ConfigError(f"{name}={value!r} must be a text that is not empty, or None")
-    return value
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[str] | Mapping[str, Any]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name}={value!r} is unknown; use one of {list(allowed)}")
-    return value
-
-
-def _names(name: str, value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    listed = isinstance(value, Iterable) and not isinstance(value, str)
-    items = list(value) if listed else []
-    if not listed or not all(isinstance(item, str) and item for item in items):
-        raise ConfigError(f"{name}={value!r} must be a list of name patterns; write for example {name}=['down_proj']")
-    return items
-
-
-def _pruned_modules(value: Any) -> dict[str, str] | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"pruned_modules={value!r} must map the names of layers to patterns such as '2:4'")
-    return {name: str(NMPattern.parse(pattern)) for name, pattern in value.items()}
 
 
 def _calibration_names(source: Any) -> str | dict[str, float] | None:

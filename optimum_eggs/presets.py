@@ -6,17 +6,44 @@ from typing import Any
 
 from .errors import ConfigError
 
+METHOD: dict[str, Any] = {
+    "solver": "score",
+    "importance": "ria",
+    "exponent": 0.5,
+    "selection": "none",
+    "min_degree": 0,
+    "floor_tolerance": 0.005,
+    "swaps": 0,
+    "descent_sweeps": 0,
+    "weight_update": "none",
+    "refit_steps": 15,
+    "damping": 0.01,
+    "permutation": False,
+    "error_correction": 0.0,
+    "block_tuning": 0,
+    "tuning_lr": 5e-4,
+    "tuning_target": "dense",
+    "allocation": "uniform",
+}
+"""Every value that makes a method, as it is where a preset says nothing else."""
+
+_FLOOR = {"selection": "optimal", "min_degree": 1}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"importance": "ria", "selection": "optimal", "min_degree": 1, "weight_update": "refit"},
-    "paper": {"importance": "ria", "selection": "diagonal", "min_degree": 1, "weight_update": "none"},
-    "ria": {"importance": "ria", "selection": "none", "min_degree": 0, "weight_update": "none"},
-    "wanda": {"importance": "wanda", "selection": "none", "min_degree": 0, "weight_update": "none"},
-    "magnitude": {"importance": "magnitude", "selection": "none", "min_degree": 0, "weight_update": "none"},
+    "fast": METHOD | _FLOOR | {"weight_update": "refit"},
+    "best": METHOD | _FLOOR | {"solver": "admm", "weight_update": "refit", "refit_steps": 10, "block_tuning": 70},
+    "paper": METHOD | {"selection": "diagonal", "min_degree": 1},
+    "alps": METHOD | {"solver": "admm", "weight_update": "refit", "refit_steps": 10},
+    "sparsegpt": METHOD | {"solver": "sparsegpt"},
+    "ria": METHOD,
+    "wanda": METHOD | {"importance": "wanda"},
+    "magnitude": METHOD | {"importance": "magnitude"},
 }
 """Preset -> the values it stands for.
 
-`fast`: RIA scores, the optimal mask under a floor of one output per band, masked refit. `paper`: RIA scores and whole
-wrapped diagonals in m x m tiles, weights untouched. `ria`, `wanda`, `magnitude`: the scores alone.
+`fast`: RIA scores, the optimal mask under a floor of one output per band, masked refit. `best`: ADMM under that floor,
+masked refit, blocks tuned to the dense model. `paper`: RIA scores and whole wrapped diagonals in m x m tiles, weights
+untouched. The rest are baselines without a floor: `alps` (ADMM, masked refit), `sparsegpt`, and the scores alone.
 """
 
 

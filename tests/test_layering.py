@@ -13,8 +13,9 @@ PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
     ["errors", "version"],
     ["pattern", "measure"],
-    ["importance", "packing", "presets", "folders"],
-    ["masks", "update"],
+    ["importance", "packing", "presets", "folders", "validation"],
+    ["masks"],
+    ["update"],
     ["ops", "config"],
     ["nn"],
     ["calibration"],

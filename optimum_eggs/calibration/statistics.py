@@ -7,6 +7,9 @@ from torch import Tensor
 class GramAccumulator:
     """Sums XXᵀ over batches: `gram` (in, in), float32, and `tokens`.
 
+    Attributes:
+        cross: YXᵀ (in, in), float32, if each batch came with other inputs Y of the same tokens; else None.
+
     >>> statistics = GramAccumulator(2, torch.device("cpu"))
     >>> statistics.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     >>> statistics.gram
@@ -17,13 +20,17 @@ class GramAccumulator:
     def __init__(self, in_features: int, device: torch.device) -> None:
         # float32: a bfloat16 running sum of ones sticks at 256
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.cross: Tensor | None = None
         self.tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Add a batch of inputs (..., in)."""
+    def add(self, inputs: Tensor, others: Tensor | None = None) -> None:
+        """Add a batch of inputs (..., in), and other inputs of the same tokens."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.gram)
         self.gram.addmm_(rows.t(), rows)
         self.tokens += len(rows)
+        if others is not None:
+            self.cross = torch.zeros_like(self.gram) if self.cross is None else self.cross
+            self.cross.addmm_(others.detach().reshape(rows.shape).to(rows).t(), rows)
 
     @property
     def input_norm(self) -> Tensor:
@@ -32,4 +39,5 @@ class GramAccumulator:
 
     def is_finite(self) -> bool:
         """Whether every input seen was finite."""
-        return bool(torch.isfinite(self.gram.diagonal()).all())
+        finite = bool(torch.isfinite(self.gram.diagonal()).all())
+        return finite and (self.cross is None or bool(torch.isfinite(self.cross).all()))

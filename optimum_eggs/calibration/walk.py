@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..measure import Meter
+from ..nn import dense_weight
 from .blocks import BlockList
 from .statistics import GramAccumulator
 
@@ -78,6 +79,15 @@ class _Call:
         return output if isinstance(output, Tensor) else output[0]
 
 
+@dataclass(frozen=True)
+class DenseTwin:
+    """A block as it was before it was pruned, the hidden states of the dense model before it, and a layer of it."""
+
+    block: nn.Module
+    hidden: list[Tensor]
+    linear: nn.Module
+
+
 class _Stop(Exception):  # noqa: N818 - no error: it ends a pass early
     """Ends a forward pass whose rest is not needed."""
 
@@ -93,6 +103,9 @@ class Walk:
         windows: Token ids (windows, tokens).
         batch_size: Windows run at a time.
         meter: Counts the seconds of `"forward"` and `"statistics"`.
+
+    Attributes:
+        hidden: Hidden states before the block at hand, batch by batch, as the pruned blocks before it give them.
 
     Raises:
         ModelError: the model does not call each of its blocks once, in order, with the hidden states first.
@@ -128,41 +141,88 @@ class Walk:
             return hook
 
         with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
-            self._run(block, index, 0)
+            self.run(block, index, 0)
         stages: dict[tuple, list[str]] = {}
         for name, inputs in seen.items():
             if len(inputs) == 1:
                 stages.setdefault(inputs[0], []).append(name)
         return list(stages.values())
 
-    def statistics(self, block: nn.Module, index: int, linear: nn.Module, in_features: int) -> GramAccumulator:
-        """The Gram matrix of the inputs of `linear`, one of block `index`, over all windows."""
-        accumulator: list[GramAccumulator] = []
+    def statistics(
+        self, block: nn.Module, index: int, linear: nn.Module, in_features: int, dense: DenseTwin | None = None
+    ) -> GramAccumulator:
+        """The Gram matrix of the inputs of `linear`, one of block `index`, over all windows.
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = _input(args, kwargs)
-            with self.meter.stage("statistics"):
-                if not accumulator:
-                    accumulator.append(GramAccumulator(in_features, x.device))
-                accumulator[0].add(x)
-            raise _Stop
-
-        with self.meter.stage("forward"), torch.no_grad(), _hooked({linear: hook}):
+        With `dense`, also the products with the inputs that its layer gets.
+        """
+        device = dense_weight(linear).device
+        accumulator = GramAccumulator(in_features, device)
+        with self.meter.stage("forward"), torch.no_grad():
             for batch in range(len(self.hidden)):
-                with suppress(_Stop):
-                    self._run(block, index, batch)
-        return accumulator[0]
+                x = self._input_of(linear, block, index, batch, self.hidden[batch])
+                other = (
+                    None
+                    if dense is None
+                    else self._input_of(dense.linear, dense.block, index, batch, dense.hidden[batch])
+                )
+                with self.meter.stage("statistics"):
+                    accumulator.add(x, other)
+        return accumulator
+
+    def input_norms(self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """‖x_j‖₂ of the inputs (in,) of each of the linears of block `index`, over all windows."""
+        squares: dict[str, Tensor] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                x = _input(args, kwargs).flatten(0, -2).to(torch.float32)
+                squares[name] = squares.get(name, 0) + x.square().sum(0)
+
+            return hook
+
+        with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
+            for batch in range(len(self.hidden)):
+                self.run(block, index, batch)
+        return {name: total.sqrt() for name, total in squares.items()}
+
+    def outputs(self, block: nn.Module, index: int, hidden: list[Tensor] | None = None) -> list[Tensor]:
+        """What block `index` gives for all windows, without moving on. Default of `hidden`: the walk's own."""
+        with self.meter.stage("forward"), torch.no_grad():
+            return [self.run(block, index, batch, states) for batch, states in enumerate(hidden or self.hidden)]
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass all windows through block `index`."""
         with self.meter.stage("forward"), torch.no_grad():
             for batch in range(len(self.hidden)):
-                self.hidden[batch] = self._run(block, index, batch)
+                self.hidden[batch] = self.run(block, index, batch)
                 self._calls[batch][index] = _DONE
 
-    def _run(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        device = next(block.parameters()).device
-        return self._calls[batch][index].apply(block, self.hidden[batch].to(device))
+    def run(
+        self,
+        block: nn.Module,
+        index: int,
+        batch: int,
+        hidden: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Block `index` on one batch of the walk's hidden states, or on `hidden`; in `dtype`, if it is given."""
+        states = self.hidden[batch] if hidden is None else hidden
+        call = self._calls[batch][index]
+        if dtype is not None:
+            call, states = _cast(call, dtype), states.to(dtype)
+        return call.apply(block, states.to(next(block.parameters()).device))
+
+    def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """The input of `linear` on one batch; the rest of the block is not run."""
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.append(_input(args, kwargs))
+            raise _Stop
+
+        with _hooked({linear: hook}), suppress(_Stop):
+            self.run(block, index, batch, hidden)
+        return seen[0]
 
 
 _DONE = _Call((), {}, False)
@@ -236,6 +296,17 @@ def _forward_replaced(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> 
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = old
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with every floating-point tensor in it cast."""
+    if isinstance(value, _Call):
+        return _Call(_cast(value.args, dtype), _cast(value.kwargs, dtype), value.by_keyword)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _shared(value: Any, pool: dict[tuple, list[Tensor]]) -> Any:

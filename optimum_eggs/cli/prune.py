@@ -13,6 +13,7 @@ from ..errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prune`."""
+    from ..config import ALLOCATIONS
     from ..hf.loading import DTYPES
     from ..presets import PRESETS
 
@@ -34,8 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn")
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows run at a time (default: 4)")
-    parser.add_argument("--min-degree", type=int, help="outputs that every input keeps in every band of rows")
+    parser.add_argument(
+        "--min-degree",
+        type=degree,
+        metavar="N|auto",
+        help="outputs that every input keeps in every band of rows; auto: the strongest floor that costs nothing",
+    )
     parser.add_argument("--band", type=int, help="rows over which that floor holds")
+    parser.add_argument("--block-tuning", type=int, metavar="STEPS", help="steps that a block is tuned for (0: none)")
+    parser.add_argument("--allocation", choices=ALLOCATIONS, help="N in every layer, or on average (error)")
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="prune only layers of these names")
     parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
     parser.add_argument("--gguf-file", metavar="NAME", help="name of a GGUF file in MODEL")
@@ -59,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         preset=args.preset,
         min_degree=args.min_degree,
         band=args.band,
+        block_tuning=args.block_tuning,
+        allocation=args.allocation,
         calibration=parse_sources(args.calibration),
         split=args.split,
         text_column=args.text_column,
@@ -90,6 +100,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"left dense: {', '.join(layer.name for layer in report.left_dense[:6])}" + _more(report.left_dense, 6))
     print(f"saved to {args.output}")
     return 0
+
+
+def degree(text: str) -> int | str:
+    """An integer, or `"auto"`."""
+    return text if text == "auto" else int(text)
 
 
 def parse_sources(given: list[str]) -> str | dict[str, float]:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..calibration import GramAccumulator, InMemoryBlocks, Walk
+from ..calibration import InMemoryBlocks, Walk
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
-from ..errors import CalibrationError, NumericalError
-from ..masks.certificate import certify
+from ..errors import CalibrationError
 from ..measure import Meter
-from ..nn import NMLinear, dense_weight
-from ..packing import pack_mask, unpack_mask
-from ..update import relative_error
-from .plan import PrunePlan, make_plan
-from .report import DenseLayer, LayerReport, PruneReport
-from .solve import solve_layer
+from .allocation import allocate_by_error
+from .block import DenseStream, prune_block
+from .plan import make_plan
+from .report import LayerReport, PruneReport
+from .tune import BlockTuning, check_tunable
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +32,9 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Blocks are pruned in order, each on inputs that passed the pruned blocks before it; within a block the layers are
     pruned in the order in which they run, those that read the same tensor on one Gram matrix.
 
-    Memory beyond the model's: the windows' hidden states, one batch's activations, and for the layer at hand one
-    (in, in) Gram matrix and some eight float32 buffers of (out, in). Pruned blocks shrink as they are packed.
+    Memory beyond the model's: the windows' hidden states (once more for block tuning or error correction), one batch's
+    activations, and for the layer at hand a few float32 (in, in) matrices and some eight buffers of (out, in). Block
+    tuning takes four float32 copies of a block, error correction one copy. Pruned blocks shrink as they are packed.
 
     Args:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.
@@ -53,107 +51,39 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     """
     plan = make_plan(model, config)
     _check_windows(windows, model)
+    if config.block_tuning:
+        check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
     layers: list[LayerReport] = []
+    tuning: list[BlockTuning] = []
     with Meter() as meter, _inference_mode(model):
+        if config.allocation == "error":
+            plan.patterns = allocate_by_error(model, plan, config, windows, meter, progress)
         blocks = InMemoryBlocks(model, plan.block_list)
         walk = Walk(blocks, windows, config.batch_size, meter)
+        stream = DenseStream(walk) if _needs_dense_stream(config) else None
         bar = tqdm(range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=_quiet(progress))
         for index in bar:
             block = blocks.materialise(index)
-            done = _prune_block(walk, block, index, plan, config, meter)
-            layers += done
+            done = prune_block(walk, block, index, plan, config, meter, stream)
+            layers += done.layers
+            tuning += [done.tuning] if done.tuning else []
             blocks.release(index)
-            if done:
-                bar.set_postfix(error=f"{sum(layer.relative_error for layer in done) / len(done):.4f}")
+            if done.layers:
+                bar.set_postfix(error=f"{sum(layer.relative_error for layer in done.layers) / len(done.layers):.4f}")
     report = PruneReport(
         config=config.to_dict() | {"pruned_modules": {layer.name: layer.pattern for layer in layers}},
         layers=layers,
         left_dense=plan.left_dense,
         calibration={"windows": len(windows), "seq_len": windows.shape[1], "sha256": windows_digest(windows)},
+        tuning=tuning,
         measurements=meter.summary(),
     )
     logger.info("%r", report)
     return report
 
 
-@dataclass
-class _Solved:
-    """A layer that is pruned but not packed yet: its module holds the dense weight with zeros in place."""
-
-    name: str
-    module: nn.Module
-    mask_bits: Tensor
-    relative_error: float
-    tokens: int
-
-
-def _prune_block(
-    walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: EGGSConfig, meter: Meter
-) -> list[LayerReport]:
-    todo, plan.layers[index] = plan.layers[index], {}  # the plan must not keep the dense layers in memory
-    solved: list[_Solved] = []
-    for stage in walk.stages(block, index, todo) if todo else []:
-        leader = todo[stage[0]]
-        statistics = walk.statistics(block, index, leader, dense_weight(leader).shape[1])
-        if not statistics.is_finite():
-            raise NumericalError(
-                f"{stage[0]}: its calibration inputs hold NaN or infinite values; load the model in a wider dtype "
-                "(bfloat16 or float32), or look for the first layer that overflows"
-            )
-        solved += [_prune_layer(name, todo[name], statistics, config, meter) for name in stage]
-    walk.advance(block, index)
-
-    reached = {layer.name for layer in solved}
-    for name in todo.keys() - reached:
-        reason = "not reached by the calibration text, or run more than once in its block"
-        plan.left_dense.append(DenseLayer(name, reason, dense_weight(todo[name]).numel()))
-        logger.warning("%s: left dense: %s", name, reason)
-    prefix = f"{plan.block_list.block_name(index)}."
-    return [_pack_layer(layer, block, prefix, index, config, meter) for layer in solved]
-
-
-def _prune_layer(
-    name: str, module: nn.Module, statistics: GramAccumulator, config: EGGSConfig, meter: Meter
-) -> _Solved:
-    stored = dense_weight(module)
-    weight = stored.to(torch.float32)
-    mask, pruned = solve_layer(weight, statistics.gram, config, meter)
-    with meter.stage("update"):
-        pruned = pruned.to(stored.dtype)
-        if not bool(torch.isfinite(pruned).all()):
-            raise NumericalError(
-                f"{name}: the update gave NaN or infinite weights in {stored.dtype}; raise `damping`, or load the "
-                "model in a wider dtype"
-            )
-    with meter.stage("report"):
-        error = relative_error(weight, pruned.to(torch.float32), statistics.gram)
-    # Written in place, so that the rest of the block runs on it; packed when the block is done.
-    stored.copy_(pruned)
-    return _Solved(name, module, pack_mask(mask), error, statistics.tokens)
-
-
-def _pack_layer(
-    solved: _Solved, block: nn.Module, prefix: str, index: int, config: EGGSConfig, meter: Meter
-) -> LayerReport:
-    pattern = config.pattern
-    weight = dense_weight(solved.module)
-    with meter.stage("pack"):
-        mask = unpack_mask(solved.mask_bits, weight.shape[1])
-        packed = NMLinear.from_linear(solved.module, pattern, mask)
-        block.set_submodule(solved.name.removeprefix(prefix), packed)
-    with meter.stage("report"):
-        certificate = certify(mask, weight, pattern, extra_bands=(config.band,) if config.min_degree else ())
-    out_features, in_features = weight.shape
-    return LayerReport(
-        solved.name,
-        index,
-        out_features,
-        in_features,
-        str(pattern),
-        solved.relative_error,
-        solved.tokens,
-        certificate,
-    )
+def _needs_dense_stream(config: EGGSConfig) -> bool:
+    return bool(config.error_correction) or bool(config.block_tuning and config.tuning_target == "dense")
 
 
 def _check_windows(windows: Tensor, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..masks.certificate import Certificate
+from .tune import BlockTuning
 
 REPORT_VERSION = 1
 REPORT_NAME = "report.json"
@@ -17,7 +18,14 @@ REPORT_NAME = "report.json"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned layer. `relative_error` is ‖(W − Z)X‖²/‖WX‖² on the calibration inputs it was fitted on."""
+    """One pruned layer.
+
+    Attributes:
+        relative_error: ‖(W − Z)X‖²/‖WX‖² on the calibration inputs that it was fitted on, before its block was tuned.
+        min_degree, band: The floor that it was pruned under; `min_degree` is 0 without one.
+        error_without_floor: The relative error it would have had without the floor, if the floor was chosen by it.
+        permutation_gain: Share of score that reordering its inputs won, if that was tried.
+    """
 
     name: str
     block: int
@@ -27,6 +35,10 @@ class LayerReport:
     relative_error: float
     tokens: int
     certificate: Certificate
+    min_degree: int = 0
+    band: int = 1
+    error_without_floor: float | None = None
+    permutation_gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class PruneReport:
     Attributes:
         config: The configuration, as JSON types.
         layers: One entry for each pruned layer.
+        tuning: One entry for each block that was tuned.
         left_dense: Every weight matrix of the blocks, embedding or head that was left dense, with the reason.
         calibration: What the windows were: source, count, length, SHA-256 of the token ids.
         measurements: Seconds, CPU seconds and peak resident bytes, in all and by stage.
@@ -54,6 +67,7 @@ class PruneReport:
     layers: list[LayerReport]
     left_dense: list[DenseLayer]
     calibration: dict[str, Any]
+    tuning: list[BlockTuning] = field(default_factory=list)
     measurements: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
@@ -82,6 +96,7 @@ class PruneReport:
             "config": self.config,
             "calibration": self.calibration,
             "layers": layers,
+            "tuning": [asdict(block) for block in self.tuning],
             "left_dense": [asdict(layer) for layer in self.left_dense],
             "measurements": self.measurements,
             "versions": self.versions,

@@ -1,5 +1,10 @@
-"""Weight updates: what the surviving weights become, given a mask."""
+"""Weight updates: what the surviving weights become, given a mask or together with it."""
 
-from .refit import masked_refit, relative_error
+from .admm import admm
+from .descent import coordinate_descent
+from .objective import relative_error
+from .refit import masked_refit
+from .sparsegpt import sparsegpt
+from .target import corrected_target
 
-__all__ = ["masked_refit", "relative_error"]
+__all__ = ["admm", "coordinate_descent", "corrected_target", "masked_refit", "relative_error", "sparsegpt"]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from .objective import check_problem, damped_gram
 
 
-def masked_refit(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.01, steps: int = 15) -> Tensor:
+def masked_refit(
+    weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.01, steps: int = 15, start: Tensor | None = None
+) -> Tensor:
     """Minimise ‖(W − Z)X‖²_F + λ‖W − Z‖²_F over Z supported on the mask, λ = damping · mean(diag XXᵀ).
 
     Preconditioned conjugate gradients (Jacobi), projected onto the mask, on every row at the same time; each step is
-    one product with the Gram matrix. The objective falls with every step, from Z = W∘mask.
+    one product with the Gram matrix. The objective falls with every step.
 
     Args:
         weight: W (out, in), float32 or float64.
@@ -20,26 +22,20 @@ def masked_refit(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.
         gram: XXᵀ (in, in), summed over the calibration tokens, in the dtype of `weight`.
         damping: Relative size of λ; also what keeps the problem definite when inputs are dead or dependent.
         steps: Number of conjugate gradient steps.
+        start: Z to begin with (out, in), zero off the mask. Default: W∘mask.
 
     Returns:
-        Z (out, in), zero off the mask. If every input was zero, W∘mask. Memory: five buffers of (out, in), one of
-        (in, in).
+        Z (out, in), zero off the mask. If every input was zero, what it began with. Memory: five buffers of (out, in),
+        one of (in, in).
 
     Raises:
         ShapeError: the shapes do not belong together.
     """
-    if mask.shape != weight.shape or gram.shape != (weight.shape[1],) * 2:
-        raise ShapeError(
-            f"weight {tuple(weight.shape)}, mask {tuple(mask.shape)} and gram {tuple(gram.shape)} do not belong "
-            "together; they must be (out, in), (out, in) and (in, in)"
-        )
-    solution = weight * mask
-    diagonal = gram.diagonal()
-    shift = damping * diagonal.mean()
-    if not bool(diagonal.any()):
+    check_problem(weight, gram, mask)
+    solution = weight * mask if start is None else start.clone()
+    if not bool(gram.diagonal().any()):
         return solution
-    damped = gram.clone()
-    damped.diagonal().add_(shift)
+    damped = damped_gram(gram, damping)
     kind = torch.finfo(weight.dtype)
     scale = damped.diagonal().clamp_min(kind.tiny)  # a dead input, without damping
 
@@ -62,15 +58,3 @@ def masked_refit(weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.
         direction.mul_(torch.where(goes_on, fresh / energy, 0)).add_(towards)
         energy = fresh
     return solution
-
-
-def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """‖(W − Z)X‖²_F / ‖WX‖²_F, from the Gram matrix. weight W and pruned Z (out, in); gram XXᵀ (in, in).
-
-    0 when the layer's output was zero and still is.
-    """
-    difference = weight - pruned
-    # A sum of squares that is nearly zero may round below it. NaN stays NaN.
-    lost = ((difference @ gram) * difference).sum(dtype=torch.float64).clamp_min(0)
-    whole = ((weight @ gram) * weight).sum(dtype=torch.float64)
-    return float(lost / whole) if bool(whole > 0) else float(lost)

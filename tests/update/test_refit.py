@@ -4,33 +4,12 @@ import math
 import pytest
 import torch
 from oracles import damped_gram, dense_refit, gaussian, random_mask, refit_objective
+from problems import COLUMNS, KINDS, inputs
 
 from optimum_eggs.errors import ShapeError
 from optimum_eggs.update import masked_refit, relative_error
 
-COLUMNS = 32
 EPS = torch.finfo(torch.float64).eps
-
-
-def inputs(kind):
-    """Layer inputs X (in, tokens), float64."""
-    x = gaussian(COLUMNS, 200, seed=1, dtype=torch.float64)
-    if kind == "correlated":
-        x = gaussian(COLUMNS, COLUMNS, seed=2, dtype=torch.float64) @ x
-    elif kind == "dead inputs":
-        x[::3] = 0
-    elif kind == "duplicate inputs":
-        x[1::2] = x[::2]
-    elif kind == "few tokens":
-        x = x[:, :5]
-    elif kind == "one large input":
-        x[7] *= 1000
-    elif kind == "no input":
-        x.zero_()
-    return x
-
-
-KINDS = ["random", "correlated", "dead inputs", "duplicate inputs", "few tokens", "one large input"]
 
 
 def problem(kind="random", dtype=torch.float64):
@@ -181,7 +160,7 @@ def test_the_relative_error_is_never_negative():
 )
 def test_shapes_that_do_not_fit_are_refused(mask, gram):
     with pytest.raises(
-        ShapeError, match=r"do not belong together; they must be \(out, in\), \(out, in\) and \(in, in\)"
+        ShapeError, match=r"do not belong together; weight and mask must be \(out, in\), gram \(in, in\)"
     ):
         masked_refit(torch.ones(6, COLUMNS), torch.ones(mask, dtype=torch.bool), torch.ones(gram))
 

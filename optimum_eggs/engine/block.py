@@ -1,0 +1,213 @@
+"""One block: its layers pruned in the order in which they run, tuned together, and packed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import DenseTwin, GramAccumulator, Walk
+from ..config import EGGSConfig
+from ..errors import NumericalError
+from ..importance import importance_score
+from ..masks.certificate import certify
+from ..measure import Meter
+from ..nn import NMLinear, dense_weight
+from ..packing import pack_mask, unpack_mask
+from ..pattern import NMPattern
+from ..update import relative_error
+from .floor import Floor
+from .fold import find_folds, permute_block
+from .plan import PrunePlan
+from .report import DenseLayer, LayerReport
+from .solve import solve_layer
+from .tune import BlockTuning, tune_block
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BlockResult:
+    """What became of a block."""
+
+    layers: list[LayerReport]
+    tuning: BlockTuning | None = None
+
+
+@dataclass
+class _Solved:
+    """A layer that is pruned but not packed yet: its module holds the dense weight with zeros in place."""
+
+    name: str
+    module: nn.Module
+    pattern: NMPattern
+    mask_bits: Tensor
+    floor: Floor
+    relative_error: float
+    error_without_floor: float | None
+    tokens: int
+    permutation_gain: float | None
+
+    def mask(self) -> Tensor:
+        return unpack_mask(self.mask_bits, dense_weight(self.module).shape[1])
+
+
+class DenseStream:
+    """The hidden states of the dense model, block by block, beside those of the pruned one."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk, self.hidden = walk, list(walk.hidden)
+
+    def through(self, block: nn.Module, index: int) -> list[Tensor]:
+        """What dense block `index` gives."""
+        return self.walk.outputs(block, index, self.hidden)
+
+
+def prune_block(
+    walk: Walk,
+    block: nn.Module,
+    index: int,
+    plan: PrunePlan,
+    config: EGGSConfig,
+    meter: Meter,
+    stream: DenseStream | None,
+) -> BlockResult:
+    """Prune block `index` in place and pass the walk, and the dense stream, through it."""
+    todo, plan.layers[index] = plan.layers[index], {}  # the plan must not keep the dense layers in memory
+    prefix = f"{plan.block_list.block_name(index)}."
+    dense_output = stream.through(block, index) if stream is not None else None
+    targets = _targets(walk, block, index, config, dense_output) if todo else None
+    gains = _permute(walk, block, index, prefix, todo, config, meter)
+    twin = copy.deepcopy(block) if stream is not None and config.error_correction and todo else None
+
+    solved: list[_Solved] = []
+    for stage in walk.stages(block, index, todo) if todo else []:
+        leader = todo[stage[0]]
+        dense = None
+        if twin is not None and stream is not None:
+            dense = DenseTwin(twin, stream.hidden, twin.get_submodule(stage[0].removeprefix(prefix)))
+        statistics = walk.statistics(block, index, leader, dense_weight(leader).shape[1], dense)
+        if not statistics.is_finite():
+            raise NumericalError(
+                f"{stage[0]}: its calibration inputs hold NaN or infinite values; load the model in a wider dtype "
+                "(bfloat16 or float32), or look for the first layer that overflows"
+            )
+        for name in stage:
+            pattern = plan.patterns[name]
+            solved.append(_prune_layer(name, todo[name], pattern, statistics, config, meter, gains.get(name)))
+    del twin
+
+    tuning = None
+    if targets is not None and solved:
+        with meter.stage("tuning"):
+            masks = {layer.module: layer.mask() for layer in solved}
+            tuning = tune_block(walk, block, index, masks, targets, config.block_tuning, config.tuning_lr, config.seed)
+    del targets
+    walk.advance(block, index)
+    if stream is not None and dense_output is not None:
+        stream.hidden = dense_output
+
+    reached = {layer.name for layer in solved}
+    for name in todo.keys() - reached:
+        reason = "not reached by the calibration text, or run more than once in its block"
+        plan.left_dense.append(DenseLayer(name, reason, dense_weight(todo[name]).numel()))
+        logger.warning("%s: left dense: %s", name, reason)
+    return BlockResult([_pack_layer(layer, block, prefix, index, meter) for layer in solved], tuning)
+
+
+def _targets(
+    walk: Walk, block: nn.Module, index: int, config: EGGSConfig, dense_output: list[Tensor] | None
+) -> list[Tensor] | None:
+    """What the block, still dense, should give once it is pruned; None if it is not to be tuned."""
+    if not config.block_tuning:
+        return None
+    return dense_output if config.tuning_target == "dense" else walk.outputs(block, index)
+
+
+def _permute(
+    walk: Walk,
+    block: nn.Module,
+    index: int,
+    prefix: str,
+    todo: dict[str, nn.Module],
+    config: EGGSConfig,
+    meter: Meter,
+) -> dict[str, float]:
+    """Fold better orders of the channels into the dense block; the gain in kept score, by layer."""
+    folds = find_folds(block, prefix, todo) if config.permutation else []
+    if not folds:
+        return {}
+    norms = walk.input_norms(block, index, {fold.consumer: todo[fold.consumer] for fold in folds})
+
+    def score(name: str) -> Tensor:
+        weight = dense_weight(todo[name]).to(torch.float32)
+        return importance_score(config.importance, weight, norms[name], config.exponent)
+
+    with meter.stage("permutation"):
+        return permute_block(block, prefix, folds, score, config.pattern, partial(walk.run, block, index, 0))
+
+
+def _prune_layer(
+    name: str,
+    module: nn.Module,
+    pattern: NMPattern,
+    statistics: GramAccumulator,
+    config: EGGSConfig,
+    meter: Meter,
+    permutation_gain: float | None,
+) -> _Solved:
+    stored = dense_weight(module)
+    weight = stored.to(torch.float32)
+    found = solve_layer(weight, statistics, config, pattern, meter)
+    with meter.stage("update"):
+        pruned = found.weight.to(stored.dtype)
+        if not bool(torch.isfinite(pruned).all()):
+            raise NumericalError(
+                f"{name}: the update gave NaN or infinite weights in {stored.dtype}; raise `damping`, or load the "
+                "model in a wider dtype"
+            )
+    with meter.stage("report"):
+        error = relative_error(weight, pruned.to(torch.float32), statistics.gram)
+    # Written in place, so that the rest of the block runs on it; packed when the block is done.
+    stored.copy_(pruned)
+    return _Solved(
+        name,
+        module,
+        pattern,
+        pack_mask(found.mask),
+        found.floor,
+        error,
+        found.error_without_floor,
+        statistics.tokens,
+        permutation_gain,
+    )
+
+
+def _pack_layer(solved: _Solved, block: nn.Module, prefix: str, index: int, meter: Meter) -> LayerReport:
+    weight = dense_weight(solved.module)
+    with meter.stage("pack"):
+        mask = solved.mask()
+        packed = NMLinear.from_linear(solved.module, solved.pattern, mask)
+        block.set_submodule(solved.name.removeprefix(prefix), packed)
+    with meter.stage("report"):
+        extra = (solved.floor.band,) if solved.floor.min_degree else ()
+        certificate = certify(mask, weight, solved.pattern, extra_bands=extra)
+    out_features, in_features = weight.shape
+    return LayerReport(
+        solved.name,
+        index,
+        out_features,
+        in_features,
+        str(solved.pattern),
+        solved.relative_error,
+        solved.tokens,
+        certificate,
+        solved.floor.min_degree,
+        solved.floor.band,
+        solved.error_without_floor,
+        solved.permutation_gain,
+    )

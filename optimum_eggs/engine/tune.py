@@ -1,0 +1,159 @@
+"""Block tuning: the weights that a block keeps, moved together so that its output comes near the dense model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Walk
+from ..errors import CalibrationError
+from ..nn.dense import is_conv1d
+
+HELD_OUT = 1 / 8
+"""Share of the calibration batches that a block is not tuned on, but judged by."""
+
+_WARM_UP = 4  # steps over which the learning rate rises
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """How tuning a block went. Errors are `token_error` on the held-out windows.
+
+    Attributes:
+        block: Index of the block.
+        error_before, error_after: Before the first step, and of the weights that were kept.
+        steps: Adam steps done.
+        best_step: The step whose weights were kept; 0 if none was better than not tuning.
+    """
+
+    block: int
+    error_before: float
+    error_after: float
+    steps: int
+    best_step: int
+
+
+def check_tunable(batches: int, batch_size: int) -> None:
+    """Raise unless there is something to tune on and something to judge by.
+
+    Raises:
+        CalibrationError: there is only one batch.
+    """
+    if batches < 2:
+        raise CalibrationError(
+            f"block_tuning holds out a part of the calibration windows, and batch_size={batch_size} leaves only one "
+            "batch; use a smaller batch_size or more windows"
+        )
+
+
+def token_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of ‖y − t‖²/‖t‖², of hidden states (..., hidden): a number.
+
+    Relative for each token, since what reads the hidden states normalises each token by itself: the few tokens that
+    carry activations a thousand times as large must not hide all others.
+    """
+    size = target.square().sum(-1)
+    return ((output - target).square().sum(-1) / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
+
+
+def tune_block(
+    walk: Walk,
+    block: nn.Module,
+    index: int,
+    masks: Mapping[nn.Module, Tensor],
+    targets: list[Tensor],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> BlockTuning:
+    """Tune block `index` in place, in float32: pruned weights where the mask keeps them, biases and norms.
+
+    Adam on [`token_error`] with a warm-up of four steps and a cosine decay, each step on one batch of the walk's hidden
+    states. After every pass over the batches the held-out ones are judged, and the best weights seen are kept; if none
+    was better than those it began with, the block stays as it was.
+
+    Memory: four float32 copies of the block (weights, best weights, two moments), and what one batch's gradient needs.
+
+    Args:
+        walk: Where the hidden states before the block come from.
+        block: The block, dense weights with zeros in place.
+        index: Its index.
+        masks: Pruned layer -> mask (out, in).
+        targets: What the block should give, batch by batch.
+        steps: Adam steps.
+        learning_rate: The largest.
+        seed: Seed of the order of the batches.
+
+    Returns:
+        The errors before and after.
+    """
+    held = max(1, round(len(targets) * HELD_OUT))
+    training, judging = range(len(targets) - held), range(len(targets) - held, len(targets))
+    # every block its own order
+    generator = torch.Generator().manual_seed(seed * 10_007 + index)
+
+    def error(batch: int) -> Tensor:
+        output = walk.run(block, index, batch, dtype=torch.float32)
+        return token_error(output, targets[batch].to(output))
+
+    def held_out_error() -> float:
+        with torch.no_grad():
+            return sum(float(error(batch)) for batch in judging) / len(judging)
+
+    with _trainable(block, masks) as (parameters, kept):
+        before = best = held_out_error()
+        best_step, best_values = 0, [parameter.detach().clone() for parameter in parameters]
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        step = 0
+        while step < steps:
+            for batch in torch.randperm(len(training), generator=generator)[: steps - step].tolist():
+                rate = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+                optimizer.param_groups[0]["lr"] = learning_rate * rate
+                with torch.enable_grad():
+                    gradients = torch.autograd.grad(error(batch), parameters, allow_unused=True)
+                for parameter, gradient, mask in zip(parameters, gradients, kept, strict=True):
+                    # Adam leaves alone what never had a gradient, so what is pruned stays zero.
+                    parameter.grad = gradient if gradient is None or mask is None else gradient.mul_(mask)
+                optimizer.step()
+                step += 1
+            now = held_out_error()
+            if now < best:
+                best, best_step = now, step
+                best_values = [parameter.detach().clone() for parameter in parameters]
+        for parameter, value in zip(parameters, best_values, strict=True):
+            parameter.data.copy_(value)
+    return BlockTuning(index, before, best, steps, best_step)
+
+
+@contextmanager
+def _trainable(
+    block: nn.Module, masks: Mapping[nn.Module, Tensor]
+) -> Iterator[tuple[list[nn.Parameter], list[Tensor | None]]]:
+    """The parameters to tune with their masks, while the whole block is in float32."""
+    shaped: dict[int, Tensor] = {}
+    for module, mask in masks.items():
+        weight = module.get_parameter("weight")
+        shaped[id(weight)] = (mask.t() if is_conv1d(module) else mask).to(weight.device)
+    everything = [p for p in block.parameters() if p.is_floating_point()]
+    chosen = [p for p in everything if id(p) in shaped or p.dim() == 1]
+    stored = [(p, p.data, p.requires_grad) for p in everything]
+    try:
+        for parameter in everything:
+            parameter.data = parameter.data.to(torch.float32)
+            parameter.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        yield chosen, [shaped.get(id(parameter)) for parameter in chosen]
+    finally:
+        tuned = {id(parameter) for parameter in chosen}
+        for parameter, data, requires_grad in stored:
+            if id(parameter) in tuned and parameter.data is not data:
+                data.copy_(parameter.data)
+            parameter.data = data
+            parameter.grad = None
+            parameter.requires_grad_(requires_grad)

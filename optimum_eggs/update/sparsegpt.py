@@ -1,0 +1,102 @@
+"""SparseGPT: mask and surviving weights in one pass over the columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, NumericalError, ShapeError
+from ..pattern import NMPattern
+
+
+def sparsegpt(
+    weight: Tensor, gram: Tensor, pattern: NMPattern, damping: float = 0.01, block_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774), as its published code does it for N:M patterns.
+
+    H = XXᵀ + damping · mean(diag XXᵀ) · I, and U is the upper Cholesky factor of H⁻¹: U_jj² is the first entry of the
+    inverse of H over the columns from j on. From left to right, each group keeps its n largest w² / U_jj², with the
+    weights as updated so far; every weight w_j that goes moves the rest of its row by −w_j / U_jj · U_j. Columns to the
+    left never move again, which is what makes one factor serve all rows. An input that was always zero counts with
+    H_jj = 1 before damping, and its weights become zero.
+
+    Args:
+        weight: W (out, in), float32 or float64.
+        gram: XXᵀ (in, in), summed over the calibration tokens.
+        pattern: n kept of every m inputs.
+        damping: Relative size of what is added to the diagonal.
+        block_size: Columns after which the rest of the matrix is brought up to date, rounded up to a multiple of m.
+            It changes speed and rounding, nothing else.
+
+    Returns:
+        The mask (out, in), boolean, with exactly n in every group, and the new weight (out, in), zero off the mask.
+        Memory: one buffer of (out, in), a boolean one and a few of (out, block_size); two of (in, in) in float64 while
+        factorising, one in the dtype of `weight` afterwards.
+
+    Raises:
+        ShapeError: the shapes do not belong together, or in is not a multiple of m.
+        ConfigError: `block_size` is below 1.
+        NumericalError: the weight holds NaN or infinite values, or H cannot be factorised.
+
+    Inputs 0 and 1 are the same, so one of them can do the work of both:
+
+    >>> gram = torch.eye(4)
+    >>> gram[0, 1] = gram[1, 0] = 1
+    >>> mask, pruned = sparsegpt(torch.tensor([[1.0, 2, 3, 0.5]]), gram, NMPattern(2, 4), damping=1e-6)
+    >>> mask.int(), pruned.round(decimals=4)
+    (tensor([[0, 1, 1, 0]], dtype=torch.int32), tensor([[0., 3., 3., 0.]]))
+    """
+    if weight.dim() != 2 or gram.shape != (weight.shape[1],) * 2:
+        raise ShapeError(
+            f"weight {tuple(weight.shape)} and gram {tuple(gram.shape)} do not belong together; they must be (out, in) "
+            "and (in, in)"
+        )
+    m, columns = pattern.m, weight.shape[1]
+    if columns % m:
+        raise ShapeError(f"weight has in={columns}, which is not a multiple of m={m}")
+    if block_size < 1:
+        raise ConfigError(f"block_size={block_size} is not a number of columns; use 1 or more")
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalError("weight holds NaN or infinite values; look for them in the checkpoint")
+
+    factor = _inverse_factor(gram, damping).to(weight.dtype)
+    pruned = weight.masked_fill(gram.diagonal() == 0, 0)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    width = -(-block_size // m) * m
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        block, kept = pruned[:, start:stop].clone(), mask[:, start:stop]
+        local = factor[start:stop, start:stop]
+        scale = local.diagonal()
+        errors = torch.empty_like(block)
+        for j in range(stop - start):
+            if j % m == 0:
+                saliency = (block[:, j : j + m] / scale[j : j + m]).abs()  # ordered as its square
+                kept[:, j : j + m].scatter_(1, saliency.topk(pattern.n, dim=1).indices, True)
+            # A weight that is kept has no error, one that goes is its own error.
+            errors[:, j] = torch.where(kept[:, j], 0, block[:, j] / scale[j])
+            block[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)
+        pruned[:, start:stop] = block.mul_(kept)
+        pruned[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    return mask, pruned
+
+
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U, upper triangular with UᵀU = H⁻¹, in float64; gram XXᵀ (in, in)."""
+    # float64: with a small damping H is nearly singular, and each of the three steps loses as many digits as its
+    # condition number has. float32 has 7: it fails, or goes on with noise in the place of U.
+    hessian = gram.to(torch.float64, copy=True)
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    try:
+        lower = torch.linalg.cholesky(hessian)
+        del hessian, diagonal  # two buffers at a time
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        return torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(
+            f"gram cannot be factorised with damping={damping}: some inputs depend on others up to rounding; raise "
+            "`damping`, and if that does not help look for NaN or infinite values in the statistics"
+        ) from error

@@ -1,0 +1,67 @@
+"""Checks of the values of a configuration: each returns the value as it is stored, or raises `ConfigError`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .errors import ConfigError
+from .pattern import NMPattern
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """`value`, if it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
+    return value
+
+
+def number(name: str, value: Any, least: float, most: float | None = None) -> float:
+    """`value` as a float, if it is finite and between `least` and `most`."""
+    allowed = f"of at least {least}" if most is None else f"between {least} and {most}"
+    limit = float("inf") if most is None else most
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not least <= value <= limit or value == float("inf"):
+        raise ConfigError(f"{name}={value!r} must be a finite number {allowed}")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, if it is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be True or False")
+    return value
+
+
+def text(name: str, value: Any) -> str | None:
+    """`value`, if it is None or a text that is not empty."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ConfigError(f"{name}={value!r} must be a text that is not empty, or None")
+    return value
+
+
+def one_of(name: str, value: Any, allowed: Sequence[str] | Mapping[str, Any]) -> str:
+    """`value`, if it is one of `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name}={value!r} is unknown; use one of {list(allowed)}")
+    return value
+
+
+def names(name: str, value: Any) -> list[str] | None:
+    """`value` as a list, if it is None or a list of name patterns."""
+    if value is None:
+        return None
+    listed = isinstance(value, Iterable) and not isinstance(value, str)
+    items = list(value) if listed else []
+    if not listed or not all(isinstance(item, str) and item for item in items):
+        raise ConfigError(f"{name}={value!r} must be a list of name patterns; write for example {name}=['down_proj']")
+    return items
+
+
+def pruned_modules(value: Any) -> dict[str, str] | None:
+    """`value` as a dictionary name -> pattern, if it is None or such a mapping."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"pruned_modules={value!r} must map the names of layers to patterns such as '2:4'")
+    return {name: str(NMPattern.parse(pattern)) for name, pattern in value.items()}

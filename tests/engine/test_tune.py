@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from optimum_eggs import EGGSConfig, NMLinear
+from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list
+from optimum_eggs.engine import prune_model
+from optimum_eggs.engine.tune import token_error, tune_block
+from optimum_eggs.errors import CalibrationError
+from optimum_eggs.masks import topn_mask
+from optimum_eggs.measure import Meter
+from optimum_eggs.nn import dense_weight, is_dense_linear
+from optimum_eggs.pattern import NMPattern
+
+WINDOWS = tiny.make_windows(16, 16)
+STEPS = 28
+
+
+@pytest.fixture
+def meter():
+    with Meter() as meter:
+        yield meter
+
+
+def prepared(meter, name="llama", dtype=torch.float32):
+    """A walk before block 0, that block with magnitude masks applied, the masks, and what it gave when dense."""
+    model = tiny.make_model(name, dtype=dtype)
+    model.config.use_cache = False  # or every run of a block would add to one cache
+    walk = Walk(InMemoryBlocks(model, find_block_list(model)), WINDOWS, 2, meter)
+    block = walk.provider.skeleton(0)
+    targets = walk.outputs(block, 0)
+    masks = {}
+    with torch.no_grad():
+        for module in block.modules():
+            if is_dense_linear(module):
+                weight = dense_weight(module)
+                masks[module] = topn_mask(weight.float().abs(), NMPattern(2, 4))
+                weight.mul_(masks[module])
+    return model, walk, block, masks, targets
+
+
+def judged(walk, block, targets):
+    """The error on the held-out batches: one in eight, the last."""
+    return sum(
+        float(token_error(o.float(), t.float()))
+        for o, t in list(zip(walk.outputs(block, 0), targets, strict=True))[-1:]
+    )
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tuning_lowers_the_held_out_error_and_keeps_every_zero(name, dtype, meter):
+    _, walk, block, masks, targets = prepared(meter, name, dtype)
+    dtypes = {key: (value.dtype, value.requires_grad) for key, value in block.named_parameters()}
+    matrices = {key: value.clone() for key, value in block.named_parameters() if value.dim() > 1}
+    found = tune_block(walk, block, 0, masks, targets, STEPS, 1e-3, seed=0)
+    assert found.error_after < found.error_before
+    assert 0 < found.best_step <= found.steps == STEPS
+    for module, mask in masks.items():
+        assert not dense_weight(module)[~mask].any()
+    assert {key: (value.dtype, value.requires_grad) for key, value in block.named_parameters()} == dtypes
+    assert all(value.grad is None for value in block.parameters())
+    # Of the matrices, only those that were pruned move.
+    pruned = {id(module.weight) for module in masks}
+    for key, value in block.named_parameters():
+        if value.dim() > 1:
+            assert torch.equal(value, matrices[key]) == (id(value) not in pruned)
+    if dtype == torch.float32:
+        assert judged(walk, block, targets) == pytest.approx(found.error_after, rel=1e-4)
+
+
+def test_the_error_is_relative_for_each_token():
+    target = torch.tensor([[3.0, 4.0], [3000.0, 4000.0]])
+    output = torch.tensor([[3.0, 3.0], [3000.0, 4000.0]])
+    assert float(token_error(output, target)) == pytest.approx((1 / 25 + 0) / 2)
+    assert float(token_error(torch.zeros(1, 2), torch.zeros(1, 2))) == 0
+
+
+def test_steps_that_do_harm_are_not_kept(meter):
+    _, walk, block, masks, targets = prepared(meter)
+    before = {key: value.clone() for key, value in block.state_dict().items()}
+    found = tune_block(walk, block, 0, masks, targets, STEPS, 10.0, seed=0)
+    assert (found.best_step, found.error_after) == (0, found.error_before)
+    assert all(torch.equal(before[key], value) for key, value in block.state_dict().items())
+
+
+def test_the_held_out_windows_are_not_tuned_on(meter):
+    results = []
+    for scale in (1.0, 2.0):  # what the held-out windows should give decides when to stop, and nothing else
+        _, walk, block, masks, targets = prepared(meter)
+        targets[-1] = targets[-1] * scale
+        tune_block(walk, block, 0, masks, targets, 7, 3e-3, seed=0)  # one pass, so one moment to stop at
+        results.append({key: value.clone() for key, value in block.state_dict().items()})
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(meter):
+    results = []
+    for seed in (0, 0, 1):
+        _, walk, block, masks, targets = prepared(meter)
+        tune_block(walk, block, 0, masks, targets, 5, 3e-3, seed)
+        results.append(torch.cat([value.flatten() for value in block.state_dict().values()]))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_one_batch_is_refused_before_anything_is_done():
+    model = tiny.make_model("llama")
+    with pytest.raises(CalibrationError, match=r"batch_size=16 leaves only one batch; use a smaller batch_size"):
+        prune_model(model, EGGSConfig("2:4", preset="best", batch_size=16), WINDOWS)
+    assert not any(isinstance(layer, NMLinear) for layer in model.modules())
+
+
+@pytest.mark.parametrize("target", ["dense", "pruned"])
+def test_a_tuned_model_comes_nearer_to_the_dense_one(target):
+    windows, judge = tiny.make_windows(32, 16), tiny.make_windows(8, 16, seed=9)
+    with torch.no_grad():
+        expected = tiny.make_model("llama")(input_ids=judge, output_hidden_states=True).hidden_states[-1]
+    errors = {}
+    for steps in (0, STEPS):
+        model = tiny.make_model("llama")
+        config = EGGSConfig("2:4", block_tuning=steps, tuning_lr=3e-3, tuning_target=target)
+        report = prune_model(model, config, windows)
+        with torch.no_grad():
+            given = model(input_ids=judge, output_hidden_states=True).hidden_states[-1]
+        errors[steps] = float(token_error(given, expected))
+        assert [block.block for block in report.tuning] == ([0, 1] if steps else [])
+        assert len(report.to_dict()["tuning"]) == len(report.tuning)
+    assert errors[STEPS] < errors[0]

@@ -1,16 +1,23 @@
-"""Draw the perplexities that `one_shot.py --json RESULT` measured, as bars. Usage: draw.py RESULT OUT.svg."""
+"""Draw the perplexities that `quality.py --json RESULT` measured, as bars. Usage: draw.py RESULT OUT.svg [PATTERN].
+
+Methods with values of their own are left out, and draws are averaged.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
 WIDTH, LEFT, RIGHT, TOP, STEP, BAR = 640, 96, 74, 44, 34, 20
 TEXT = {
     "dense": "dense",
+    "best": "best (ours)",
     "fast": "fast (ours)",
+    "alps": "ALPS",
+    "sparsegpt": "SparseGPT",
     "paper": "paper",
     "ria": "RIA",
     "wanda": "Wanda",
@@ -18,10 +25,10 @@ TEXT = {
 }
 
 
-def draw(rows: list[dict], pattern: str) -> str:
-    """The picture as SVG, legible on light and dark pages."""
-    rows = sorted(rows, key=lambda row: row["perplexity"])
-    low, high = 10.0, 10 ** math.ceil(math.log10(max(row["perplexity"] for row in rows)))
+def draw(values: dict[str, float], pattern: str) -> str:
+    """The picture as SVG, legible on light and dark pages. values: method -> perplexity."""
+    rows = sorted(values.items(), key=lambda row: row[1])
+    low, high = 10.0, 10 ** math.ceil(math.log10(max(values.values())))
     span = WIDTH - LEFT - RIGHT
 
     def across(value: float) -> float:
@@ -43,10 +50,10 @@ def draw(rows: list[dict], pattern: str) -> str:
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{bottom}"/>')
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:,.0f}</text>')
         tick *= 10
-    for number, row in enumerate(rows):
-        y, value = TOP + STEP * number, row["perplexity"]
-        kind = {"fast": "ours", "dense": "dense"}.get(row["method"], "bar")
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 15}" text-anchor="end">{TEXT[row["method"]]}</text>')
+    for number, (method, value) in enumerate(rows):
+        y = TOP + STEP * number
+        kind = {"best": "ours", "fast": "ours", "dense": "dense"}.get(method, "bar")
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 15}" text-anchor="end">{TEXT[method]}</text>')
         parts.append(f'<rect class="{kind}" x="{LEFT}" y="{y}" width="{across(value) - LEFT:.1f}" height="{BAR}"/>')
         parts.append(f'<text x="{across(value) + 6:.1f}" y="{y + 15}">{value:,.1f}</text>')
     middle = LEFT + span / 2
@@ -55,8 +62,14 @@ def draw(rows: list[dict], pattern: str) -> str:
 
 
 def main() -> None:
-    result = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(draw(result["rows"], result["pattern"]), encoding="utf-8")
+    rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
+    pattern = sys.argv[3] if len(sys.argv) > 3 else "2:4"
+    of_method: dict[str, list[float]] = {}
+    for row in rows:
+        if row["pattern"] == pattern and row["method"] in TEXT:
+            of_method.setdefault(row["method"], []).append(row["perplexity"])
+    values = {method: statistics.mean(runs) for method, runs in of_method.items()}
+    Path(sys.argv[2]).write_text(draw(values, pattern), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -152,3 +152,44 @@ def test_windows_that_do_not_fit_the_model_leave_it_untouched(windows, message, 
     with pytest.raises(CalibrationError, match=message):
         prune_model(model, config, windows)
     assert not packed(model)
+
+
+def test_error_correction_brings_the_output_nearer_to_the_dense_model():
+    windows = tiny.make_windows(32, 16)
+    with torch.no_grad():
+        dense = tiny.make_model("llama")(input_ids=windows, output_hidden_states=True).hidden_states[-1]
+    lost = {}
+    for share in (0.0, 1.0):
+        model = tiny.make_model("llama")
+        report = prune_model(model, EGGSConfig("2:4", error_correction=share), windows)
+        assert all(layer.certificate.floors[16] >= 1 for layer in report.layers)
+        with torch.no_grad():
+            pruned = model(input_ids=windows, output_hidden_states=True).hidden_states[-1]
+        lost[share] = float((pruned - dense).square().sum())
+    assert lost[1.0] < lost[0.0]
+
+
+def test_the_first_layers_have_nothing_to_correct():
+    results = []
+    for share in (0.0, 1.0):
+        model = tiny.make_model("llama")
+        prune_model(model, EGGSConfig("2:4", targets=["layers.0.self_attn.q_proj"], error_correction=share), WINDOWS)
+        results.append(model.model.layers[0].self_attn.q_proj.dense_weight())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral"])
+def test_permutation_changes_neither_the_patterns_nor_what_dense_layers_compute(name, preset):
+    errors = {}
+    for permutation in (False, True):
+        model = tiny.make_model(name)
+        config = EGGSConfig("2:4", preset=preset, permutation=permutation, block_tuning=0)
+        report = prune_model(model, config, WINDOWS)
+        gains = [layer.permutation_gain for layer in report.layers]
+        assert any(gain is not None and gain > 0 for gain in gains) == permutation
+        assert all(layer.certificate.legal and layer.certificate.floors[16] >= 1 for layer in report.layers)
+        folded = [layer for layer in report.layers if layer.name.endswith(("down_proj", "c_proj", "o_proj"))]
+        errors[permutation] = sum(layer.relative_error for layer in folded)
+    if preset == "fast":  # orders are chosen by score, and this preset's masks are too
+        assert errors[True] < errors[False]

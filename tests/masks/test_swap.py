@@ -171,6 +171,41 @@ def test_it_ends_by_itself(kind, dtype):
     assert torch.equal(swap_mask(weight, mask, gram, NMPattern(2, 4), 1, 16, rounds=100), found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_swaps_that_gain_nothing_are_not_made(kind, dtype):
+    # Inputs and weights in equal pairs: exchanging one of a pair for the other changes nothing but the rounding.
+    x, weight = inputs(kind, 64), gaussian(40, 64, dtype=dtype)
+    x[1::2], weight[:, 1::2] = x[::2], weight[:, ::2]
+    gram, mask = (x @ x.T).to(dtype), random_mask(40, 64, 2, 4)
+    found = swap_mask(weight, mask, gram, NMPattern(2, 4), rounds=100)
+    assert torch.equal(swap_mask(weight, mask, gram, NMPattern(2, 4), rounds=101), found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_leaves_no_swap_that_gains_more_than_rounding(kind):
+    x = inputs(kind, 64)
+    weight, gram, mask = gaussian(8, 64), (x @ x.T).float(), floored_mask(8, 64, 2, 4, 1, 8)
+    found = swap_mask(weight, mask, gram, NMPattern(2, 4), 1, 8, rounds=100)
+    # A gain is a sum of 4 products of a weight with an element of the gradient, which adds up 64 terms; none of them
+    # is larger than the row's largest w² G. One rounding error for each term.
+    largest = (weight.square() * gram.diagonal()).amax(1).tolist()
+    for i, left in itertools.product(range(8), range(0, 64, 4)):
+        for change, u, _ in row_swaps(weight, found, gram, i, left, 4):
+            assert change >= -4 * 64 * torch.finfo(torch.float32).eps * largest[i] or int(found[:, u].sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_unit_makes_no_difference(dtype):
+    # Powers of two scale without rounding.
+    x = inputs("correlated", 64)
+    weight, gram, mask = gaussian(40, 64, dtype=dtype), (x @ x.T).to(dtype), floored_mask(40, 64, 2, 4, 1, 16)
+    found = swap_mask(weight, mask, gram, NMPattern(2, 4), 1)
+    assert not torch.equal(found, mask)
+    for unit in (2.0**-20, 2.0**20):
+        assert torch.equal(swap_mask(weight * unit, mask, gram / unit, NMPattern(2, 4), 1), found)
+
+
 @pytest.mark.parametrize("kind", ["random", "correlated", "duplicate inputs", "few tokens"])
 def test_it_loses_less_than_wanda(kind):
     x = inputs(kind, 64)

@@ -1,0 +1,195 @@
+"""Quality of the one-shot methods: methods x patterns x draws of calibration windows, on one model and two texts.
+
+A method is a preset, or a preset with values of its own: `best:block_tuning=0,permutation=true`; `dense` is the model
+as it is. Draw 0 takes the first windows of the calibration text, end to end; draw k takes windows at random with seed
+k. Every run is a process of its own, so that memory is its own. Rows are added to the JSON as they come, and a row that
+is there already (same method, pattern, draw, windows, texts and model) is not run again, so a run may be cut and
+resumed.
+
+Perplexity is exp of the mean loss over all predicted tokens of consecutive windows of the test text. Memory growth is
+the peak while pruning over what was resident once the model was loaded, as a share of the dense model's bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+METHODS = ["magnitude", "wanda", "ria", "paper", "sparsegpt", "alps", "fast", "best"]
+KEY = ("model", "method", "pattern", "draw", "calibration", "text", "num_samples", "seq_len", "test_windows")
+
+
+def configuration(method: str, args: argparse.Namespace) -> Any:
+    """The configuration that `method` stands for."""
+    from optimum_eggs import EGGSConfig
+
+    name, _, extra = method.partition(":")
+    values = dict(item.split("=", 1) for item in extra.split(",") if item)
+    return EGGSConfig(
+        args.pattern,
+        preset=name,
+        calibration=args.calibration,
+        num_samples=args.num_samples,
+        seq_len=args.seq_len,
+        sampling="random" if args.draw else "sequential",
+        seed=args.draw,
+        **{key: parsed(value) for key, value in values.items()},
+    )
+
+
+def parsed(value: str) -> Any:
+    """`"70"` to 70, `"true"` to True, `"auto"` to itself."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def worker(args: argparse.Namespace) -> dict[str, Any]:
+    """Prune with one method, judge the result, and return the row."""
+    import psutil
+    import torch
+
+    from optimum_eggs import EGGSPruner
+    from optimum_eggs.evaluation import perplexity
+    from optimum_eggs.evaluation.compare import evaluation_windows
+
+    pruner = EGGSPruner.from_pretrained(args.model, dtype="float32")
+    dense_bytes = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
+    loaded_rss = psutil.Process().memory_info().rss
+    row: dict[str, Any] = {"threads": torch.get_num_threads(), "dense_bytes": dense_bytes}
+    if args.worker != "dense":
+        report = pruner.prune(configuration(args.worker, args), progress=False)
+        took = report.measurements
+        layers = report.layers
+        kept = [layer.certificate.input_degree_min / layer.out_features for layer in layers]
+        row |= {
+            "relative_error": report.mean_relative_error,
+            "starved_inputs": report.starved_inputs,
+            "floor_per_16_rows": min(layer.certificate.floors[min(16, layer.out_features)] for layer in layers),
+            "least_share_of_outputs": min(kept),
+            "floors": count(f"{layer.min_degree}:{layer.band}" for layer in layers),
+            "patterns": count(layer.pattern for layer in layers),
+            "seconds": took["seconds"],
+            "cpu_seconds": took["cpu_seconds"],
+            "seconds_by_stage": {name: stage["seconds"] for name, stage in took["stages"].items()},
+            "memory_growth": (took["peak_rss"] - loaded_rss) / dense_bytes,
+            "tuning": [(block.error_before, block.error_after) for block in report.tuning],
+            "permutation_gains": [layer.permutation_gain for layer in layers if layer.permutation_gain is not None],
+            "calibration_sha256": report.calibration["sha256"],
+            "versions": report.versions,
+        }
+    windows = evaluation_windows(args.text, pruner.tokenizer, args.test_seq_len, args.test_windows)
+    return row | {"perplexity": perplexity(pruner.model, windows, progress=False).perplexity}
+
+
+def count(items: Any) -> dict[str, int]:
+    """How often each item occurs."""
+    found: dict[str, int] = {}
+    for item in items:
+        found[item] = found.get(item, 0) + 1
+    return found
+
+
+def run_worker(arguments: list[str], method: str, pattern: str, draw: int) -> dict[str, Any]:
+    """One run, in a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--worker", method, "--pattern", pattern, "--draw", str(draw)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return json.loads(done.stdout)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, one line for each method and pattern, mean ± standard deviation over draws."""
+    lines = [
+        "| pattern | method | draws | perplexity | relative error | starved inputs | least kept per 16 rows "
+        "| least share of outputs | seconds | memory growth |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for pattern, method in dict.fromkeys((row["pattern"], row["method"]) for row in rows):
+        runs = [row for row in rows if (row["pattern"], row["method"]) == (pattern, method)]
+        shown = f"| {pattern} | {method} | {len(runs)} | {spread(runs, 'perplexity', '.2f')} |"
+        if method == "dense":
+            lines.append(shown + " | | | | | |")
+            continue
+        shares = min(row["least_share_of_outputs"] for row in runs)
+        lines.append(
+            f"{shown} {statistics.mean(row['relative_error'] for row in runs):.4f} "
+            f"| {max(row['starved_inputs'] for row in runs)} | {min(row['floor_per_16_rows'] for row in runs)} "
+            f"| {shares:.3f} | {spread(runs, 'seconds', '.0f')} | {max(row['memory_growth'] for row in runs):.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(runs: list[dict[str, Any]], key: str, style: str) -> str:
+    """Mean, and standard deviation if there is more than one run."""
+    values = [run[key] for run in runs]
+    deviation = f" ± {statistics.stdev(values):{style}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{style}}{deviation}"
+
+
+def processor() -> str:
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def commit() -> str:
+    """The commit that the benchmark is run from."""
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the dense model")
+    parser.add_argument("--calibration", required=True, help="text file to calibrate on")
+    parser.add_argument("--text", required=True, help="text file to judge on")
+    parser.add_argument("--patterns", nargs="+", default=["2:4"])
+    parser.add_argument("--methods", nargs="+", default=["dense", *METHODS], metavar="PRESET[:KEY=VALUE,...]")
+    parser.add_argument("--draws", nargs="+", type=int, default=[0], help="draws of calibration windows")
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--test-windows", type=int, default=16)
+    parser.add_argument("--test-seq-len", type=int, default=1024)
+    parser.add_argument("--json", type=Path, help="file that rows are read from and added to")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--pattern", help=argparse.SUPPRESS)
+    parser.add_argument("--draw", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(worker(args)))
+        return
+
+    known = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    shared = {key: getattr(args, key) for key in ("num_samples", "seq_len", "test_windows", "test_seq_len")}
+    shared |= {key: Path(getattr(args, key)).name for key in ("model", "calibration", "text")}
+    rows = []
+    for pattern in args.patterns:
+        for method in args.methods:
+            for draw in args.draws if method != "dense" else [0]:
+                identity = shared | {"method": method, "pattern": pattern, "draw": draw}
+                row = next((row for row in known if all(row[key] == identity[key] for key in KEY)), None)
+                if row is None:
+                    print(f"{pattern} {method}, draw {draw}", file=sys.stderr, flush=True)
+                    made = {"processor": processor(), "commit": commit()}
+                    row = identity | made | run_worker(sys.argv[1:], method, pattern, draw)
+                    known.append(row)
+                    if args.json:
+                        args.json.write_text(json.dumps({"rows": known}, indent=1) + "\n")
+                rows.append(row)
+    print(f"{rows[0]['threads']} threads, {processor()}\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

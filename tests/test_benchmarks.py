@@ -1,0 +1,56 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def quality(tmp_path_factory, dense_folder, text_file):
+    """A result of quality.py, and the arguments it was made with."""
+    result = tmp_path_factory.mktemp("quality") / "result.json"
+    arguments = [dense_folder, "--calibration", text_file, "--text", text_file, "--patterns", "2:4", "--json", result]
+    arguments += ["--num-samples", 8, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32]
+    return result, arguments, run("quality.py", *arguments, "--methods", "dense", "fast", "--draws", 0, 1)
+
+
+def test_quality_prints_what_it_writes(quality):
+    result, _, done = quality
+    rows = json.loads(result.read_text())["rows"]
+    assert [(row["method"], row["draw"]) for row in rows] == [("dense", 0), ("fast", 0), ("fast", 1)]
+    assert rows[1]["calibration_sha256"] != rows[2]["calibration_sha256"]
+    mean = (rows[1]["perplexity"] + rows[2]["perplexity"]) / 2
+    assert f"| 2:4 | fast | 2 | {mean:.2f} ±" in done.stdout
+    assert f"| 2:4 | dense | 1 | {rows[0]['perplexity']:.2f} |" in done.stdout
+
+
+def test_quality_goes_on_where_it_stopped(quality):
+    result, arguments, _ = quality
+    before = json.loads(result.read_text())["rows"]
+    done = run("quality.py", *arguments, "--methods", "dense", "fast", "fast:min_degree=auto,refit_steps=2")
+    after = json.loads(result.read_text())["rows"]
+    assert after[: len(before)] == before
+    assert [row["method"] for row in after[len(before) :]] == ["fast:min_degree=auto,refit_steps=2"]
+    assert sum(after[-1]["floors"].values()) == sum(before[1]["floors"].values())
+    assert "fast:min_degree=auto,refit_steps=2" in done.stdout
+
+
+def test_the_picture_shows_every_method(quality, tmp_path):
+    result, _, _ = quality
+    run("draw.py", result, tmp_path / "out.svg")
+    picture = (tmp_path / "out.svg").read_text()
+    assert "dense" in picture
+    assert "fast (ours)" in picture

@@ -80,6 +80,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
             "seconds": took["seconds"],
             "cpu_seconds": took["cpu_seconds"],
             "seconds_by_stage": {name: stage["seconds"] for name, stage in took["stages"].items()},
+            "peak_rss": took["peak_rss"],
             "memory_growth": (took["peak_rss"] - loaded_rss) / dense_bytes,
             "tuning": [(block.error_before, block.error_after) for block in report.tuning],
             "permutation_gains": [layer.permutation_gain for layer in layers if layer.permutation_gain is not None],
@@ -189,6 +190,11 @@ def main() -> None:
                 rows.append(row)
     print(f"{rows[0]['threads']} threads, {processor()}\n")
     print(table(rows))
+    for row in rows:
+        if "min_degree=auto" in row["method"]:
+            print(f"\nfloors of {row['pattern']} {row['method']}, draw {row['draw']} (min_degree:band, layers)")
+            for floor, layers in sorted(row["floors"].items(), key=lambda item: -item[1]):
+                print(f"{floor:>6} {layers:4d} {'#' * layers}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,22 @@ def test_the_picture_shows_every_method(quality, tmp_path):
     picture = (tmp_path / "out.svg").read_text()
     assert "dense" in picture
     assert "fast (ours)" in picture
+
+
+def test_solvers_are_compared_on_the_layers_asked_for(dense_folder, text_file):
+    arguments = ["--calibration", text_file, "--blocks", 1, "--num-samples", 4, "--seq-len", 16, "--repeat", 1]
+    printed = run("solvers.py", dense_folder, *arguments).stdout
+    for layer in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        assert f"| model.layers.1.{layer} | ALPS |" in printed
+    assert "model.layers.0" not in printed
+
+
+def test_books_are_read_from_their_package(tmp_path):
+    lines = ["EMMA", "", "A line", "and another.", "", "The end — of it."]
+    encoded = b"".join(struct.pack(">ii", 0x9, len(line.encode())) + line.encode() for line in lines)
+    chunk = b"X\n" + struct.pack(">iii", 3, 0, 0) + struct.pack(">i", 5) + b"UTF-8" + struct.pack(">ii", 16, len(lines))
+    chunk += encoded
+    database = struct.pack(">I", len(chunk)) + zlib.compress(chunk)
+    (tmp_path / "Rdata.rdb").write_bytes(database * 2)
+    run("make_books.py", tmp_path / "Rdata.rdb", tmp_path / "books")
+    assert (tmp_path / "books" / "emma.txt").read_text() == "EMMA\nA line and another.\nThe end — of it.\n"

@@ -55,7 +55,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
         check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
     layers: list[LayerReport] = []
     tuning: list[BlockTuning] = []
-    with Meter() as meter, _inference_mode(model):
+    with Meter() as meter, evaluation_mode(model):
         if config.allocation == "error":
             plan.patterns = allocate_by_error(model, plan, config, windows, meter, progress)
         blocks = InMemoryBlocks(model, plan.block_list)
@@ -112,7 +112,7 @@ def _quiet(progress: bool | None) -> bool | None:
 
 
 @contextmanager
-def _inference_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no cache of keys and values; both put back afterwards."""
     training = model.training
     config: Any = getattr(model, "config", None)

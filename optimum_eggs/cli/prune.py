@@ -96,6 +96,12 @@ def run(args: argparse.Namespace) -> int:
     took = report.measurements
     print(f"{summary['layers_pruned']} layers pruned to {summary['pattern']} in {took['seconds']:.0f} s")
     print(f"mean relative error {summary['mean_relative_error']:.4f}, starved inputs {summary['starved_inputs']}")
+    if report.tuning:
+        before, after = (
+            sum(getattr(block, key) for block in report.tuning) / len(report.tuning)
+            for key in ("error_before", "error_after")
+        )
+        print(f"blocks tuned: mean error on the windows held out {before:.4f} -> {after:.4f}")
     if report.left_dense:
         print(f"left dense: {', '.join(layer.name for layer in report.left_dense[:6])}" + _more(report.left_dense, 6))
     print(f"saved to {args.output}")

@@ -96,6 +96,21 @@ def test_the_whole_road(dense_folder, text_file, tmp_path):
     assert "parameters kept" in printed
 
 
+def test_tuning_floors_and_allocation_are_options(dense_folder, text_file, tmp_path):
+    options = ["--pattern", "4:8", "--preset", "best", "--block-tuning", "4", "--allocation", "error"]
+    sizes = ["--num-samples", "8", "--seq-len", "16", "--min-degree", "auto"]
+    done = within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *sizes, *options)
+    assert "blocks tuned: mean error on the windows held out 0." in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [block["steps"] for block in report["tuning"]] == [4, 4]
+    assert len({layer["pattern"] for layer in report["layers"]}) > 1
+    assert all(layer["error_without_floor"] is not None for layer in report["layers"])
+    within("inspect", tmp_path / "out")
+    done = within("prune", dense_folder, tmp_path / "no", "--calibration", text_file, "--min-degree", "some", code=2)
+    assert "argument --min-degree: invalid degree value: 'some'" in done.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_perplexity_agrees_with_an_independent_sum(packed_folder, text_file, tokenizer):
     done = eggs("evaluate", packed_folder, "--text", text_file, "--seq-len", "16", "--num-windows", "3", "--json")
     model = AutoModelForCausalLM.from_pretrained(packed_folder)

@@ -71,7 +71,8 @@ class EGGSConfig(QuantizationConfigMixin):
         num_samples, seq_len: Number of calibration windows, and tokens in each.
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.
         seed: Seed of everything random.
-        batch_size: Windows run through a block at a time.
+        batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block
+            tuning, which learns more from many small steps than from few large ones.
         targets: Name patterns of the linear layers to prune. Default: all within the blocks.
         ignore: Name patterns of layers to leave dense. Default: `["lm_head"]`. A pattern is a shell-style glob on the
             dotted name; it may leave out leading and trailing parts (`"down_proj"`, `"layers.0"`, `"*.mlp.*"`).
@@ -122,7 +123,7 @@ class EGGSConfig(QuantizationConfigMixin):
         seq_len: int = 2048,
         sampling: str = "random",
         seed: int = 0,
-        batch_size: int = 4,
+        batch_size: int | None = None,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = ("lm_head",),
         block_list: str | None = None,
@@ -155,7 +156,8 @@ class EGGSConfig(QuantizationConfigMixin):
         self.seq_len = check.integer("seq_len", seq_len, least=2)
         self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
         self.seed = check.integer("seed", seed, least=0)
-        self.batch_size = check.integer("batch_size", batch_size, least=1)
+        size = (1 if self.block_tuning else 4) if batch_size is None else batch_size
+        self.batch_size = check.integer("batch_size", size, least=1)
 
         self.targets = check.names("targets", targets)
         self.ignore = check.names("ignore", ignore) or []

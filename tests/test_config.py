@@ -249,3 +249,10 @@ def test_the_stored_form_names_the_method_and_its_version():
 def test_configurations_that_differ_are_not_equal():
     assert EGGSConfig(seed=1) != EGGSConfig()
     assert EGGSConfig() != EGGSConfig().to_dict()
+
+
+def test_block_tuning_takes_one_window_a_step_unless_told_otherwise():
+    assert EGGSConfig().batch_size == 4
+    assert EGGSConfig(preset="best").batch_size == EGGSConfig(block_tuning=5).batch_size == 1
+    assert EGGSConfig(preset="best", batch_size=2).batch_size == 2
+    assert EGGSConfig(preset="best", block_tuning=0).batch_size == 4

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (default: 2048)")
     parser.add_argument("--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn")
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows run at a time (default: 4)")
+    parser.add_argument("--batch-size", type=int, help="windows run at a time (default: 4, and 1 with block tuning)")
     parser.add_argument(
         "--min-degree",
         type=degree,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, NumericalError, ShapeError
 from ..pattern import NMPattern
+from .objective import check_problem
 
 
 def sparsegpt(
@@ -46,11 +47,7 @@ def sparsegpt(
     >>> mask.int(), pruned.round(decimals=4)
     (tensor([[0, 1, 1, 0]], dtype=torch.int32), tensor([[0., 3., 3., 0.]]))
     """
-    if weight.dim() != 2 or gram.shape != (weight.shape[1],) * 2:
-        raise ShapeError(
-            f"weight {tuple(weight.shape)} and gram {tuple(gram.shape)} do not belong together; they must be (out, in) "
-            "and (in, in)"
-        )
+    check_problem(weight, gram)
     m, columns = pattern.m, weight.shape[1]
     if columns % m:
         raise ShapeError(f"weight has in={columns}, which is not a multiple of m={m}")

@@ -181,7 +181,7 @@ def test_no_rows_give_no_rows():
 
 @pytest.mark.parametrize(("weight", "gram"), [((6, 8), (4, 4)), ((6, 8), (8,)), ((6, 8), (8, 6)), ((8,), (8, 8))])
 def test_shapes_that_do_not_fit_are_refused(weight, gram):
-    with pytest.raises(ShapeError, match=r"do not belong together; they must be \(out, in\) and \(in, in\)"):
+    with pytest.raises(ShapeError, match=r"do not belong together; weight and mask must be \(out, in\)"):
         sparsegpt(torch.ones(weight), torch.ones(gram), NMPattern(2, 4))
 
 

@@ -21,7 +21,7 @@ METHOD: dict[str, Any] = {
     "permutation": False,
     "error_correction": 0.0,
     "block_tuning": 0,
-    "tuning_lr": 5e-4,
+    "tuning_lr": 1e-3,
     "tuning_target": "dense",
     "allocation": "uniform",
 }

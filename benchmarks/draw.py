@@ -66,7 +66,7 @@ def main() -> None:
     pattern = sys.argv[3] if len(sys.argv) > 3 else "2:4"
     of_method: dict[str, list[float]] = {}
     for row in rows:
-        if row["pattern"] == pattern and row["method"] in TEXT:
+        if row["pattern"] in ("", pattern) and row["method"] in TEXT:  # the dense model has no pattern
             of_method.setdefault(row["method"], []).append(row["perplexity"])
     values = {method: statistics.mean(runs) for method, runs in of_method.items()}
     Path(sys.argv[2]).write_text(draw(values, pattern), encoding="utf-8")

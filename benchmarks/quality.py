@@ -3,8 +3,8 @@
 A method is a preset, or a preset with values of its own: `best:block_tuning=0,permutation=true`; `dense` is the model
 as it is. Draw 0 takes the first windows of the calibration text, end to end; draw k takes windows at random with seed
 k. Every run is a process of its own, so that memory is its own. Rows are added to the JSON as they come, and a row that
-is there already (same method, pattern, draw, windows, texts and model) is not run again, so a run may be cut and
-resumed.
+is there already (same model, texts, windows and configuration) is not run again, so a run may be cut and resumed; rows
+of different commits are told apart in the printed table.
 
 Perplexity is exp of the mean loss over all predicted tokens of consecutive windows of the test text. Memory growth is
 the peak while pruning over what was resident once the model was loaded, as a share of the dense model's bytes.
@@ -23,25 +23,34 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ["magnitude", "wanda", "ria", "paper", "sparsegpt", "alps", "fast", "best"]
-KEY = ("model", "method", "pattern", "draw", "calibration", "text", "num_samples", "seq_len", "test_windows")
 
 
-def configuration(method: str, args: argparse.Namespace) -> Any:
+def configuration(method: str, pattern: str, draw: int, args: argparse.Namespace) -> Any:
     """The configuration that `method` stands for."""
     from optimum_eggs import EGGSConfig
 
     name, _, extra = method.partition(":")
     values = dict(item.split("=", 1) for item in extra.split(",") if item)
     return EGGSConfig(
-        args.pattern,
+        pattern,
         preset=name,
         calibration=args.calibration,
         num_samples=args.num_samples,
         seq_len=args.seq_len,
-        sampling="random" if args.draw else "sequential",
-        seed=args.draw,
+        sampling="random" if draw else "sequential",
+        seed=draw,
         **{key: parsed(value) for key, value in values.items()},
     )
+
+
+def identity(method: str, pattern: str, draw: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What makes two rows the same: the model and the texts by name, the windows, and the whole configuration."""
+    row = {key: getattr(args, key) for key in ("test_windows", "test_seq_len")}
+    row |= {"model": Path(args.model).name, "text": Path(args.text).name, "method": method}
+    if method == "dense":
+        return row | {"pattern": "", "draw": 0}
+    config = configuration(method, pattern, draw, args).to_dict() | {"calibration": Path(args.calibration).name}
+    return row | {"pattern": pattern, "draw": draw, "config": config}
 
 
 def parsed(value: str) -> Any:
@@ -66,7 +75,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     loaded_rss = psutil.Process().memory_info().rss
     row: dict[str, Any] = {"threads": torch.get_num_threads(), "dense_bytes": dense_bytes}
     if args.worker != "dense":
-        report = pruner.prune(configuration(args.worker, args), progress=False)
+        report = pruner.prune(configuration(args.worker, args.pattern, args.draw, args), progress=False)
         took = report.measurements
         layers = report.layers
         kept = [layer.certificate.input_degree_min / layer.out_features for layer in layers]
@@ -172,23 +181,25 @@ def main() -> None:
         return
 
     known = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
-    shared = {key: getattr(args, key) for key in ("num_samples", "seq_len", "test_windows", "test_seq_len")}
-    shared |= {key: Path(getattr(args, key)).name for key in ("model", "calibration", "text")}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for pattern in args.patterns:
         for method in args.methods:
             for draw in args.draws if method != "dense" else [0]:
-                identity = shared | {"method": method, "pattern": pattern, "draw": draw}
-                row = next((row for row in known if all(row[key] == identity[key] for key in KEY)), None)
+                wanted = identity(method, pattern, draw, args)
+                row = next((row for row in known if wanted.items() <= row.items()), None)
                 if row is None:
                     print(f"{pattern} {method}, draw {draw}", file=sys.stderr, flush=True)
                     made = {"processor": processor(), "commit": commit()}
-                    row = identity | made | run_worker(sys.argv[1:], method, pattern, draw)
+                    row = wanted | made | run_worker(sys.argv[1:], method, pattern, draw)
                     known.append(row)
                     if args.json:
                         args.json.write_text(json.dumps({"rows": known}, indent=1) + "\n")
-                rows.append(row)
-    print(f"{rows[0]['threads']} threads, {processor()}\n")
+                if row not in rows:
+                    rows.append(row)
+    for processor_name, threads, of_commit in dict.fromkeys((r["processor"], r["threads"], r["commit"]) for r in rows):
+        methods = dict.fromkeys(row["method"] for row in rows if row["commit"] == of_commit)
+        print(f"{processor_name}, {threads} threads, commit {of_commit}: {', '.join(methods)}")
+    print()
     print(table(rows))
     for row in rows:
         if "min_degree=auto" in row["method"]:

@@ -39,7 +39,8 @@ class EGGSConfig(QuantizationConfigMixin):
             once the values are not those of a preset.
         solver: How a layer's mask is found: `"score"` (by importance), `"admm"` (together with the values) or
             `"sparsegpt"` (from left to right, with the published updates; knows no floor).
-        importance: The score of a weight: `"ria"`, `"wanda"` or `"magnitude"`. For `solver="score"`.
+        importance: The score of a weight: `"ria"`, `"wanda"` or `"magnitude"`. For `solver="score"`, `permutation` and
+            `allocation`.
         exponent: RIA's power of the input's norm.
         selection: How the floor on the inputs' degrees is kept: `"optimal"` (the best mask there is under the floor),
             `"diagonal"` (whole wrapped diagonals of m x m tiles, as published) or `"none"`.
@@ -56,9 +57,9 @@ class EGGSConfig(QuantizationConfigMixin):
         damping: Ridge of every solver, relative to the mean diagonal of the Gram matrix.
         permutation: Reorder channels before they are cut into groups, where the order folds into the layer before.
         error_correction: How far, from 0 to 1, a layer's target makes up for what pruning has done to its inputs.
-        block_tuning: Adam steps on the weights kept and the norms of each block once it is pruned, so that its output
-            comes near the dense model's; each on `batch_size` windows. A part of the windows is held out to stop by.
-            0 for none.
+        block_tuning: Adam steps on each block once it is pruned, on the weights kept, the biases beside them and the
+            norms, so that its output comes near the dense model's; each on `batch_size` windows. A part of the windows
+            is held out to stop by. 0 for none.
         tuning_lr: Peak learning rate of block tuning.
         tuning_target: What a tuned block is to give: `"dense"`, the output of the dense model's block on the dense
             model's hidden states, or `"pruned"`, the output of that block on the pruned model's.
@@ -273,11 +274,23 @@ def _check_combination(config: EGGSConfig) -> None:
         )
     for possible in _possible_patterns(config) if config.descent_sweeps else []:
         check_supports(possible)
-    if config.allocation == "error" and isinstance(config.min_degree, int) and config.min_degree:
-        # The layer that is given least must still be able to keep the floor.
-        _band(config.band, config.min_degree, selection, config.pattern.allocations()[0])
+    if config.allocation == "error":
+        _check_allocation(config)
     if config.block_tuning and not config.tuning_lr:
         raise ConfigError(f"tuning_lr={config.tuning_lr} with block_tuning={config.block_tuning} would tune nothing")
+
+
+def _check_allocation(config: EGGSConfig) -> None:
+    choices = config.pattern.allocations()
+    if not choices[0].n < config.n < choices[-1].n:
+        raise ConfigError(
+            f"allocation='error' at {config.pattern}: no layer could have more and another less than n={config.n} of "
+            f"m={config.m}; use a larger m, or allocation='uniform'"
+        )
+    if isinstance(config.min_degree, int) and config.min_degree:
+        # The layer that is given least must still be able to keep the floor.
+        _min_degree(config.min_degree, 0, config.selection, choices[0])
+        _band(config.band, config.min_degree, config.selection, choices[0])
 
 
 def _preset_values(name: str | None) -> dict[str, Any]:

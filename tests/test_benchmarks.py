@@ -36,7 +36,7 @@ def test_quality_prints_what_it_writes(quality):
     assert rows[1]["calibration_sha256"] != rows[2]["calibration_sha256"]
     mean = (rows[1]["perplexity"] + rows[2]["perplexity"]) / 2
     assert f"| 2:4 | fast | 2 | {mean:.2f} ±" in done.stdout
-    assert f"| 2:4 | dense | 1 | {rows[0]['perplexity']:.2f} |" in done.stdout
+    assert f"|  | dense | 1 | {rows[0]['perplexity']:.2f} |" in done.stdout
 
 
 def test_quality_goes_on_where_it_stopped(quality):

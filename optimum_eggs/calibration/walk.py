@@ -127,8 +127,24 @@ class Walk:
     def stages(self, block: nn.Module, index: int, linears: dict[str, nn.Module]) -> list[list[str]]:
         """The linears of block `index` in the order they run, those that read the same tensor together.
 
-        A linear that the first batch does not reach, or reaches more than once, is left out.
+        A linear that no batch reaches, or one reaches more than once, is left out. Where all run in the first batch, as
+        without experts, no other is looked at.
         """
+        stages: dict[tuple, list[str]] = {}
+        placed: set[str] = set()
+        for batch in range(len(self.hidden)):
+            for name, inputs in self._inputs_seen(block, index, batch, linears).items():
+                if name not in placed and len(inputs) == 1:
+                    stages.setdefault((batch, *inputs[0]), []).append(name)
+                placed.add(name)
+            if len(placed) == len(linears):
+                break
+        return list(stages.values())
+
+    def _inputs_seen(
+        self, block: nn.Module, index: int, batch: int, linears: dict[str, nn.Module]
+    ) -> dict[str, list[tuple]]:
+        """What identifies the tensors that each linear reads in one batch, in the order they run."""
         seen: dict[str, list[tuple]] = {}
         keep_alive: list[Tensor] = []  # an address must not be reused while it stands for a tensor
 
@@ -141,32 +157,33 @@ class Walk:
             return hook
 
         with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
-            self.run(block, index, 0)
-        stages: dict[tuple, list[str]] = {}
-        for name, inputs in seen.items():
-            if len(inputs) == 1:
-                stages.setdefault(inputs[0], []).append(name)
-        return list(stages.values())
+            self.run(block, index, batch)
+        return seen
 
     def statistics(
         self, block: nn.Module, index: int, linear: nn.Module, in_features: int, dense: DenseTwin | None = None
     ) -> GramAccumulator:
         """The Gram matrix of the inputs of `linear`, one of block `index`, over all windows.
 
-        With `dense`, also the products with the inputs that its layer gets.
+        With `dense`, also the products with the inputs that its layer gets, unless they are not of the same tokens:
+        experts may be sent others.
         """
         device = dense_weight(linear).device
         accumulator = GramAccumulator(in_features, device)
+        paired = dense is not None
         with self.meter.stage("forward"), torch.no_grad():
-            for batch in range(len(self.hidden)):
-                x = self._input_of(linear, block, index, batch, self.hidden[batch])
-                other = (
-                    None
-                    if dense is None
-                    else self._input_of(dense.linear, dense.block, index, batch, dense.hidden[batch])
-                )
-                with self.meter.stage("statistics"):
-                    accumulator.add(x, other)
+            for batch, hidden in enumerate(self.hidden):
+                x = self._input_of(linear, block, index, batch, hidden)
+                other = None
+                if dense is not None and paired:
+                    other = self._input_of(dense.linear, dense.block, index, batch, dense.hidden[batch])
+                    tokens = hidden.shape[:-1].numel()
+                    paired = all(seen is not None and seen.shape[:-1].numel() == tokens for seen in (x, other))
+                if x is not None:
+                    with self.meter.stage("statistics"):
+                        accumulator.add(x, other if paired else None)
+        if not paired:
+            accumulator.cross = None
         return accumulator
 
     def input_norms(self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -212,8 +229,8 @@ class Walk:
             call, states = _cast(call, dtype), states.to(dtype)
         return call.apply(block, states.to(next(block.parameters()).device))
 
-    def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """The input of `linear` on one batch; the rest of the block is not run."""
+    def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor | None:
+        """The input of `linear` on one batch, or None if that does not reach it; the rest of the block is not run."""
         seen: list[Tensor] = []
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -222,7 +239,7 @@ class Walk:
 
         with _hooked({linear: hook}), suppress(_Stop):
             self.run(block, index, batch, hidden)
-        return seen[0]
+        return seen[0] if seen else None
 
 
 _DONE = _Call((), {}, False)

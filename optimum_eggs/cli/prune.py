@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-degree",
         type=degree,
         metavar="N|auto",
-        help="outputs that every input keeps in every band of rows; auto: the strongest floor that costs nothing",
+        help="outputs that every input keeps in every band of rows; auto: the strongest that costs next to nothing",
     )
     parser.add_argument("--band", type=int, help="rows over which that floor holds")
     parser.add_argument("--block-tuning", type=int, metavar="STEPS", help="steps that a block is tuned for (0: none)")

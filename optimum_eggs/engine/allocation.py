@@ -16,6 +16,7 @@ from ..nn import dense_weight
 from ..pattern import NMPattern
 from ..update import masked_refit, relative_error
 from .plan import PrunePlan
+from .solve import check_finite
 
 _REFIT_STEPS = 5  # enough to rank layers
 
@@ -72,12 +73,13 @@ def allocate_by_error(
         block, todo = blocks.materialise(index), plan.layers[index]
         for stage in walk.stages(block, index, todo) if todo else []:
             leader = todo[stage[0]]
-            gram = walk.statistics(block, index, leader, dense_weight(leader).shape[1]).gram
+            statistics = walk.statistics(block, index, leader, dense_weight(leader).shape[1])
+            check_finite(stage[0], statistics)
             with meter.stage("allocation"):
                 for name in stage:
                     weight = dense_weight(todo[name]).float()
                     sizes[name] = weight.numel()
-                    errors[name] = _errors(weight, gram, config)
+                    errors[name] = _errors(weight, statistics.gram, config)
         walk.advance(block, index)
         blocks.release(index)
     return dict.fromkeys(plan.names, config.pattern) | allocate(errors, sizes, config.pattern)

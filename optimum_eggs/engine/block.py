@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,8 +24,9 @@ from ..update import relative_error
 from .floor import Floor
 from .fold import find_folds, permute_block
 from .plan import PrunePlan
+from .precision import in_float32
 from .report import DenseLayer, LayerReport
-from .solve import solve_layer
+from .solve import check_finite, solve_layer
 from .tune import BlockTuning, tune_block
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,9 @@ def prune_block(
     prefix = f"{plan.block_list.block_name(index)}."
     dense_output = stream.through(block, index) if stream is not None else None
     targets = _targets(walk, block, index, config, dense_output) if todo else None
-    gains = _permute(walk, block, index, prefix, todo, config, meter)
+    if stream is not None and dense_output is not None and not config.error_correction:
+        stream.hidden = dense_output  # what went in is not needed again
+    gains = _permute(walk, block, index, prefix, todo, plan.patterns, config, meter)
     twin = copy.deepcopy(block) if stream is not None and config.error_correction and todo else None
 
     solved: list[_Solved] = []
@@ -91,11 +95,9 @@ def prune_block(
         if twin is not None and stream is not None:
             dense = DenseTwin(twin, stream.hidden, twin.get_submodule(stage[0].removeprefix(prefix)))
         statistics = walk.statistics(block, index, leader, dense_weight(leader).shape[1], dense)
-        if not statistics.is_finite():
-            raise NumericalError(
-                f"{stage[0]}: its calibration inputs hold NaN or infinite values; load the model in a wider dtype "
-                "(bfloat16 or float32), or look for the first layer that overflows"
-            )
+        check_finite(stage[0], statistics)
+        if dense is not None and statistics.cross is None:
+            logger.warning("%s: its error is not corrected: it gets other tokens than in the dense model", stage[0])
         for name in stage:
             pattern = plan.patterns[name]
             solved.append(_prune_layer(name, todo[name], pattern, statistics, config, meter, gains.get(name)))
@@ -134,6 +136,7 @@ def _permute(
     index: int,
     prefix: str,
     todo: dict[str, nn.Module],
+    patterns: Mapping[str, NMPattern],
     config: EGGSConfig,
     meter: Meter,
 ) -> dict[str, float]:
@@ -147,8 +150,10 @@ def _permute(
         weight = dense_weight(todo[name]).to(torch.float32)
         return importance_score(config.importance, weight, norms[name], config.exponent)
 
-    with meter.stage("permutation"):
-        return permute_block(block, prefix, folds, score, config.pattern, partial(walk.run, block, index, 0))
+    # In float32, where a fold that is wrong by little shows.
+    run = partial(walk.run, block, index, 0, dtype=torch.float32)
+    with meter.stage("permutation"), in_float32(block):
+        return permute_block(block, prefix, folds, score, patterns, run)
 
 
 def _prune_layer(
@@ -171,7 +176,7 @@ def _prune_layer(
                 "model in a wider dtype"
             )
     with meter.stage("report"):
-        error = relative_error(weight, pruned.to(torch.float32), statistics.gram)
+        error = relative_error(found.target, pruned.to(torch.float32), statistics.gram)
     # Written in place, so that the rest of the block runs on it; packed when the block is done.
     stored.copy_(pruned)
     return _Solved(

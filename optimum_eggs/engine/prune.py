@@ -32,9 +32,10 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Blocks are pruned in order, each on inputs that passed the pruned blocks before it; within a block the layers are
     pruned in the order in which they run, those that read the same tensor on one Gram matrix.
 
-    Memory beyond the model's: the windows' hidden states (once more for block tuning or error correction), one batch's
-    activations, and for the layer at hand a few float32 (in, in) matrices and some eight buffers of (out, in). Block
-    tuning takes four float32 copies of a block, error correction one copy. Pruned blocks shrink as they are packed.
+    Memory beyond the model's: the windows' hidden states (twice with block tuning, up to four times with error
+    correction), one batch's activations, and for the layer at hand a few (in, in) matrices, some of them in float64,
+    and some eight float32 buffers of (out, in). Block tuning takes five float32 copies of a block, error correction one
+    copy. Pruned blocks shrink as they are packed.
 
     Args:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.
@@ -52,7 +53,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     plan = make_plan(model, config)
     _check_windows(windows, model)
     if config.block_tuning:
-        check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
+        check_tunable(model, -(-len(windows) // config.batch_size), config.batch_size)
     layers: list[LayerReport] = []
     tuning: list[BlockTuning] = []
     with Meter() as meter, evaluation_mode(model):

@@ -21,7 +21,8 @@ class LayerReport:
     """One pruned layer.
 
     Attributes:
-        relative_error: ‖(W − Z)X‖²/‖WX‖² on the calibration inputs that it was fitted on, before its block was tuned.
+        relative_error: ‖(W − Z)X‖²/‖WX‖² on the calibration inputs that it was fitted on, before its block was tuned. W
+            is the dense weight, or with error correction the corrected one.
         min_degree, band: The floor that it was pruned under; `min_degree` is 0 without one.
         error_without_floor: The relative error it would have had without the floor, if the floor was chosen by it.
         permutation_gain: Share of score that reordering its inputs won, if that was tried.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..calibration import GramAccumulator
 from ..config import AUTO, EGGSConfig
+from ..errors import NumericalError
 from ..importance import importance_score
 from ..masks import diagonal_mask, expander_mask, swap_mask, topn_mask
 from ..measure import Meter
@@ -20,13 +21,28 @@ from .floor import NO_FLOOR, Floor, strongest_floor
 class Solution:
     """A layer solved: mask (out, in), weight (out, in) that is zero off the mask, and the floor that it keeps.
 
+    `target` (out, in) is what the weight was fitted to: the layer's own, or that corrected for changed inputs.
     `error_without_floor` is the relative error that the layer would have without a floor, where that was tried.
     """
 
+    target: Tensor
     mask: Tensor
     weight: Tensor
     floor: Floor
     error_without_floor: float | None = None
+
+
+def check_finite(name: str, statistics: GramAccumulator) -> None:
+    """Raise unless the calibration inputs of the layer called `name` were finite.
+
+    Raises:
+        NumericalError: they were not.
+    """
+    if not statistics.is_finite():
+        raise NumericalError(
+            f"{name}: its calibration inputs hold NaN or infinite values; load the model in a wider dtype (bfloat16 or "
+            "float32), or look for the first layer that overflows"
+        )
 
 
 def solve_layer(
@@ -46,11 +62,11 @@ def solve_layer(
 
     if config.min_degree != AUTO:
         floor = Floor(int(config.min_degree), config.band) if config.min_degree else NO_FLOOR
-        return Solution(*solve(floor), floor)
+        return Solution(target, *solve(floor), floor)
     floor, (mask, values), least = strongest_floor(
         solve, lambda found: relative_error(target, found[1], gram), len(weight), pattern, config.floor_tolerance
     )
-    return Solution(mask, values, floor, least)
+    return Solution(target, mask, values, floor, least)
 
 
 def _solve(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Walk
-from ..errors import CalibrationError
-from ..nn.dense import is_conv1d
+from ..errors import CalibrationError, ModelError
+from ..nn.dense import is_conv1d, is_dense_linear
+from .precision import in_float32
 
 HELD_OUT = 1 / 8
 """Share of the calibration batches that a block is not tuned on, but judged by."""
@@ -38,17 +39,27 @@ class BlockTuning:
     best_step: int
 
 
-def check_tunable(batches: int, batch_size: int) -> None:
-    """Raise unless there is something to tune on and something to judge by.
+def check_tunable(model: nn.Module, batches: int, batch_size: int) -> None:
+    """Raise unless blocks can be tuned, and there is something to tune on and something to judge by.
 
     Raises:
         CalibrationError: there is only one batch.
+        ModelError: gradients cannot be had, as under `torch.inference_mode()`, or not in float32, as with flash
+            attention.
     """
     if batches < 2:
         raise CalibrationError(
             f"block_tuning holds out a part of the calibration windows, and batch_size={batch_size} leaves only one "
             "batch; use a smaller batch_size or more windows"
         )
+    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    if "flash" in attention:
+        raise ModelError(
+            f"block_tuning runs blocks in float32, which attn_implementation={attention!r} cannot do; load the model "
+            "with attn_implementation='sdpa'"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ModelError("block_tuning needs gradients, and torch.inference_mode() forbids them; use torch.no_grad()")
 
 
 def token_error(output: Tensor, target: Tensor) -> Tensor:
@@ -77,7 +88,8 @@ def tune_block(
     states. After every pass over the batches the held-out ones are judged, and the best weights seen are kept; if none
     was better than those it began with, the block stays as it was.
 
-    Memory: four float32 copies of the block (weights, best weights, two moments), and what one batch's gradient needs.
+    Memory: five float32 copies of the block (weights, gradients, two moments, best weights), and one batch's
+    activations.
 
     Args:
         walk: Where the hidden states before the block come from.
@@ -95,7 +107,7 @@ def tune_block(
     held = max(1, round(len(targets) * HELD_OUT))
     training, judging = range(len(targets) - held), range(len(targets) - held, len(targets))
     # every block its own order
-    generator = torch.Generator().manual_seed(seed * 10_007 + index)
+    generator = torch.Generator().manual_seed((seed * 10_007 + index) % 2**63)
 
     def error(batch: int) -> Tensor:
         output = walk.run(block, index, batch, dtype=torch.float32)
@@ -124,7 +136,8 @@ def tune_block(
             now = held_out_error()
             if now < best:
                 best, best_step = now, step
-                best_values = [parameter.detach().clone() for parameter in parameters]
+                for value, parameter in zip(best_values, parameters, strict=True):
+                    value.copy_(parameter.data)
         for parameter, value in zip(parameters, best_values, strict=True):
             parameter.data.copy_(value)
     return BlockTuning(index, before, best, steps, best_step)
@@ -134,26 +147,33 @@ def tune_block(
 def _trainable(
     block: nn.Module, masks: Mapping[nn.Module, Tensor]
 ) -> Iterator[tuple[list[nn.Parameter], list[Tensor | None]]]:
-    """The parameters to tune with their masks, while the whole block is in float32."""
+    """The parameters to tune with their masks, while the block is in float32 and nothing else in it asks for gradients.
+
+    They are the weights of pruned layers, and everything one-dimensional but the biases of linear layers left dense.
+    """
     shaped: dict[int, Tensor] = {}
-    for module, mask in masks.items():
-        weight = module.get_parameter("weight")
-        shaped[id(weight)] = (mask.t() if is_conv1d(module) else mask).to(weight.device)
-    everything = [p for p in block.parameters() if p.is_floating_point()]
-    chosen = [p for p in everything if id(p) in shaped or p.dim() == 1]
-    stored = [(p, p.data, p.requires_grad) for p in everything]
-    try:
-        for parameter in everything:
-            parameter.data = parameter.data.to(torch.float32)
-            parameter.requires_grad_(False)
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        yield chosen, [shaped.get(id(parameter)) for parameter in chosen]
-    finally:
-        tuned = {id(parameter) for parameter in chosen}
-        for parameter, data, requires_grad in stored:
-            if id(parameter) in tuned and parameter.data is not data:
-                data.copy_(parameter.data)
-            parameter.data = data
-            parameter.grad = None
-            parameter.requires_grad_(requires_grad)
+    left_alone: set[int] = set()
+    for module in filter(is_dense_linear, block.modules()):
+        if module in masks:
+            mask = masks[module].t() if is_conv1d(module) else masks[module]
+            shaped[id(module.weight)] = mask.to(module.get_parameter("weight").device)
+        else:
+            left_alone |= {id(parameter) for parameter in module.parameters()}
+    asked = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
+    chosen = [
+        parameter
+        for parameter in block.parameters()
+        if id(parameter) in shaped
+        or (parameter.dim() == 1 and parameter.is_floating_point() and id(parameter) not in left_alone)
+    ]
+    with in_float32(block):
+        try:
+            for parameter, _ in asked:
+                parameter.requires_grad_(False)
+            for parameter in chosen:
+                parameter.requires_grad_(True)
+            yield chosen, [shaped.get(id(parameter)) for parameter in chosen]
+        finally:
+            for parameter, requires_grad in asked:
+                parameter.grad = None
+                parameter.requires_grad_(requires_grad)

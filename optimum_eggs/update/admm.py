@@ -52,7 +52,7 @@ def admm(
     # float32 is enough for the eigenvectors: what is inverted is H + ρI, and ρ is never below 0.1 of the diagonal.
     try:
         values, vectors = torch.linalg.eigh(damped)
-    except RuntimeError as error:
+    except torch.linalg.LinAlgError as error:
         raise NumericalError(f"the Gram matrix has no eigendecomposition ({error}); raise damping={damping}") from error
     values.clamp_min_(0)
     del damped

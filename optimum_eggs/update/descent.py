@@ -8,7 +8,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NumericalError
 from ..masks.expander import bands, check_floor
 from ..pattern import NMPattern
 from .objective import check_problem, damped_gram
@@ -60,6 +60,7 @@ def coordinate_descent(
     Raises:
         ConfigError: too many supports, or the mask does not keep the pattern or the floor.
         ShapeError: the shapes do not belong together.
+        NumericalError: without damping, inputs of one group that depend on each other.
 
     >>> weight = torch.tensor([[3.0, 2.0, 1.0, 4.0]])
     >>> mask = torch.tensor([[True, True, False, False]])
@@ -146,7 +147,10 @@ def _inverses(damped: Tensor, supports: Tensor) -> Tensor:
     blocks = groups[:, None] * inside
     # A dead input, without damping: its pull is zero, and so is its value.
     dead = (blocks.diagonal(dim1=-2, dim2=-1) == 0) & supports
-    return ((blocks + outside + torch.diag_embed(dead.double())).inverse() * inside).to(damped.dtype)
+    inverse, failed = torch.linalg.inv_ex(blocks + outside + torch.diag_embed(dead.double()))
+    if bool(failed.any()) or not bool(torch.isfinite(inverse).all()):
+        raise NumericalError("inputs of one group depend on each other up to rounding; raise damping")
+    return (inverse * inside).to(damped.dtype)
 
 
 def _gains(pull: Tensor, table: Tensor) -> Tensor:

@@ -37,5 +37,6 @@ def corrected_target(
     factor, failed = torch.linalg.cholesky_ex(damped_gram(gram.double(), damping))
     if int(failed):
         raise NumericalError(f"the Gram matrix is not positive definite; raise damping={damping}")
-    change = torch.cholesky_solve((cross.double() - gram.double()).t(), factor).t()
+    changed = cross.to(torch.float64, copy=True).sub_(gram)
+    change = torch.cholesky_solve(changed.t(), factor).t()
     return weight + correction * (weight @ change.to(weight.dtype))

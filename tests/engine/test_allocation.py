@@ -76,3 +76,16 @@ def test_the_layer_with_least_must_be_able_to_keep_the_floor():
     EGGSConfig("2:4", min_degree=4, band=8)
     with pytest.raises(ConfigError, match=r"band=8 with min_degree=4 at 1:4: .* use a band of 16 or more"):
         EGGSConfig("2:4", min_degree=4, band=8, allocation="error")
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "3:4", "7:8"])
+def test_a_pattern_without_a_choice_on_both_sides_is_refused(pattern):
+    with pytest.raises(
+        ConfigError, match=rf"allocation='error' at {pattern}: no layer could have more and another less"
+    ):
+        EGGSConfig(pattern, allocation="error")
+
+
+def test_whole_diagonals_need_a_row_that_is_wide_enough():
+    with pytest.raises(ConfigError, match=r"min_degree=2 with selection='diagonal' at 1:4: .* use 1 or less"):
+        EGGSConfig("2:4", preset="paper", min_degree=2, allocation="error")

@@ -193,3 +193,45 @@ def test_permutation_changes_neither_the_patterns_nor_what_dense_layers_compute(
         errors[permutation] = sum(layer.relative_error for layer in folded)
     if preset == "fast":  # orders are chosen by score, and this preset's masks are too
         assert errors[True] < errors[False]
+
+
+class Routed(torch.nn.Module):
+    """Experts as a list of linear layers, each token sent to one."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.router = torch.nn.Linear(32, experts, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(experts))
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        chosen = self.router(rows).argmax(-1)
+        output = torch.zeros_like(rows)
+        for index, expert in enumerate(self.experts):
+            if (chosen == index).any():
+                output[chosen == index] = expert(rows[chosen == index])
+        return output.view_as(x)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("values", [{}, {"error_correction": 1.0}, {"preset": "best", "block_tuning": 2}])
+def test_experts_that_some_windows_do_not_reach(values, batch_size):
+    torch.manual_seed(0)
+    model = tiny.make_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = Routed(16)
+    reached = set()
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, name=name: reached.add(name))
+        for name, module in model.named_modules()
+        if name.startswith("model.layers.0.mlp.experts.")
+    ]
+    with torch.no_grad():
+        model(input_ids=WINDOWS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert 1 < len(reached) <= 16
+    report = prune_model(model, EGGSConfig("2:4", targets=["experts"], batch_size=batch_size, **values), WINDOWS)
+    # Block 0 reads the same in the pruned model: what its windows reach is pruned, whatever runs in the first batch.
+    assert {layer.name for layer in report.layers if layer.block == 0} == reached
+    assert all(layer.tokens < WINDOWS.numel() for layer in report.layers if layer.block == 0)

@@ -8,7 +8,7 @@ from optimum_eggs import EGGSConfig, NMLinear
 from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list
 from optimum_eggs.engine import prune_model
 from optimum_eggs.engine.tune import token_error, tune_block
-from optimum_eggs.errors import CalibrationError
+from optimum_eggs.errors import CalibrationError, ModelError
 from optimum_eggs.masks import topn_mask
 from optimum_eggs.measure import Meter
 from optimum_eggs.nn import dense_weight, is_dense_linear
@@ -129,3 +129,33 @@ def test_a_tuned_model_comes_nearer_to_the_dense_one(target):
         assert [block.block for block in report.tuning] == ([0, 1] if steps else [])
         assert len(report.to_dict()["tuning"]) == len(report.tuning)
     assert errors[STEPS] < errors[0]
+
+
+def test_biases_of_layers_left_dense_stay_as_they_were():
+    model = tiny.make_model("gpt2")
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    config = EGGSConfig("2:4", targets=["mlp"], block_tuning=STEPS, tuning_lr=1e-3)
+    report = prune_model(model, config, WINDOWS)
+    assert all(block.best_step > 0 for block in report.tuning)
+    after = dict(model.named_parameters())
+    for kind in ("attn.c_attn.bias", "attn.c_attn.weight", "attn.c_proj.bias"):
+        assert torch.equal(after[f"transformer.h.0.{kind}"], before[f"transformer.h.0.{kind}"])
+    for kind in ("ln_1.weight", "ln_2.bias", "mlp.c_fc.bias"):
+        assert not torch.equal(after[f"transformer.h.0.{kind}"], before[f"transformer.h.0.{kind}"])
+
+
+def test_what_cannot_be_tuned_is_refused_before_anything_is_done():
+    model = tiny.make_model("llama")
+    with torch.inference_mode(), pytest.raises(ModelError, match=r"inference_mode\(\) forbids them; use torch.no_grad"):
+        prune_model(model, EGGSConfig("2:4", preset="best"), WINDOWS)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(
+        ModelError, match=r"'flash_attention_2' cannot do; load the model with attn_implementation='sdpa'"
+    ):
+        prune_model(model, EGGSConfig("2:4", preset="best"), WINDOWS)
+    assert not any(isinstance(layer, NMLinear) for layer in model.modules())
+
+
+def test_any_seed_will_do(meter):
+    _, walk, block, masks, targets = prepared(meter)
+    tune_block(walk, block, 0, masks, targets, 1, 1e-3, seed=2**62)

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from oracles import checked, dense_refit, gaussian, is_legal, loop_floor, random_mask, refit_objective
 from problems import COLUMNS, KINDS, layer
 
-from optimum_eggs.errors import ConfigError, ShapeError
+from optimum_eggs.errors import ConfigError, NumericalError, ShapeError
 from optimum_eggs.masks import expander_mask
 from optimum_eggs.pattern import NMPattern
 from optimum_eggs.update import coordinate_descent
-from optimum_eggs.update.descent import check_supports
+from optimum_eggs.update.descent import _repair, check_supports
 
 EPS = torch.finfo(torch.float64).eps
 SEEDS = st.integers(0, 2**32 - 1)
@@ -97,24 +97,27 @@ def test_any_floor_that_can_hold_does(legal, data, band, seed):
     assert refit_objective(weight, z, gram, 0.01) <= before + rounding(weight, gram)
 
 
-def test_under_a_floor_a_group_comes_near_the_best_assignment():
-    # One group, so a sweep from the best assignment can only stay, and any other is at most as good.
-    n, m, band = 2, 4, 4
-    for seed in range(10):
-        weight = gaussian(band, m, seed=seed, dtype=torch.float64)
-        x = gaussian(m, 20, seed=seed + 100, dtype=torch.float64)
-        gram = x @ x.T
-        lines = [[j in kept for j in range(m)] for kept in itertools.combinations(range(m), n)]
-        legal = [torch.tensor(tile) for tile in itertools.product(lines, repeat=band)]
-        legal = [tile for tile in legal if (tile.sum(0) >= 1).all()]
-        total = {
-            index: refit_objective(weight, dense_refit(weight, tile, gram, 0.01), gram, 0.01)
-            for index, tile in enumerate(legal[:: max(1, len(legal) // 100)])
-        }
-        start = expander_mask(weight.abs(), NMPattern(n, m), 1, band)
-        found, z = coordinate_descent(weight, weight * start, start, gram, NMPattern(n, m), 1, band, refit_steps=0)
-        assert loop_floor(found, band) >= 1
-        assert refit_objective(weight, z, gram, 0.01) <= sorted(total.values())[len(total) // 4]
+def test_a_band_that_falls_short_is_repaired_at_little_loss():
+    # Gains of 200 bands of four rows at 2:4, of which the best of every row starve a column; by enumeration the best
+    # assignment that starves none.
+    lines = list(itertools.combinations(range(4), 2))
+    supports = torch.tensor([[j in kept for j in range(4)] for kept in lines])
+    tiles = torch.tensor(list(itertools.product(range(6), repeat=4)))
+    tiles = tiles[(supports[tiles].sum(1) >= 1).all(1)]
+    gain = gaussian(4000, 4, 6, dtype=torch.float64).abs()
+    gain = gain[(supports[gain.argmax(2)].sum(1) < 1).any(1)][:200]
+    assert len(gain) == 200
+    free = gain.amax(2).sum(1)
+    best = gain[:, torch.arange(4), tiles].sum(2).amax(1)
+    now = tiles[torch.randint(len(tiles), (200,), generator=torch.Generator().manual_seed(0))]
+    found = _repair(gain, gain.argmax(2), now, supports, 1)
+    assert (supports[found].sum(1) >= 1).all()
+    reached = gain.gather(2, found[:, :, None]).sum((1, 2))
+    assert (reached >= gain.gather(2, now[:, :, None]).sum((1, 2))).all()
+    # One row at a time is not always the best way, but nearly so: most bands are at the optimum, and all in all less
+    # than a twentieth of what the floor costs at least is added to it.
+    assert (reached == best).double().mean() > 0.9
+    assert (best - reached).sum() < 0.05 * (free - best).sum()
 
 
 def test_blocks_of_columns_do_not_show():
@@ -130,17 +133,21 @@ def test_blocks_of_columns_do_not_show():
     assert (z - expected).norm() <= 256**2 * EPS * condition * expected.norm()
 
 
-@pytest.mark.parametrize("kind", ["dead inputs", "duplicate inputs", "few tokens", "no input"])
+@pytest.mark.parametrize("kind", ["random", "dead inputs", "no input"])
 def test_without_damping_it_stays_finite(kind):
     weight, gram = layer(kind, dtype=torch.float32)
     mask = random_mask(32, COLUMNS, 2, 4)
-    if kind in ("duplicate inputs", "few tokens"):
-        # Two inputs that are the same have no inverse; the damping that a user has by default is enough.
-        found, z = coordinate_descent(weight, weight * mask, mask, gram, NMPattern(2, 4), damping=1e-4)
-    else:
-        found, z = coordinate_descent(weight, weight * mask, mask, gram, NMPattern(2, 4), damping=0.0)
+    found, z = coordinate_descent(weight, weight * mask, mask, gram, NMPattern(2, 4), damping=0.0)
     assert is_legal(found, 2, 4)
     assert torch.isfinite(z).all()
+
+
+def test_inputs_that_are_the_same_need_damping():
+    weight, gram = layer("duplicate inputs", dtype=torch.float32)
+    mask = random_mask(32, COLUMNS, 2, 4)
+    assert torch.isfinite(coordinate_descent(weight, weight * mask, mask, gram, NMPattern(2, 4), damping=1e-4)[1]).all()
+    with pytest.raises(NumericalError, match="inputs of one group depend on each other up to rounding; raise damping"):
+        coordinate_descent(weight, weight * mask, mask, gram, NMPattern(2, 4), damping=0.0)
 
 
 def test_what_is_given_is_left_alone():

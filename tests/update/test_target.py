@@ -36,6 +36,14 @@ def test_a_share_of_the_correction_is_that_far_on_the_way():
     assert lost[2] < lost[1] < lost[0]
 
 
+def test_what_is_given_is_left_alone():
+    x, hat, weight = streams()
+    given = [weight, hat @ hat.T, x @ hat.T]
+    before = [tensor.clone() for tensor in given]
+    corrected_target(*given)
+    assert all(torch.equal(*pair) for pair in zip(given, before, strict=True))
+
+
 def test_unchanged_inputs_change_nothing():
     x, _, weight = streams()
     assert torch.equal(corrected_target(weight, x @ x.T, x @ x.T), weight)

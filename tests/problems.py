@@ -7,11 +7,11 @@ COLUMNS = 32
 KINDS = ["random", "correlated", "dead inputs", "duplicate inputs", "few tokens", "one large input"]
 
 
-def inputs(kind):
+def inputs(kind, columns=COLUMNS, seed=1):
     """Layer inputs X (in, tokens), float64."""
-    x = gaussian(COLUMNS, 200, seed=1, dtype=torch.float64)
+    x = gaussian(columns, 200, seed=seed, dtype=torch.float64)
     if kind == "correlated":
-        x = gaussian(COLUMNS, COLUMNS, seed=2, dtype=torch.float64) @ x
+        x = gaussian(columns, columns, seed=seed + 1, dtype=torch.float64) @ x
     elif kind == "dead inputs":
         x[::3] = 0
     elif kind == "duplicate inputs":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, NumericalError, ShapeError
+from ..errors import NumericalError, ShapeError
 from ..pattern import NMPattern
-from .expander import bands, check_floor
+from .checks import check_mask
+from .expander import bands
 
 _BLOCK = 128  # columns after which the gradient of all others is brought up to date
 
@@ -61,8 +62,12 @@ def swap_mask(
     >>> swap_mask(torch.tensor([[2.0, 1.9, 1.6, 1.5]]), mask, gram, NMPattern(2, 4))
     tensor([[ True, False,  True, False]])
     """
-    _check(weight, mask, gram, pattern)
-    check_floor(len(mask), pattern, min_degree, band)
+    if weight.dim() != 2 or mask.shape != weight.shape or gram.shape != (weight.shape[1],) * 2:
+        raise ShapeError(
+            f"weight {tuple(weight.shape)}, mask {tuple(mask.shape)} and gram {tuple(gram.shape)} do not belong "
+            "together; they must be (out, in), (out, in) and (in, in)"
+        )
+    check_mask(mask, pattern, min_degree, band)
     floor = _Floor(mask, min_degree, band) if min_degree else None
     mask, m, columns = mask.clone(), pattern.m, weight.shape[1]
     gradient = (weight * ~mask) @ gram  # c, of every row
@@ -111,11 +116,7 @@ def swap_mask(
 
 
 class _Floor:
-    """At least `min_degree` kept in every column of every band, for one group of columns at a time.
-
-    Raises:
-        ConfigError: the floor does not hold in `mask`.
-    """
+    """At least `min_degree` kept in every column of every band, for one group of columns at a time."""
 
     def __init__(self, mask: Tensor, min_degree: int, band: int) -> None:
         self.min_degree = min_degree
@@ -123,15 +124,6 @@ class _Floor:
         heights = [height for start, stop, height in self.stretches for _ in range(start, stop, height)]
         number = torch.arange(len(heights), device=mask.device)
         self.band_of = number.repeat_interleave(torch.tensor(heights, dtype=torch.long, device=mask.device))
-        short = (self.surplus(mask) < 0).nonzero()
-        if len(short):
-            index, column = short[0].tolist()
-            first = sum(heights[:index])
-            raise ConfigError(
-                f"min_degree={min_degree} does not hold in the mask: rows {first} to {first + heights[index] - 1} keep "
-                f"{int(self.surplus(mask)[index, column]) + min_degree} weights of input {column}; pass the min_degree "
-                "and band that the mask was made with, or 0 for no floor"
-            )
 
     def surplus(self, kept: Tensor) -> Tensor:
         """How many each column of each band keeps above the floor. kept (out, k), boolean. Returns (bands, k)."""
@@ -158,23 +150,3 @@ class _Floor:
         place = place[order]
         rank = torch.arange(len(rows), device=rows.device) - (demand.cumsum(0) - demand)[place]
         return rows[order[rank < surplus[place]]]
-
-
-def _check(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern) -> None:
-    """Raise unless the shapes belong together and the mask is a legal one."""
-    if weight.dim() != 2 or mask.shape != weight.shape or gram.shape != (weight.shape[1],) * 2:
-        raise ShapeError(
-            f"weight {tuple(weight.shape)}, mask {tuple(mask.shape)} and gram {tuple(gram.shape)} do not belong "
-            "together; they must be (out, in), (out, in) and (in, in)"
-        )
-    if weight.shape[1] % pattern.m:
-        raise ShapeError(f"weight has in={weight.shape[1]}, which is not a multiple of m={pattern.m}")
-    if mask.dtype != torch.bool:
-        raise ShapeError(f"mask has dtype {mask.dtype}; it must be torch.bool")
-    kept = mask.unflatten(1, (-1, pattern.m)).sum(-1)
-    if not bool((kept == pattern.n).all()):
-        row, group = (kept != pattern.n).nonzero()[0].tolist()
-        raise ShapeError(
-            f"mask keeps {int(kept[row, group])} of the {pattern.m} positions of row {row}, group {group}; "
-            f"{pattern} keeps exactly {pattern.n}; start from a mask of this pattern, such as that of `topn_mask`"
-        )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, NumericalError
-from ..masks.expander import bands, check_floor
+from ..masks.checks import check_mask
+from ..masks.expander import bands
 from ..pattern import NMPattern
 from .objective import check_problem, damped_gram
 from .refit import masked_refit
@@ -58,8 +59,8 @@ def coordinate_descent(
         The mask and Z, both (out, in). Memory: four buffers of (out, in) and those of the refit, one of (in, in).
 
     Raises:
-        ConfigError: too many supports, or the mask does not keep the pattern or the floor.
-        ShapeError: the shapes do not belong together.
+        ConfigError: too many supports, or the mask does not keep the floor.
+        ShapeError: the shapes do not belong together, or the mask does not keep the pattern.
         NumericalError: without damping, inputs of one group that depend on each other.
 
     >>> weight = torch.tensor([[3.0, 2.0, 1.0, 4.0]])
@@ -70,8 +71,7 @@ def coordinate_descent(
     check_problem(weight, gram, mask)
     check_supports(pattern)
     supports = _supports(pattern, weight.device)
-    check_floor(weight.shape[0], pattern, min_degree, band)
-    _check_start(mask, pattern, min_degree, band)
+    check_mask(mask, pattern, min_degree, band)
     damped = damped_gram(gram, damping)
     columns, m = weight.shape[1], pattern.m
     width = max(1, _BLOCK // m) * m
@@ -202,15 +202,3 @@ def _repair(gain: Tensor, chosen: Tensor, now: Tensor, supports: Tensor, min_deg
     before = gain.gather(2, now[:, :, None]).sum((1, 2))
     good = (supports[chosen].sum(1) >= min_degree).all(-1) & (total >= before)
     return torch.where(good[:, None], chosen, now)
-
-
-def _check_start(mask: Tensor, pattern: NMPattern, min_degree: int, band: int) -> None:
-    if bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) != pattern.n).any()):
-        raise ConfigError(f"the mask does not keep {pattern.n} of every {pattern.m}; make it with topn_mask")
-    for start, stop, height in bands(len(mask), band) if min_degree else []:
-        least = int(mask[start:stop].unflatten(0, (-1, height)).sum(1).min())
-        if least < min_degree:
-            raise ConfigError(
-                f"the mask keeps {least} outputs of an input in a band of {height} rows, and min_degree={min_degree}; "
-                "make it with expander_mask"
-            )

@@ -16,6 +16,7 @@ from oracles import (
     random_mask,
     whole_numbers,
 )
+from problems import inputs
 
 from optimum_eggs.errors import ConfigError, NumericalError, ShapeError
 from optimum_eggs.masks import expander_mask, swap
@@ -25,24 +26,6 @@ from optimum_eggs.pattern import NMPattern
 SEEDS = st.integers(0, 2**32 - 1)
 PATTERNS = [(2, 4), (4, 8), (1, 4), (6, 8), (1, 2)]
 KINDS = ["random", "correlated", "dead inputs", "duplicate inputs", "few tokens", "one large input", "no input"]
-
-
-def inputs(kind, columns, seed=1):
-    """Layer inputs X (in, tokens), float64."""
-    x = gaussian(columns, 200, seed=seed, dtype=torch.float64)
-    if kind == "correlated":
-        x = gaussian(columns, columns, seed=seed + 1, dtype=torch.float64) @ x
-    elif kind == "dead inputs":
-        x[::3] = 0
-    elif kind == "duplicate inputs":
-        x[1::2] = x[::2]
-    elif kind == "few tokens":
-        x = x[:, :5]
-    elif kind == "one large input":
-        x[7] *= 1000
-    elif kind == "no input":
-        x.zero_()
-    return x
 
 
 def whole_problem(rows, columns, seed=0):
@@ -333,7 +316,7 @@ def test_shapes_that_do_not_fit_are_refused(weight, mask, gram):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(2, 6, dtype=torch.bool), r"weight has in=6, which is not a multiple of m=4"),
+        (torch.ones(2, 6, dtype=torch.bool), r"mask has in=6, which is not a multiple of m=4"),
         (torch.ones(2, 8), r"mask has dtype torch.float32; it must be torch.bool"),
         (torch.ones(2, 8, dtype=torch.bool), r"mask keeps 4 of the 4 positions of row 0, group 0; 2:4 keeps exactly 2"),
     ],

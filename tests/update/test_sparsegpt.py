@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import checked, damped_gram, gaussian, is_legal, loop_topn, loop_wanda
+from problems import inputs
 
 from optimum_eggs.errors import ConfigError, NumericalError, ShapeError
 from optimum_eggs.pattern import NMPattern
@@ -17,17 +18,7 @@ KINDS = ["random", "correlated", "dead inputs", "duplicate inputs", "few tokens"
 
 def gram_of(kind, seed=1):
     """XXᵀ (in, in), float64."""
-    x = gaussian(COLUMNS, 200, seed=seed, dtype=torch.float64)
-    if kind == "correlated":
-        x = gaussian(COLUMNS, COLUMNS, seed=seed + 1, dtype=torch.float64) @ x
-    elif kind == "dead inputs":
-        x[::3] = 0
-    elif kind == "duplicate inputs":
-        x[1::2] = x[::2]
-    elif kind == "few tokens":
-        x = x[:, :5]
-    elif kind == "no input":
-        x.zero_()
+    x = inputs(kind, COLUMNS, seed)
     return x @ x.T
 
 

@@ -44,10 +44,12 @@ def test_only_floors_that_can_hold_are_tried(rows, pattern, first):
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
+@pytest.mark.parametrize("correction", [0.0, 1.0])
 @pytest.mark.parametrize("tolerance", [0.0, 0.005, 10.0])
-def test_auto_keeps_the_floor_it_chose_within_the_tolerance(preset, tolerance):
+def test_auto_keeps_the_floor_it_chose_within_the_tolerance(preset, tolerance, correction):
     model = tiny.make_model("llama")
-    config = EGGSConfig("2:4", preset=preset, min_degree="auto", floor_tolerance=tolerance, block_tuning=0)
+    values = {"floor_tolerance": tolerance, "error_correction": correction, "block_tuning": 0}
+    config = EGGSConfig("2:4", preset=preset, min_degree="auto", **values)
     report = prune_model(model, config, WINDOWS)
     for layer in report.layers:
         mask = model.get_submodule(layer.name).mask()

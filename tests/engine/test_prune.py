@@ -195,6 +195,29 @@ def test_permutation_changes_neither_the_patterns_nor_what_dense_layers_compute(
         assert errors[True] < errors[False]
 
 
+class Scaled(torch.nn.Module):
+    """SiLU, and a factor near 1 for each channel."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.scale = torch.nn.Parameter(1 + 0.01 * torch.randn(channels, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.nn.functional.silu(x) * self.scale.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_order_that_would_change_the_function_by_little_is_not_folded(dtype, caplog):
+    model = tiny.make_model("llama", dtype=dtype)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Scaled(64)
+    report = prune_model(model, EGGSConfig("2:4", permutation=True), WINDOWS)
+    gains = {layer.name.split(".")[-1]: layer.permutation_gain for layer in report.layers if layer.block == 0}
+    assert gains["down_proj"] is None
+    assert gains["o_proj"] > 0
+    assert "model.layers.0.mlp.down_proj: its inputs keep their order" in caplog.text
+
+
 class Routed(torch.nn.Module):
     """Experts as a list of linear layers, each token sent to one."""
 

@@ -1,13 +1,12 @@
 """Draw the perplexities that `quality.py --json RESULT` measured, as bars. Usage: draw.py RESULT OUT.svg [PATTERN].
 
-Methods with values of their own are left out, and draws are averaged.
+Only draw 0 is shown, and methods with values of their own are left out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
 from pathlib import Path
 
@@ -64,11 +63,8 @@ def draw(values: dict[str, float], pattern: str) -> str:
 def main() -> None:
     rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
     pattern = sys.argv[3] if len(sys.argv) > 3 else "2:4"
-    of_method: dict[str, list[float]] = {}
-    for row in rows:
-        if row["pattern"] in ("", pattern) and row["method"] in TEXT:  # the dense model has no pattern
-            of_method.setdefault(row["method"], []).append(row["perplexity"])
-    values = {method: statistics.mean(runs) for method, runs in of_method.items()}
+    shown = [row for row in rows if row["pattern"] in ("", pattern) and row["draw"] == 0]  # dense has no pattern
+    values = {row["method"]: row["perplexity"] for row in shown if row["method"] in TEXT}
     Path(sys.argv[2]).write_text(draw(values, pattern), encoding="utf-8")
 
 

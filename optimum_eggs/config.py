@@ -73,7 +73,7 @@ class EGGSConfig(QuantizationConfigMixin):
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.
         seed: Seed of everything random.
         batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block
-            tuning, which learns more from many small steps than from few large ones.
+            tuning, where many small steps take less time than few large ones for the same result.
         targets: Name patterns of the linear layers to prune. Default: all within the blocks.
         ignore: Name patterns of layers to leave dense. Default: `["lm_head"]`. A pattern is a shell-style glob on the
             dotted name; it may leave out leading and trailing parts (`"down_proj"`, `"layers.0"`, `"*.mlp.*"`).

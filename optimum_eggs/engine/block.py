@@ -111,7 +111,7 @@ def prune_block(
     del targets
     walk.advance(block, index)
     if stream is not None and dense_output is not None:
-        stream.hidden = dense_output
+        stream.hidden = dense_output  # with error correction, what went in was needed until here
 
     reached = {layer.name for layer in solved}
     for name in todo.keys() - reached:

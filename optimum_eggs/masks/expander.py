@@ -50,7 +50,8 @@ def expander_mask(score: Tensor, pattern: NMPattern, min_degree: int = 1, band: 
     for start, stop, height in bands(score.shape[0], band):
         part = score[start:stop].unflatten(0, (-1, height)).unflatten(2, (-1, pattern.m)).transpose(1, 2)
         kept = mask[start:stop].unflatten(0, (-1, height)).unflatten(2, (-1, pattern.m)).transpose(1, 2)
-        short = (kept.sum(2) < min_degree).any(-1)  # (bands, groups)
+        degree = kept.sum(2, dtype=torch.int32)  # several times faster than in the default int64
+        short = (degree < min_degree).any(-1)  # (bands, groups)
         if bool(short.any()):
             size = max(1, _CHUNK // (height * pattern.m**2))
             solved = [

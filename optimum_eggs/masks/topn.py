@@ -1,10 +1,14 @@
 """The plain N:M mask: the n largest of every m."""
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
 from ..errors import NumericalError, ShapeError
 from ..pattern import NMPattern
+
+_COMPARED = 16  # up to this m, comparing every pair of a group is several times faster than a general top-k
 
 
 def check_score(score: Tensor, pattern: NMPattern) -> None:
@@ -18,14 +22,14 @@ def check_score(score: Tensor, pattern: NMPattern) -> None:
         raise ShapeError(f"score has shape {tuple(score.shape)}; it must be (out, in)")
     if score.shape[1] % pattern.m:
         raise ShapeError(f"score has in={score.shape[1]}, which is not a multiple of m={pattern.m}")
-    if not bool(torch.isfinite(score).all()):
+    if score.numel() and not all(isfinite(end) for end in torch.aminmax(score)):  # NaN goes through
         raise NumericalError("score holds NaN or infinite values; look for them in the weight and the statistics")
 
 
 def topn_mask(score: Tensor, pattern: NMPattern) -> Tensor:
     """Keep the n largest scores of every m consecutive inputs, in every row.
 
-    score (out, in). Returns a boolean mask (out, in). Among equal scores any may be kept.
+    score (out, in). Returns a boolean mask (out, in). Among equal scores any n may be kept.
 
     Raises:
         ShapeError, NumericalError: as [`check_score`].
@@ -35,5 +39,14 @@ def topn_mask(score: Tensor, pattern: NMPattern) -> Tensor:
     """
     check_score(score, pattern)
     groups = score.unflatten(1, (-1, pattern.m))
-    kept = groups.topk(pattern.n, dim=-1).indices
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(1)
+    if pattern.m > _COMPARED:
+        kept = groups.topk(pattern.n, dim=-1).indices
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(1)
+    places = groups.flatten(0, 1).t().contiguous()  # (m, groups)
+    larger = torch.zeros(places.shape, dtype=torch.uint8, device=score.device)  # of the others in the group
+    for i in range(pattern.m):
+        for j in range(i + 1, pattern.m):
+            first = places[i] >= places[j]
+            larger[j] += first
+            larger[i] += ~first
+    return (larger < pattern.n).t().contiguous().view(score.shape)

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from optimum_eggs import EGGSConfig, EGGSPruner
+from optimum_eggs.ops import force
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,6 +17,13 @@ ROOT = Path(__file__).parents[1]
 def _one_thread():
     # Tiny matrices: more threads only wait for each other.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def reference_backend():
+    """Packed layers compute as the dense ones do, bit for bit."""
+    with force("reference"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,126 @@
-"""The packed linear operation, in plain torch operations."""
+"""The packed linear operation: `torch.ops.optimum_eggs.nm_linear`, and the short way to it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..packing import unpack
+from ..packing import unpack, unpack_mask
 from ..pattern import NMPattern
+from . import native
+from .select import choose
+
+_PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 
 
 def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    """X Wᵀ + b with W packed n:m. Equal bit for bit to `F.linear` on the dense matrix with its zeros in place.
+    """X Wᵀ + b with W packed n:m.
 
-    x (..., in); weight (out, in·n/m), the values kept; weight_meta (out, ⌈in/8⌉), uint8; bias (out,) or None.
-    Returns (..., out). Differentiable in x, weight and bias. The dense matrix exists while the call runs.
+    Differentiable in x, weight and bias; works under `torch.compile`, `torch.export` and autocast.
+    [`optimum_eggs.ops.explain`] tells which backend runs.
+
+    Args:
+        x: (..., in).
+        weight: (out, in·n/m), the values kept.
+        weight_meta: (out, ⌈in/8⌉), uint8. The bits are trusted; a checkpoint's are checked when it is read.
+        bias: (out,) or None.
+        n: Number kept of every m inputs.
+        m: Size of a group.
+
+    Returns:
+        (..., out), in the dtype of x. The `reference` backend equals `F.linear` on the dense matrix with its zeros in
+        place bit for bit; the others sum in float32, in another order.
     """
-    return torch.nn.functional.linear(x, unpack(weight, weight_meta, NMPattern(n, m)), bias)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if _nothing_watches(x, weight, bias):
+        return _run(x, weight, weight_meta, bias, n, m)
+    return torch.ops.optimum_eggs.nm_linear(x, weight, weight_meta, bias, n, m)
+
+
+def _nothing_watches(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the call may go past torch's dispatcher, which costs more than a small layer takes."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    """Y by the backend chosen."""
+    dtype = x.dtype
+    tokens = x.numel() // max(1, x.shape[-1])
+    backend = choose(dtype, x.device, tokens)
+    fits = weight.dtype is dtype and (bias is None or bias.dtype is dtype) and x.shape[-1] * n == weight.shape[1] * m
+    if backend.isa is None or not fits or not tokens or weight.device != x.device:
+        return torch.nn.functional.linear(x, unpack(weight, weight_meta, NMPattern(n, m)), bias)
+    x, weight, weight_meta = x.contiguous(), weight.contiguous(), weight_meta.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if backend.backend == "native":
+        return native.linear(backend.isa, x, weight, weight_meta, bias, n, m)
+    return _by_panels(backend.isa, x, weight, weight_meta, bias)
+
+
+def _by_panels(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None) -> Tensor:
+    """Y by torch's dense product, a panel of unpacked rows at a time."""
+    out_features, in_features = weight.shape[0], x.shape[-1]
+    flat = x.view(-1, in_features)
+    y = x.new_empty((len(flat), out_features))
+    height = min(out_features, max(64, _PANEL_BYTES // (in_features * x.element_size())))
+    panel = x.new_empty((height, in_features))
+    for start in range(0, out_features, height):
+        rows = slice(start, min(start + height, out_features))
+        dense = panel[: rows.stop - rows.start]
+        native.unpack(isa, weight[rows], weight_meta[rows], dense)
+        if bias is None:
+            torch.mm(flat, dense.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], flat, dense.t(), out=y[:, rows])
+    return y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("optimum_eggs::nm_linear", mutates_args=())
+def _op(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    with torch.no_grad():
+        return _run(x, weight, weight_meta, bias, n, m)
+
+
+@_op.register_fake
+def _fake(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, weight_meta, bias, ctx.n, ctx.m = inputs
+    ctx.save_for_backward(x, weight, weight_meta)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, weight_meta = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    grad_x = grad_weight = grad_bias = None
+    if wanted[0]:
+        grad_x = grad @ unpack(weight, weight_meta, NMPattern(ctx.n, ctx.m))
+    if wanted[1]:
+        mask = unpack_mask(weight_meta, x.shape[-1]).unflatten(1, (-1, ctx.m))
+        kept = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : ctx.n]  # of a fixed shape
+        dense = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        grad_weight = dense.unflatten(1, (-1, ctx.m)).gather(-1, kept).flatten(1)
+    if ctx.has_bias and wanted[3]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, grad_weight, None, grad_bias, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -23,16 +25,32 @@ main()
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_command_works_from_a_wheel(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "optimum_eggs", source / "optimum_eggs", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+def build(tmp_path, **environment):
+    """The folder that a wheel built from the sources alone unpacks to."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "optimum_eggs", source / "optimum_eggs", ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *map(str, options), str(source)], check=True)
-    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "wheel", *map(str, options), str(source)]
+    subprocess.run(command, check=True, env=os.environ | environment)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(site)
+    return site
+
+
+def test_without_a_compiler_the_package_installs_all_the_same(tmp_path):
+    site = build(tmp_path, CC="false")
+    assert (site / "optimum_eggs" / "ops" / "native" / "__init__.py").is_file()
+    assert not list(site.rglob("*.so"))
+
+
+def test_the_command_works_from_a_wheel(tmp_path):
+    site = build(tmp_path)
+    if shutil.which(sysconfig.get_config_var("CC").split()[0]):
+        (extension,) = (site / "optimum_eggs" / "ops" / "native").glob("_native*")
+        assert ".abi3." in extension.name  # one build for every Python
     assert (site / "optimum_eggs" / "py.typed").is_file()
     assert not list((site / "optimum").rglob("__init__.py"))  # one there would hide the rest of optimum
 

@@ -24,6 +24,7 @@ def pruned(name, tokenizer, config, dtype=torch.float32):
     return pruner
 
 
+@pytest.mark.usefixtures("reference_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_every_architecture_comes_back_bit_for_bit(name, dtype, tokenizer, config, tmp_path):

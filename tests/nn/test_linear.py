@@ -13,6 +13,7 @@ from optimum_eggs.nn import NMLinear, dense_weight, is_dense_linear
 from optimum_eggs.nn.linear import check_packable
 from optimum_eggs.pattern import NMPattern
 
+pytestmark = pytest.mark.usefixtures("reference_backend")
 TWO_OF_FOUR = NMPattern(2, 4)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

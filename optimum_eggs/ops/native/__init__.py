@@ -1,0 +1,89 @@
+"""The kernels in C, called with addresses: the extension `_native`, built with the package where there is a compiler.
+
+Callers of this module have checked shapes, dtypes and contiguity.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch  # before the extension, so that both use the OpenMP runtime that torch brings
+from torch import Tensor
+
+try:
+    from . import _native  # type: ignore[attr-defined]
+except ImportError as error:  # no compiler when the package was built, or an unknown platform
+    _native: Any = None  # type: ignore[no-redef]
+    missing: str | None = str(error)
+else:
+    missing = None
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_INDEX: dict[str, int] = _native.instruction_sets() if _native else {}
+INSTRUCTION_SETS = tuple(_INDEX)  # those this processor runs, the fastest last
+_forked = False  # a forked child has lost the threads that the parent's OpenMP waits for
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """Threads a kernel may use: torch's own number, or one in a forked child."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+@lru_cache(maxsize=1)
+def warn_missing() -> None:
+    """Say, once, that the package was built without its extension."""
+    logging.getLogger(__name__).warning(
+        "the native kernels of optimum-eggs are not there (%s): packed layers unpack at every call. Install a C "
+        "compiler and reinstall with `pip install --no-binary optimum-eggs --force-reinstall optimum-eggs`",
+        missing,
+    )
+
+
+def linear(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    """X (..., in), contiguous, to (..., out), by the kernel for `isa`."""
+    out_features, width = weight.shape
+    in_features = x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], out_features))
+    _native.linear(
+        _INDEX[isa],
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        weight_meta.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // in_features,
+        out_features,
+        in_features,
+        width,
+        n,
+        m,
+        threads(),
+    )
+    return y
+
+
+def unpack(isa: str, weight: Tensor, weight_meta: Tensor, dense: Tensor) -> None:
+    """Write the dense rows (rows, in) of packed rows weight (rows, width), weight_meta (rows, ⌈in/8⌉); contiguous."""
+    _native.unpack(
+        _INDEX[isa],
+        weight.data_ptr(),
+        weight_meta.data_ptr(),
+        dense.data_ptr(),
+        *dense.shape,
+        weight.shape[1],
+        weight.element_size(),
+        threads(),
+    )

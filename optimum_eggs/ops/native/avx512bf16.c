@@ -1,0 +1,162 @@
+// AVX-512 BF16 + VBMI2: thirty-two positions at a time, spread by vpexpandw and multiplied by vdpbf16ps.
+#include "nm.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+enum { LANES = 32, ROWS = 4, FEW = 2, TOKENS = 6, AHEAD = 2048 };
+
+INLINE uint32_t load_bits(const uint8_t *meta) {
+    uint32_t bits;
+    memcpy(&bits, meta, 4);
+    return bits;
+}
+
+// `step` values are kept of 32 positions; 0 where their number varies. Only the bytes that hold them are read.
+INLINE __m512bh spread_out(const void *v, uint32_t bits, int step) {
+    __m512i wide = step == 8    ? _mm512_castsi128_si512(_mm_loadu_si128(v))
+                   : step == 16 ? _mm512_castsi256_si512(_mm256_loadu_si256(v))
+                                : _mm512_loadu_si512(v);
+    return (__m512bh)_mm512_maskz_expand_epi16(bits, wide);
+}
+
+INLINE const char *advance(const char *v, const char *end, uint32_t bits, int step) {
+    if (step) return v + 2 * step;
+    v += 2 * _mm_popcnt_u32(bits);
+    return v < end ? v : end;  // bits that lie about their number
+}
+
+INLINE __m512bh load_x(const uint16_t *x) { return (__m512bh)_mm512_loadu_si512(x); }
+
+// `count` rows, `stride` apart, by `tokens` tokens: one tile of y. Both numbers are constants in every call.
+INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, int64_t ldx, int64_t r0, int64_t stride,
+                 int count, int64_t t0, int tokens, int step) {
+    __m512 sum[ROWS][TOKENS], odd[ROWS];
+    const char *v[ROWS], *end[ROWS];
+    const uint8_t *meta[ROWS];
+    for (int r = 0; r < count; r++) {
+        v[r] = nm_row_values(rows, r0 + r * stride);
+        end[r] = v[r] + rows->row_bytes;
+        meta[r] = nm_row_meta(rows, r0 + r * stride);
+        odd[r] = _mm512_setzero_ps();
+        for (int t = 0; t < tokens; t++) sum[r][t] = _mm512_setzero_ps();
+    }
+    x += t0 * ldx;
+    int64_t column = 0;
+    for (; column + 2 * LANES <= p->in; column += 2 * LANES) {
+        __m512bh w[ROWS];
+        for (int r = 0; r < count; r++) {
+            _mm_prefetch(v[r] + AHEAD, _MM_HINT_T0);
+            if (step > 16) _mm_prefetch(v[r] + AHEAD + 64, _MM_HINT_T0);
+            _mm_prefetch((const char *)meta[r] + AHEAD / 8, _MM_HINT_T0);
+        }
+        for (int half = 0; half < 2; half++) {
+            for (int r = 0; r < count; r++) {
+                uint32_t bits = load_bits(meta[r] + column / 8 + 4 * half);
+                w[r] = spread_out(v[r], bits, step);
+                v[r] = advance(v[r], end[r], bits, step);
+            }
+            for (int t = 0; t < tokens; t++) {
+                __m512bh xv = load_x(x + t * ldx + column + LANES * half);
+                for (int r = 0; r < count; r++) {
+                    __m512 *to = tokens == 1 && half ? &odd[r] : &sum[r][t];  // a token alone has too short a chain
+                    *to = _mm512_dpbf16_ps(*to, w[r], xv);
+                }
+            }
+        }
+    }
+    for (; column < p->in; column += LANES) {
+        uint32_t valid = column + LANES > p->in ? (1u << (p->in - column)) - 1 : 0xffffffffu;
+        for (int r = 0; r < count; r++) {
+            uint32_t bits = load_bits(meta[r] + column / 8) & valid;
+            __m512bh w = spread_out(v[r], bits, step);
+            v[r] = advance(v[r], end[r], bits, step);
+            for (int t = 0; t < tokens; t++)
+                sum[r][t] = _mm512_dpbf16_ps(sum[r][t], w, load_x(x + t * ldx + column));
+        }
+    }
+    for (int r = 0; r < count; r++) {
+        int64_t row = r0 + r * stride;
+        float bias = p->bias ? nm_read(p->bias, row, NM_BF16) : 0;
+        if (tokens == 1) sum[r][0] = _mm512_add_ps(sum[r][0], odd[r]);
+        for (int t = 0; t < tokens; t++)
+            nm_write(p->y, (t0 + t) * p->out + row, NM_BF16, _mm512_reduce_add_ps(sum[r][t]) + bias);
+    }
+}
+
+#define TILE(R, T) \
+    case T: \
+        tile(p, rows, x, ldx, r0, stride, R, t0, T, step); \
+        break;
+#define TILES(R) \
+    switch (tokens) { TILE(R, 1) TILE(R, 2) TILE(R, 3) TILE(R, 4) TILE(R, 5) TILE(R, 6) }
+
+INLINE void block(const nm_problem *p, const nm_rows *rows, const uint16_t *x, int64_t ldx, int64_t r0, int64_t stride,
+                  int count, int step) {
+    int64_t parts = (p->tokens + TOKENS - 1) / TOKENS;
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t t0 = p->tokens * part / parts, tokens = p->tokens * (part + 1) / parts - t0;
+        if (count == ROWS) {
+            TILES(ROWS)
+        } else if (count == FEW) {
+            TILES(FEW)
+        } else {
+            TILES(1)
+        }
+    }
+}
+
+// Rows [first, last), in stripes that advance together: several streams far apart keep more of the memory busy than
+// neighbouring rows do.
+INLINE void stripes(const nm_problem *p, const nm_rows *rows, const uint16_t *x, int64_t ldx, int64_t first,
+                    int64_t last, int count, int step) {
+    int64_t stride = (last - first) / count;
+    for (int64_t r = first; r < first + stride; r++) block(p, rows, x, ldx, r, stride, count, step);
+    for (int64_t r = first + stride * count; r < last; r++) block(p, rows, x, ldx, r, 1, 1, step);
+}
+
+#define LOOP(step) \
+    TARGET static void loop_##step(const nm_problem *p, const nm_rows *rows, const uint16_t *x, int64_t ldx) { \
+        int threads = nm_threads(p); \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)") \
+        for (int64_t i = 0; i < threads; i++) { \
+            int64_t first = p->out * i / threads, last = p->out * (i + 1) / threads; \
+            if (p->tokens <= 2) stripes(p, rows, x, ldx, first, last, FEW, step); \
+            else stripes(p, rows, x, ldx, first, last, ROWS, step); \
+        } \
+    }
+LOOP(8)
+LOOP(16)
+LOOP(24)
+LOOP(0)
+
+int nm_linear_avx512bf16(const nm_problem *p) {
+    nm_rows rows;
+    int64_t ldx = nm_round_up(p->in, LANES);
+    const uint16_t *x = p->x;
+    uint16_t *copy = NULL;
+    if (ldx != p->in) {
+        copy = nm_alloc((size_t)(p->tokens * ldx * 2));
+        if (!copy) return -1;
+        memset(copy, 0, (size_t)(p->tokens * ldx * 2));
+        for (int64_t t = 0; t < p->tokens; t++) memcpy(copy + t * ldx, x + t * p->in, (size_t)p->in * 2);
+        x = copy;
+    }
+    if (nm_rows_open(&rows, p, 64)) {
+        nm_free(copy);
+        return -1;
+    }
+    int step = LANES % p->m ? 0 : LANES / p->m * p->n;
+    if (step == 8) loop_8(p, &rows, x, ldx);
+    else if (step == 16) loop_16(p, &rows, x, ldx);
+    else if (step == 24) loop_24(p, &rows, x, ldx);
+    else loop_0(p, &rows, x, ldx);
+    nm_rows_close(&rows);
+    nm_free(copy);
+    return 0;
+}
+#endif

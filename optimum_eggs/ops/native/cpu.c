@@ -1,0 +1,54 @@
+// Which kernels this processor runs.
+#define _GNU_SOURCE  // syscall
+#include "nm.h"
+
+static int always(void) { return 1; }
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+}
+
+static int has_avx512(void) { return has_avx2() && __builtin_cpu_supports("avx512f"); }
+
+static int has_vbmi2(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi2");
+}
+
+static int has_bf16(void) { return has_vbmi2() && __builtin_cpu_supports("avx512bf16"); }
+
+// AMX tiles must be asked for, once for the process: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+static int has_amx(void) {
+#if defined(__linux__)
+    unsigned a, b, c, d;
+    if (!has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d >> 22 & 1) && (d >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
+
+#define ALL(kernel) {kernel, kernel, kernel}
+
+const nm_isa nm_isas[] = {
+    {"portable", always, ALL(nm_linear_portable), nm_unpack_portable},
+#if defined(__aarch64__)
+    {"neon", always, ALL(nm_linear_neon), nm_unpack_portable},
+#endif
+#if defined(__x86_64__)
+    {"avx2", has_avx2, ALL(nm_linear_avx2), nm_unpack_portable},
+    {"avx512", has_avx512, ALL(nm_linear_avx512), nm_unpack_portable},
+    {"avx512_vbmi2", has_vbmi2, ALL(nm_linear_avx512), nm_unpack_avx512},
+    {"avx512_bf16", has_bf16, {nm_linear_avx512, nm_linear_avx512, nm_linear_avx512bf16}, nm_unpack_avx512},
+    {"amx", has_amx, {nm_linear_avx512, nm_linear_avx512, nm_linear_amx}, nm_unpack_avx512},
+#endif
+};
+const int nm_isa_count = sizeof(nm_isas) / sizeof(*nm_isas);

@@ -1,0 +1,100 @@
+// The Python module: addresses and sizes in, nothing out. Callers check shapes, dtypes and contiguity.
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "nm.h"
+
+static int read_ints(PyObject *const *args, Py_ssize_t given, long long *to, Py_ssize_t wanted) {
+    if (given != wanted) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments are taken, %zd given", wanted, given);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < wanted; i++) {
+        to[i] = PyLong_AsLongLong(args[i]);
+        if (to[i] == -1 && PyErr_Occurred()) return -1;
+    }
+    return 0;
+}
+
+enum { MOST = 8 };
+static char supported[MOST];  // by index; found once, when the module is made
+
+static const nm_isa *isa_at(long long index) {
+    if (index >= 0 && index < nm_isa_count && supported[index]) return &nm_isas[index];
+    PyErr_Format(PyExc_ValueError, "%lld is not an instruction set of this processor", index);
+    return NULL;
+}
+
+static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[14];
+    if (read_ints(args, given, a, 14)) return NULL;
+    if (a[1] < 0 || a[1] >= NM_DTYPES) return PyErr_Format(PyExc_ValueError, "no dtype %lld", a[1]);
+    const nm_isa *isa = isa_at(a[0]);
+    if (!isa) return NULL;
+    nm_problem p = {
+        .dtype = (int)a[1],
+        .x = (const void *)(intptr_t)a[2],
+        .values = (const void *)(intptr_t)a[3],
+        .meta = (const uint8_t *)(intptr_t)a[4],
+        .bias = (const void *)(intptr_t)a[5],
+        .y = (void *)(intptr_t)a[6],
+        .tokens = a[7],
+        .out = a[8],
+        .in = a[9],
+        .width = a[10],
+        .n = (int)a[11],
+        .m = (int)a[12],
+        .threads = (int)a[13],
+    };
+    int failed = 0;
+    if (p.tokens > 0 && p.out > 0) {
+        Py_BEGIN_ALLOW_THREADS
+        failed = isa->linear[p.dtype](&p);
+        Py_END_ALLOW_THREADS
+    }
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *unpack(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[9];
+    if (read_ints(args, given, a, 9)) return NULL;
+    if (a[7] != 2 && a[7] != 4) return PyErr_Format(PyExc_ValueError, "no element of %lld bytes", a[7]);
+    const nm_isa *isa = isa_at(a[0]);
+    if (!isa) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    isa->unpack((const void *)(intptr_t)a[1], (const uint8_t *)(intptr_t)a[2], (void *)(intptr_t)a[3], a[4], a[5], a[6],
+                (int)a[7], (int)a[8]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *instruction_sets(PyObject *self, PyObject *none) {
+    PyObject *found = PyDict_New();
+    for (int i = 0; found && i < nm_isa_count; i++) {
+        if (!supported[i]) continue;
+        PyObject *index = PyLong_FromLong(i);
+        if (!index || PyDict_SetItemString(found, nm_isas[i].name, index)) Py_CLEAR(found);
+        Py_XDECREF(index);
+    }
+    return found;
+}
+
+static PyMethodDef methods[] = {
+    {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL,
+     "linear(isa, dtype, x, values, meta, bias, y, tokens, out, in, width, n, m, threads)"},
+    {"unpack", (PyCFunction)(void (*)(void))unpack, METH_FASTCALL,
+     "unpack(isa, values, meta, dense, out, in, width, size, threads)"},
+    {"instruction_sets", instruction_sets, METH_NOARGS, "Name to index, of those this processor runs, fastest last."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "N:M kernels in C; see optimum_eggs.ops.native.", -1, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    for (int i = 0; i < nm_isa_count && i < MOST; i++) supported[i] = (char)nm_isas[i].supported();
+    return PyModule_Create(&definition);
+}

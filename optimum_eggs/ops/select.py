@@ -1,0 +1,126 @@
+"""Which backend runs a packed layer, and why.
+
+- `native`: a kernel in C on the packed form, the fastest for few tokens.
+- `panel`: rows unpacked in C, a few megabytes at a time, and multiplied by torch's dense product; for many tokens.
+- `reference`: all unpacked by torch, then `F.linear`; anywhere, and slow.
+
+The environment variable `OPTIMUM_EGGS_BACKEND` forces one of them, `OPTIMUM_EGGS_ISA` an instruction set of the
+processor (one of `optimum_eggs.ops.INSTRUCTION_SETS`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import native
+from .native import DTYPES, INSTRUCTION_SETS
+
+BACKENDS = ("native", "panel", "reference")
+# The most tokens for which the native kernel beats the dense product, by instruction set: found by measuring, see
+# docs/performance.md. AMX multiplies bfloat16 as fast as the dense product does, at any number of tokens.
+_MOST_TOKENS = {"portable": 4, "neon": 8, "avx2": 12, "avx512": 48, "avx512_vbmi2": 48, "avx512_bf16": 48, "amx": 48}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend chosen, the instruction set it uses if it is not the reference, and the reason in words."""
+
+    backend: str
+    isa: str | None
+    why: str
+
+
+@dataclass
+class _Forced:
+    backend: str | None = None
+    isa: str | None = None
+
+    def check(self) -> None:
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ConfigError(f"backend {self.backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        if self.isa is not None and self.isa not in INSTRUCTION_SETS:
+            there = ", ".join(INSTRUCTION_SETS) or f"none, since the extension is missing ({native.missing})"
+            raise ConfigError(f"instruction set {self.isa!r} is not to be had here; there are: {there}")
+        if self.backend in ("native", "panel") and not INSTRUCTION_SETS:
+            raise ConfigError(f"backend {self.backend!r} needs the native extension: {native.missing}")
+
+
+_forced = _Forced(os.environ.get("OPTIMUM_EGGS_BACKEND") or None, os.environ.get("OPTIMUM_EGGS_ISA") or None)
+
+
+@contextmanager
+def force(backend: str | None = None, isa: str | None = None) -> Iterator[None]:
+    """Force a backend, an instruction set, or both, within the `with` block.
+
+    Holds for the whole process, as the environment variables do. What a backend cannot take at all (a tensor on another
+    device, a dtype it does not know) still goes to the reference.
+
+    Raises:
+        ConfigError: the name is unknown, or this machine does not have it.
+
+    >>> with force("reference"):
+    ...     choose(torch.bfloat16, torch.device("cpu"), tokens=1).backend
+    'reference'
+    """
+    global _forced
+    forced = _Forced(backend, isa)
+    forced.check()
+    before, _forced = _forced, forced
+    _decide.cache_clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _decide.cache_clear()
+
+
+def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
+    """The backend for values and activations of `dtype` on `device`, by the number of tokens.
+
+    Raises:
+        ConfigError: an environment variable forces what is not there.
+    """
+    return _decide(dtype, device.type, tokens)
+
+
+@lru_cache(maxsize=4096)
+def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
+    _forced.check()
+    if device != "cpu":
+        return Choice("reference", None, f"the native kernels run on the CPU, and the tensors are on {device}")
+    if dtype not in DTYPES:
+        return Choice("reference", None, f"the native kernels take float32, float16 and bfloat16, not {dtype}")
+    if not INSTRUCTION_SETS:
+        native.warn_missing()
+        return Choice("reference", None, f"the native extension is missing: {native.missing}")
+    isa = _forced.isa or INSTRUCTION_SETS[-1]
+    if _forced.backend is not None:
+        return Choice(_forced.backend, None if _forced.backend == "reference" else isa, "forced")
+    if isa == "amx" and dtype is torch.bfloat16:
+        return Choice("native", isa, "AMX tiles beat the dense product at any number of tokens")
+    most = _MOST_TOKENS[isa]
+    if tokens <= most:
+        return Choice("native", isa, f"{tokens} tokens: up to {most}, {isa} beats the dense product")
+    return Choice("panel", isa, f"{tokens} tokens: beyond {most}, the dense product on unpacked panels is faster")
+
+
+def explain(layer: torch.nn.Module, batch: int = 1) -> Choice:
+    """What an `NMLinear` does with `batch` tokens, and why.
+
+    >>> from optimum_eggs import NMLinear, NMPattern
+    >>> layer = NMLinear.from_linear(torch.nn.Linear(8, 3), NMPattern(2, 4))
+    >>> with force("reference"):
+    ...     explain(layer, batch=1)
+    Choice(backend='reference', isa=None, why='forced')
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return choose(weight.dtype, weight.device, batch)

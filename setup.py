@@ -1,0 +1,25 @@
+"""The native extension; everything else is in pyproject.toml."""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+NATIVE = Path("optimum_eggs/ops/native")
+# Apple's clang has no OpenMP runtime of its own: the kernels run on one thread there.
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "optimum_eggs.ops.native._native",
+            sources=sorted(map(str, NATIVE.glob("*.c"))),
+            depends=sorted(map(str, NATIVE.glob("*.h"))),
+            extra_compile_args=["-O3", "-std=c11", *OPENMP],
+            extra_link_args=OPENMP,
+            py_limited_api=True,
+            optional=True,  # without a compiler the package installs all the same, and says so when it is used
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

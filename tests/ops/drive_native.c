@@ -1,0 +1,96 @@
+// Runs every kernel of this processor on buffers of exactly the right size, so that a sanitizer sees a read beyond them.
+// First with legal bits, against sums in double; then with random bytes for bits, which must do no harm.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "nm.h"
+
+static uint64_t state = 1;
+
+static uint32_t draw(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33);
+}
+
+static float uniform(void) { return (float)draw() / 1073741824.0f - 1; }
+
+static void *exact(int64_t bytes) {
+    void *memory = malloc(bytes ? (size_t)bytes : 1);
+    if (!memory) exit(2);
+    return memory;
+}
+
+static void *values_of(int64_t count, int dtype) {
+    void *data = exact(count * nm_size(dtype));
+    for (int64_t i = 0; i < count; i++) nm_write(data, i, dtype, uniform());
+    return data;
+}
+
+static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens, int threads, int lies) {
+    int64_t width = in / m * n, mw = nm_meta_width(in);
+    uint8_t *meta = exact(out * mw);
+    memset(meta, 0, (size_t)(out * mw));
+    for (int64_t r = 0; r < out; r++)
+        for (int64_t g = 0; g < in; g += m)
+            for (int kept = 0; kept < n;) {
+                int64_t c = g + draw() % (uint32_t)m;
+                if (meta[r * mw + c / 8] >> (c % 8) & 1) continue;
+                meta[r * mw + c / 8] |= (uint8_t)(1 << (c % 8));
+                kept++;
+            }
+    if (lies)
+        for (int64_t i = 0; i < out * mw; i++) meta[i] = (uint8_t)draw();
+    void *x = values_of(tokens * in, dtype), *values = values_of(out * width, dtype), *bias = values_of(out, dtype);
+    void *y = exact(tokens * out * nm_size(dtype)), *dense = exact(out * in * nm_size(dtype));
+    double unit = dtype == NM_F32 ? 0x1p-24 : dtype == NM_F16 ? 0x1p-11 : 0x1p-8;
+    int bad = 0;
+    for (int isa = 0; isa < nm_isa_count && !bad; isa++) {
+        if (!nm_isas[isa].supported()) continue;
+        nm_problem p = {dtype, x, values, meta, tokens % 2 ? bias : NULL, y, tokens, out, in, width, n, m, threads};
+        memset(y, 0xff, (size_t)(tokens * out * nm_size(dtype)));
+        if (nm_isas[isa].linear[dtype](&p)) return 1;
+        nm_isas[isa].unpack(values, meta, dense, out, in, width, nm_size(dtype), threads);
+        if (lies) continue;
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t r = 0; r < out; r++) {
+                double sum = p.bias ? nm_read(bias, r, dtype) : 0, size = fabs(sum);
+                int64_t at = r * width;
+                for (int64_t c = 0; c < in; c++) {
+                    int set = meta[r * mw + c / 8] >> (c % 8) & 1;
+                    double w = set ? nm_read(values, at++, dtype) : 0;
+                    if (t == 0 && nm_read(dense, r * in + c, dtype) != w) bad = 2;
+                    sum += w * nm_read(x, t * in + c, dtype);
+                    size += fabs(w * nm_read(x, t * in + c, dtype));
+                }
+                // Sums of width + 1 terms in float32, then one rounding to the dtype.
+                double bound = (width + 1) * 0x1p-24 * size + unit * fabs(sum) + 1e-7;
+                if (!(fabs(nm_read(y, t * out + r, dtype) - sum) <= bound)) bad = 1;
+            }
+        if (bad)
+            printf("%s %s: dtype %d, %d:%d, out %ld, in %ld, tokens %ld\n", nm_isas[isa].name,
+                   bad == 2 ? "unpacks wrongly" : "is off", dtype, n, m, (long)out, (long)in, (long)tokens);
+    }
+    free(x), free(values), free(bias), free(y), free(meta), free(dense);
+    return bad;
+}
+
+int main(void) {
+    static const int patterns[][2] = {{2, 4}, {1, 4}, {4, 8}, {6, 8}, {1, 2}, {5, 16}, {17, 32}, {16, 32}};
+    static const int tokens[] = {0, 1, 2, 3, 5, 7, 16, 17, 33, 70};
+    int problems = 0;
+    for (unsigned i = 0; i < sizeof patterns / sizeof *patterns; i++)
+        for (int dtype = 0; dtype < NM_DTYPES; dtype++)
+            for (unsigned t = 0; t < sizeof tokens / sizeof *tokens; t++)
+                for (int lies = 0; lies < 2; lies++, problems++) {
+                    int n = patterns[i][0], m = patterns[i][1];
+                    int64_t out = 1 + draw() % 70, in = m * (1 + draw() % (uint32_t)(700 / m));
+                    if (run(dtype, n, m, out, in, tokens[t], 1 + (int)(draw() % 4), lies)) return 1;
+                }
+    printf("%d problems:", problems);
+    for (int isa = 0; isa < nm_isa_count; isa++)
+        if (nm_isas[isa].supported()) printf(" %s", nm_isas[isa].name);
+    printf("\n");
+    return 0;
+}

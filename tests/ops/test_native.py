@@ -1,0 +1,199 @@
+"""The kernels in C against sums in float64; the C driver once more under the sanitizers, and for other processors."""
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import gaussian
+
+from optimum_eggs.masks import topn_mask
+from optimum_eggs.ops import INSTRUCTION_SETS, force, native, nm_linear
+from optimum_eggs.packing import pack
+from optimum_eggs.pattern import NMPattern
+
+HERE = Path(__file__).parent
+SOURCES = Path(native.__file__).parent
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(6, 8), NMPattern(5, 16), NMPattern(17, 32)]
+pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason=f"no native extension: {native.missing}")
+
+
+def problem(pattern, rows, groups, tokens, dtype, bias, seed=0):
+    weight = gaussian(rows, groups * pattern.m, seed=seed, dtype=dtype)
+    mask = topn_mask(gaussian(rows, groups * pattern.m, seed=seed + 3), pattern)
+    values, meta = pack(weight, mask, pattern)
+    x = gaussian(tokens, groups * pattern.m, seed=seed + 1, dtype=dtype)
+    return weight * mask, values, meta, x, gaussian(rows, seed=seed + 2, dtype=dtype) if bias else None
+
+
+def check(y, x, dense, bias):
+    """Assert that y is X Wᵀ + b up to rounding.
+
+    Sums of k + 1 terms in float32, in any order, are off by at most (k + 1) u Σ|terms|, with u = 2⁻²⁴ (Higham, Accuracy
+    and Stability of Numerical Algorithms, 2002, section 4.2); the result is then rounded to its dtype once, by half a
+    unit. The bfloat16 product instruction takes subnormal numbers for zero: the 1e-7.
+    """
+    wide, weight = x.double(), dense.double()
+    offset = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+    exact = wide @ weight.t() + offset
+    size = wide.abs() @ weight.t().abs() + offset.abs()
+    terms = int((dense != 0).sum(1).max()) + 1
+    bound = terms * 2.0**-24 * size + UNIT[y.dtype] * exact.abs() + 1e-7
+    assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    isa=st.sampled_from(INSTRUCTION_SETS or ("none",)),
+    pattern=st.sampled_from(PATTERNS),
+    rows=st.integers(1, 80),
+    groups=st.integers(1, 60),
+    tokens=st.one_of(st.integers(1, 8), st.integers(9, 257)),
+    dtype=st.sampled_from(list(UNIT)),
+    bias=st.booleans(),
+    backend=st.sampled_from(["native", "panel"]),
+)
+def test_a_kernel_is_right_up_to_rounding(isa, pattern, rows, groups, tokens, dtype, bias, backend):
+    dense, values, meta, x, offset = problem(pattern, rows, groups, tokens, dtype, bias, seed=rows)
+    with force(backend, isa):
+        check(nm_linear(x, values, meta, offset, pattern.n, pattern.m), x, dense, offset)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_wide_rows_and_many_panels(isa, tokens, monkeypatch):
+    pattern = NMPattern(2, 4)
+    dense, values, meta, x, _ = problem(pattern, 200, 700, tokens, torch.bfloat16, False)
+    monkeypatch.setattr(importlib.import_module("optimum_eggs.ops.nm_linear"), "_PANEL_BYTES", 1)  # panels of 64 rows
+    for backend in ("native", "panel"):
+        with force(backend, isa):
+            check(nm_linear(x, values, meta, None, 2, 4), x, dense, None)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_unpacking_is_exact(isa, dtype, pattern):
+    dense, values, meta, _, _ = problem(pattern, 67, 9, 1, dtype, False)
+    out = torch.full_like(dense, torch.nan)
+    native.unpack(isa, values, meta, out)
+    assert torch.equal(out, dense)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_infinities_and_nan_come_through(isa):
+    dense, values, meta, x, _ = problem(NMPattern(2, 4), 8, 16, 3, torch.bfloat16, False)
+    x[1, 5], x[2, 7] = torch.inf, torch.nan
+    with force("native", isa):
+        y = nm_linear(x, values, meta, None, 2, 4)
+    # A weight that was dropped may count as a zero, which makes NaN of an infinity, or not at all.
+    assert not y[1, dense[:, 5] != 0].isfinite().any()
+    assert y[2, dense[:, 7] != 0].isnan().all()
+    assert y[0].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_threads_change_nothing(isa):
+    pattern = NMPattern(2, 4)
+    dense, values, meta, x, _ = problem(pattern, 513, 256, 3, torch.bfloat16, False)
+    with force("native", isa):
+        expected = nm_linear(x, values, meta, None, 2, 4)
+        check(expected, x, dense, None)
+        before = torch.get_num_threads()
+        try:
+            for threads in (2, 5, 16):
+                torch.set_num_threads(threads)
+                assert torch.equal(nm_linear(x, values, meta, None, 2, 4), expected)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_two_python_threads_at_once():
+    pattern = NMPattern(2, 4)
+    _, values, meta, x, _ = problem(pattern, 1024, 256, 2, torch.bfloat16, False)
+    with force("native"):
+        expected = nm_linear(x, values, meta, None, 2, 4)
+        wrong = []
+
+        def work():
+            for _ in range(50):
+                if not torch.equal(nm_linear(x, values, meta, None, 2, 4), expected):
+                    wrong.append(1)
+
+        workers = [threading.Thread(target=work) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_computes():
+    code = """
+import os, torch
+from optimum_eggs import NMLinear, NMPattern
+torch.set_num_threads(2)
+layer = NMLinear.from_linear(torch.nn.Linear(1024, 1024).bfloat16(), NMPattern(2, 4))
+x = torch.ones(1, 1024, dtype=torch.bfloat16)
+expected = layer(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(layer(x), expected) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def drive(compiler, flags, runner, tmp_path):
+    """Compile the kernels with their driver, and run it."""
+    program = tmp_path / "drive"
+    sources = [path for path in SOURCES.glob("*.c") if path.name != "module.c"]
+    subprocess.run(
+        [
+            compiler,
+            "-std=c11",
+            "-O1",
+            "-g",
+            *flags,
+            f"-I{SOURCES}",
+            *sources,
+            HERE / "drive_native.c",
+            "-lm",
+            "-o",
+            program,
+        ],
+        check=True,
+    )
+    done = subprocess.run([*runner, program], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
+def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")  # OpenMP keeps its threads
+    flags = ["-Wall", "-Wextra", "-Werror", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    printed = drive("gcc", flags, [], tmp_path)
+    assert printed.split()[2:] == list(INSTRUCTION_SETS)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")) or platform.machine() == "aarch64",
+    reason="no compiler and emulator for 64-bit Arm (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)",
+)
+def test_the_kernel_for_arm_is_right(tmp_path):
+    printed = drive(
+        "aarch64-linux-gnu-gcc", ["-static", "-fopenmp", "-Wall", "-Wextra", "-Werror"], ["qemu-aarch64"], tmp_path
+    )
+    assert printed.split()[2:] == ["portable", "neon"]

@@ -1,0 +1,172 @@
+"""The operation as torch sees it: schema, gradients, compile, export, autocast; and which backend is chosen."""
+
+import warnings
+
+import pytest
+import torch
+from oracles import gaussian
+from torch.nn import functional as F
+
+from optimum_eggs import NMLinear, NMPattern
+from optimum_eggs.errors import ConfigError
+from optimum_eggs.ops import INSTRUCTION_SETS, Choice, choose, explain, force, native, nm_linear
+
+CPU = torch.device("cpu")
+needs_native = pytest.mark.skipif(not INSTRUCTION_SETS, reason=f"no native extension: {native.missing}")
+
+
+def layer(columns=32, rows=12, bias=True, dtype=torch.float32, trained=False):
+    dense = torch.nn.Linear(columns, rows, bias=bias, dtype=dtype)
+    dense.weight.data = gaussian(rows, columns, dtype=dtype)
+    made = NMLinear.from_linear(dense, NMPattern(2, 4))
+    return made.requires_grad_(trained)
+
+
+def arguments(made, x):
+    return x, made.weight, made.weight_meta, made.bias, made.pattern.n, made.pattern.m
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("batch", [(3,), (2, 5)])
+def test_the_operation_is_well_formed(bias, trained, batch):
+    made = layer(bias=bias, trained=trained)
+    x = gaussian(*batch, 32, seed=1).requires_grad_(trained)
+    torch.library.opcheck(torch.ops.optimum_eggs.nm_linear.default, arguments(made, x))
+
+
+def test_gradients_are_numerically_right():
+    made = layer(trained=True).double()
+    x = gaussian(4, 32, seed=1, dtype=torch.float64).requires_grad_()
+    _, weight, meta, bias, n, m = arguments(made, x)
+    assert torch.autograd.gradcheck(lambda x, w, b: nm_linear(x, w, meta, b, n, m), (x, weight, bias))
+
+
+@pytest.mark.parametrize("shape", [(32,), (0, 32), (2, 3, 32)])
+def test_any_number_of_leading_dimensions(shape):
+    made = layer()
+    x = gaussian(*shape, seed=1)
+    torch.testing.assert_close(made(x), F.linear(x, made.dense_weight(), made.bias))
+
+
+def test_what_is_not_contiguous_is_read_right():
+    made = layer()
+    x = gaussian(32, 6, seed=1).t()
+    torch.testing.assert_close(made(x), F.linear(x, made.dense_weight(), made.bias))
+    made.weight.data = made.weight.data.t().contiguous().t()
+    torch.testing.assert_close(made(x), F.linear(x, made.dense_weight(), made.bias))
+
+
+def test_dtypes_must_agree_as_in_a_dense_layer():
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(dtype=torch.bfloat16)(gaussian(2, 32))
+    with pytest.raises(RuntimeError):
+        layer()(gaussian(2, 28))
+
+
+def test_no_gradient_is_kept_where_none_is_asked_for():
+    made = layer()
+    assert made(gaussian(2, 32)).grad_fn is None
+    assert made(gaussian(2, 32).requires_grad_()).grad_fn is not None
+    with torch.no_grad():
+        assert made(gaussian(2, 32).requires_grad_()).grad_fn is None
+
+
+def test_autocast_computes_in_its_dtype():
+    made = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = made(gaussian(2, 32))
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y, made.bfloat16()(gaussian(2, 32).bfloat16()))
+
+
+def test_a_compiled_layer_computes_the_same():
+    made = layer()
+    x = gaussian(3, 32, seed=1)
+    compiled = torch.compile(made, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), made(x))
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(made(x).sum(), x)
+    (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_exported_layer_holds_the_operation():
+    made = layer()
+    x = gaussian(3, 32, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(made, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
+    assert any(node.target is torch.ops.optimum_eggs.nm_linear.default for node in program.graph.nodes)
+    x = gaussian(7, 32, seed=2)
+    torch.testing.assert_close(program.module()(x), made(x))
+
+
+def test_modes_and_transforms_see_the_call():
+    made = layer()
+    x = gaussian(3, 32, seed=1)
+    with torch.utils.flop_counter.FlopCounterMode(display=False), torch.no_grad():
+        torch.testing.assert_close(made(x), F.linear(x, made.dense_weight(), made.bias))
+    with torch.device("meta"):
+        assert made(torch.empty(3, 32, device="cpu")).device == CPU
+    torch.testing.assert_close(
+        torch.func.jvp(lambda x: F.relu(x), (x,), (x,))[0], F.relu(x)
+    )  # transforms that the operation does not take part in stay untouched
+    assert torch.func.functional_call(made, {"bias": torch.zeros(12)}, x).shape == (3, 12)
+
+
+def test_the_meta_device_gives_a_shape():
+    made = layer().to("meta")
+    assert made(torch.empty(2, 5, 32, device="meta")).shape == (2, 5, 12)
+
+
+@needs_native
+def test_the_choice_explains_itself():
+    few = explain(layer(), batch=1)
+    assert few.backend == "native"
+    assert few.isa == INSTRUCTION_SETS[-1]
+    many = explain(layer(), batch=4096)
+    assert many.backend == "panel"
+    assert "4096 tokens" in many.why
+    assert choose(torch.float64, CPU, 1) == Choice(
+        "reference", None, "the native kernels take float32, float16 and bfloat16, not torch.float64"
+    )
+    assert "meta" in choose(torch.float32, torch.device("meta"), 1).why
+
+
+@needs_native
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_choice_can_be_forced(isa):
+    with force(isa=isa):
+        assert choose(torch.float32, CPU, 1).isa == isa
+        with force("panel", isa):
+            assert choose(torch.float32, CPU, 1) == Choice("panel", isa, "forced")
+        assert choose(torch.float32, CPU, 1).backend == "native"
+
+
+def test_what_is_not_there_cannot_be_forced():
+    with (
+        pytest.raises(ConfigError, match=r"backend 'fast' is unknown; use one of native, panel, reference"),
+        force("fast"),
+    ):
+        pass
+    with pytest.raises(ConfigError, match=r"instruction set 'mmx' is not to be had here"), force(isa="mmx"):
+        pass
+
+
+def test_without_the_extension_the_reference_runs_and_says_so_once(monkeypatch, caplog):
+    from optimum_eggs.ops import select
+
+    monkeypatch.setattr(select, "INSTRUCTION_SETS", ())
+    monkeypatch.setattr(native, "missing", "no compiler")
+    native.warn_missing.cache_clear()
+    with force():
+        made = layer()
+        for _ in range(2):
+            torch.testing.assert_close(made(gaussian(2, 32)), F.linear(gaussian(2, 32), made.dense_weight(), made.bias))
+        assert "missing: no compiler" in explain(made).why
+        with pytest.raises(ConfigError, match="needs the native extension"), force("native"):
+            pass
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no compiler" in caplog.text

@@ -1,8 +1,8 @@
 """Write a dense model and its packed twin, for timing: kept by magnitude, no calibration, so worth nothing but time.
 
-Usage: make_packed.py MODEL OUT [PATTERN], where MODEL is a folder, or `llama-1b` for a random Llama of 16 layers, hidden
-size 2048, intermediate size 8192, 8 key-value heads of 64, vocabulary 32,000, tied. Writes OUT/dense and OUT/packed, in
-bfloat16.
+Usage: make_packed.py MODEL OUT [PATTERN], where MODEL is a folder, or `llama-1b` for a random Llama of 16 layers,
+hidden size 2048, intermediate size 8192, 8 key-value heads of 64, vocabulary 32,000, tied. Writes OUT/dense and
+OUT/packed, in bfloat16.
 """
 
 from __future__ import annotations

@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from optimum_eggs.measure import processor
 
 METHODS = ["magnitude", "wanda", "ria", "paper", "sparsegpt", "alps", "fast", "best"]
 
@@ -142,14 +143,6 @@ def spread(runs: list[dict[str, Any]], key: str, style: str) -> str:
     values = [run[key] for run in runs]
     deviation = f" ± {statistics.stdev(values):{style}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{style}}{deviation}"
-
-
-def processor() -> str:
-    """Name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def commit() -> str:

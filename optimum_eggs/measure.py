@@ -1,14 +1,24 @@
-"""Seconds and peak memory, stage by stage."""
+"""Seconds and peak memory, stage by stage; and the processor they were measured on."""
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
+
+
+def processor() -> str:
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 class Meter:

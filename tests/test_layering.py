@@ -21,7 +21,7 @@ LAYERS = [
     ["calibration"],
     ["engine"],
     ["hf"],
-    ["pruner", "inspection", "evaluation"],
+    ["pruner", "inspection", "evaluation", "speed"],
     ["cli"],
     ["__init__", "__main__"],
 ]

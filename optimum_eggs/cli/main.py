@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from functools import partialmethod
 
 from ..errors import EGGSError
-from . import evaluate, export, inspect, prune
+from . import benchmark, evaluate, export, inspect, prune
 
-_SUBCOMMANDS = {"prune": prune, "evaluate": evaluate, "inspect": inspect, "export": export}
+_SUBCOMMANDS = {"prune": prune, "evaluate": evaluate, "inspect": inspect, "export": export, "benchmark": benchmark}
 
 
 def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:

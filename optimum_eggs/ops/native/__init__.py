@@ -55,7 +55,7 @@ def linear(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tenso
     """X (..., in), contiguous, to (..., out), by the kernel for `isa`."""
     out_features, width = weight.shape
     in_features = x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], out_features))
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     _native.linear(
         _INDEX[isa],
         DTYPES[x.dtype],
@@ -87,3 +87,8 @@ def unpack(isa: str, weight: Tensor, weight_meta: Tensor, dense: Tensor) -> None
         weight.element_size(),
         threads(),
     )
+
+
+def stream(data: Tensor) -> None:
+    """Read a contiguous tensor once, as fast as the machine can; its address must be a multiple of 64."""
+    _native.stream(data.data_ptr(), data.numel() * data.element_size(), threads())

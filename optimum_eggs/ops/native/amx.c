@@ -213,7 +213,9 @@ int nm_linear_amx(const nm_problem *p) {
     nm_rows rows;
     int threads = nm_threads(p);
     int64_t most = nm_round_up(nm_min(PASS, p->tokens), SIDE), depth = (p->in + DEPTH - 1) / DEPTH;
-    int64_t block = p->tokens > 32 && p->out >= 256 * threads ? 128 : 32;
+    // Blocks of at most 128 rows, as many for every thread; of 32 where there are few tokens to reuse a block for.
+    int64_t shares = threads * ((p->out + 128 * threads - 1) / (128 * threads));
+    int64_t block = p->tokens > 32 ? nm_round_up((p->out + shares - 1) / shares, 32) : 32;
     int64_t each = nm_round_up(block * SPAN * 64 + block * most * 4 + block * (int64_t)sizeof(char *), 64);
     char *right = nm_alloc((size_t)(most * depth * 64)), *memory = nm_alloc((size_t)(each * threads));
     int failed = !right || !memory || nm_rows_open(&rows, p, 64);

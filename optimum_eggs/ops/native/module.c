@@ -70,6 +70,16 @@ static PyObject *unpack(PyObject *self, PyObject *const *args, Py_ssize_t given)
     Py_RETURN_NONE;
 }
 
+static PyObject *stream(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[3];
+    uint64_t result;
+    if (read_ints(args, given, a, 3)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    result = nm_stream((const void *)(intptr_t)a[0], a[1], (int)a[2]);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLongLong(result);
+}
+
 static PyObject *instruction_sets(PyObject *self, PyObject *none) {
     PyObject *found = PyDict_New();
     for (int i = 0; found && i < nm_isa_count; i++) {
@@ -86,6 +96,7 @@ static PyMethodDef methods[] = {
      "linear(isa, dtype, x, values, meta, bias, y, tokens, out, in, width, n, m, threads)"},
     {"unpack", (PyCFunction)(void (*)(void))unpack, METH_FASTCALL,
      "unpack(isa, values, meta, dense, out, in, width, size, threads)"},
+    {"stream", (PyCFunction)(void (*)(void))stream, METH_FASTCALL, "stream(address, bytes, threads)"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Name to index, of those this processor runs, fastest last."},
     {NULL, NULL, 0, NULL},
 };

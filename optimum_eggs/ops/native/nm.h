@@ -41,6 +41,9 @@ void nm_unpack_portable(const void *values, const uint8_t *meta, void *dense, in
 void nm_unpack_avx512(const void *values, const uint8_t *meta, void *dense, int64_t out, int64_t in, int64_t width,
                       int size, int threads);
 
+// Read `bytes` from `from`, aligned to 64 bytes, and return something that depends on all of them.
+uint64_t nm_stream(const void *from, int64_t bytes, int threads);
+
 typedef struct {
     const char *name;
     int (*supported)(void);  // does this processor (and this build) run it?

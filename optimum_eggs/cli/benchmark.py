@@ -1,0 +1,123 @@
+"""Time a packed model on this machine: its layers against dense ones, and the model against its dense twin."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `benchmark`."""
+    from ..hf.loading import DTYPES
+
+    parser.add_argument("model", metavar="DIR", help="folder of a packed model")
+    parser.add_argument("--against", metavar="DENSE", help="folder of a dense model, timed in turn with the packed one")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="tokens in a layer's call")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens in the prompt (default: 256)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to decode (default: 128)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of a model (default: 3)")
+    parser.add_argument("--layer-repeats", type=int, default=20, help="timed calls of a layer (default: 20)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
+    parser.add_argument("--layers-only", action="store_true", help="leave the models out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time, and print."""
+    import torch
+
+    from ..errors import ConfigError
+    from ..hf.loading import parse_dtype
+    from ..inspection import inspect_checkpoint
+    from ..measure import processor
+    from ..ops import INSTRUCTION_SETS
+    from ..pattern import NMPattern
+    from ..speed import read_bandwidth, time_layer, time_models
+
+    for name in ("batch", "prompt", "new_tokens", "repeats", "layer_repeats"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; use 1 or more")
+    found = inspect_checkpoint(args.model)
+    shapes: dict[tuple[int, int, str], int] = {}
+    for layer in found.layers:
+        shape = (layer.out_features, layer.in_features, layer.pattern)
+        shapes[shape] = shapes.get(shape, 0) + 1
+    wanted = parse_dtype(args.dtype)
+    dtype = wanted if isinstance(wanted, torch.dtype) else _stored_dtype(Path(args.model))
+
+    bandwidth = read_bandwidth()
+    timings = [
+        time_layer(out, inner, NMPattern.parse(pattern), dtype, batch, args.layer_repeats)
+        for out, inner, pattern in shapes
+        for batch in args.batch
+    ]
+    models = []
+    if not args.layers_only:
+        folders = [args.model] + ([args.against] if args.against else [])
+        models = time_models(
+            folders, prompt=args.prompt, new_tokens=args.new_tokens, repeats=args.repeats, dtype=args.dtype
+        )
+    machine = {
+        "processor": processor(),
+        "instruction_set": INSTRUCTION_SETS[-1] if INSTRUCTION_SETS else None,
+        "threads": torch.get_num_threads(),
+        "read_bandwidth": bandwidth,
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }
+    if args.json:
+        rows = [asdict(timing) | {"layers": shapes[_shape(timing)]} for timing in timings]
+        print(json.dumps({"machine": machine, "layers": rows, "models": [asdict(model) for model in models]}))
+        return 0
+    read = f"{bandwidth:.1f} GB/s read" if bandwidth else "native kernels missing"
+    print(f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, {read}\n")
+    print(
+        f"{'out x in':>14} {'n:m':>5} {'layers':>6} {'tokens':>6} {'backend':>9} {'µs':>9} {'times dense':>12}   GB/s"
+    )
+    for timing in timings:
+        size = f"{timing.out_features} x {timing.in_features}"
+        share = f"{timing.gigabytes_per_second:6.1f}" + (
+            f" ({timing.gigabytes_per_second / bandwidth:.0%})" if bandwidth else ""
+        )
+        print(
+            f"{size:>14} {timing.pattern:>5} {shapes[_shape(timing)]:>6} {timing.tokens:>6} {timing.backend:>9} "
+            f"{timing.packed.median * 1e6:9.1f} {timing.ratio:12.2f} {share}"
+        )
+    for line in _model_table(models, args):
+        print(line)
+    return 0
+
+
+def _shape(timing: Any) -> tuple[int, int, str]:
+    return timing.out_features, timing.in_features, timing.pattern
+
+
+def _model_table(models: list[Any], args: argparse.Namespace) -> list[str]:
+    """Lines for one model, or for two and their ratio."""
+    if not models:
+        return []
+    rows: list[tuple[str, list[float], str]] = [
+        (f"prefill of {args.prompt}, tokens/s", [model.prefill_speed for model in models], ".1f"),
+        (f"decode of {args.new_tokens}, tokens/s", [model.decode_speed for model in models], ".2f"),
+        ("memory grown by, MB", [model.resident / 1e6 for model in models], ".1f"),
+        ("weights, MB", [model.weights / 1e6 for model in models], ".1f"),
+    ]
+    width = max(16, *(len(model.folder) + 2 for model in models))
+    lines = ["", f"{'':<28}" + "".join(f"{model.folder:>{width}}" for model in models)]
+    if len(models) > 1:
+        lines[-1] += f"{'ratio':>9}"
+    for label, values, style in rows:
+        ratio = f"{values[0] / values[1]:9.3f}" if len(values) > 1 and values[1] else ""
+        lines.append(f"{label:<28}" + "".join(f"{value:>{width}{style}}" for value in values) + ratio)
+    return lines
+
+
+def _stored_dtype(folder: Path) -> Any:
+    import torch
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder).dtype or torch.float32

@@ -1,0 +1,142 @@
+"""One packed layer against the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NumericalError
+from ..masks import topn_mask
+from ..ops import INSTRUCTION_SETS, choose, native, nm_linear
+from ..packing import pack, unpack
+from ..pattern import NMPattern
+from .timing import Seconds, alternate
+
+_MOST_COPIES = 256
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """Times of one product X Wᵀ, packed and dense, on the CPU.
+
+    `gigabytes_per_second` is what the packed weight and its bits amount to, over the time of the packed product;
+    `others` holds further products that were timed in turn with these, by name.
+    """
+
+    out_features: int
+    in_features: int
+    pattern: str
+    dtype: str
+    tokens: int
+    backend: str
+    isa: str | None
+    packed: Seconds
+    dense: Seconds
+    ratio: float
+    gigabytes_per_second: float
+    others: dict[str, Seconds]
+
+
+@torch.no_grad()
+def read_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float | None:
+    """GB/s at which memory is read: `size` bytes once, the best of `repeats`. None without the extension."""
+    if not INSTRUCTION_SETS:
+        return None
+    data = torch.empty(size + 64, dtype=torch.uint8)
+    data.fill_(1)
+    data = data[-data.data_ptr() % 64 :][:size]
+    best = min(alternate([lambda: native.stream(data)], 1)[0].median for _ in range(repeats))
+    return size / best / 1e9
+
+
+@torch.no_grad()
+def time_layer(
+    out_features: int,
+    in_features: int,
+    pattern: NMPattern,
+    dtype: torch.dtype,
+    tokens: int,
+    repeats: int = 20,
+    working_set: int = 1 << 30,
+    others: dict[str, Callable[[Tensor, Tensor], object]] | None = None,
+) -> LayerTiming:
+    """Time X Wᵀ of `tokens` tokens with random weights, packed and dense in turn.
+
+    Enough copies of the weight are gone through that each call finds its own in memory, not in a cache: `working_set`
+    bytes of dense weight, as far as some hundreds of copies reach. The packed product is compared with the dense one
+    before anything is timed.
+
+    Args:
+        out_features: Rows of the weight.
+        in_features: Its columns.
+        pattern: n kept of every m inputs, the largest.
+        dtype: float32, float16 or bfloat16.
+        tokens: Rows of X.
+        repeats: Timed calls of each.
+        working_set: Bytes of dense weight to go through.
+        others: Further products to time, from x (tokens, in) and a dense weight (out, in), by name.
+
+    Raises:
+        NumericalError: packed and dense product differ by more than rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = out_features * in_features * dtype.itemsize
+    copies = max(2, min(_MOST_COPIES, -(-working_set // size)))
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    mask = topn_mask(weight.abs().float(), pattern)
+    values, meta = pack(weight, mask, pattern)
+    dense = [weight * mask] + [weight * mask for _ in range(copies - 1)]
+    packed = [(values.clone(), meta.clone()) for _ in range(copies)]
+    x = torch.randn(tokens, in_features, generator=generator).to(dtype)
+    del weight, mask
+    _check(nm_linear(x, *packed[0], None, pattern.n, pattern.m), x, unpack(values, meta, pattern))
+
+    def through(product: Callable[[int], object]) -> Callable[[], object]:
+        place = [0]
+
+        def run() -> object:
+            place[0] = (place[0] + 1) % copies
+            return product(place[0])
+
+        return run
+
+    def through_dense(product: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
+        return through(lambda i: product(x, dense[i]))
+
+    further = others or {}
+    found = alternate(
+        [
+            through(lambda i: nm_linear(x, *packed[i], None, pattern.n, pattern.m)),
+            through_dense(torch.nn.functional.linear),
+            *map(through_dense, further.values()),
+        ],
+        repeats,
+    )
+    choice = choose(dtype, x.device, tokens)
+    read = values.numel() * values.element_size() + meta.numel()
+    return LayerTiming(
+        out_features,
+        in_features,
+        str(pattern),
+        str(dtype).removeprefix("torch."),
+        tokens,
+        choice.backend,
+        choice.isa,
+        found[0],
+        found[1],
+        found[1].median / found[0].median,
+        read / found[0].median / 1e9,
+        dict(zip(further, found[2:], strict=True)),
+    )
+
+
+def _check(y: Tensor, x: Tensor, dense: Tensor) -> None:
+    """Raise unless y is x Wᵀ up to rounding, of sums in float32 and of the result."""
+    exact = x.double() @ dense.double().t()
+    size = x.double().abs() @ dense.double().abs().t()
+    bound = size * x.shape[1] * 2.0**-24 + exact.abs() * torch.finfo(y.dtype).eps + 1e-6
+    if not bool(((y.double() - exact).abs() <= bound).all()):
+        raise NumericalError("the packed product differs from the dense one by more than rounding: please report this")

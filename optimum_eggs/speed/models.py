@@ -1,0 +1,104 @@
+"""A packed model against its dense twin: reading a prompt, writing tokens, and memory."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..hf.loading import load_model
+from .timing import Seconds, alternate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """What one model took. Speeds are in tokens per second, memory in bytes.
+
+    `resident` is what the process grew by from before loading to after the first use; `weights` is what the weights
+    themselves take.
+    """
+
+    folder: str
+    prefill: Seconds
+    decode: Seconds
+    prefill_speed: float
+    decode_speed: float
+    resident: int
+    weights: int
+
+
+def time_models(
+    folders: list[str | Path],
+    *,
+    prompt: int = 256,
+    new_tokens: int = 128,
+    repeats: int = 3,
+    dtype: str = "auto",
+) -> list[ModelTiming]:
+    """Load the models one after the other, then time them in turn.
+
+    Prefill is one forward pass over `prompt` random tokens; decoding is `generate`, greedy, with a cache, of
+    `new_tokens` tokens after a prompt of one.
+
+    Raises:
+        ModelError, CheckpointError: a folder cannot be loaded.
+    """
+    models, resident = [], []
+    for folder in folders:
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        model = load_model(folder, dtype=dtype).eval()
+        _prefill(model, _tokens(model, 2))  # a mapped file takes memory when it is first read
+        models.append(model)
+        resident.append(psutil.Process().memory_info().rss - before)
+
+    prompts = [_tokens(model, prompt) for model in models]
+    starts = [_tokens(model, 1) for model in models]
+    prefill = alternate([partial(_prefill, *pair) for pair in zip(models, prompts, strict=True)], repeats)
+    decode = alternate([partial(_decode, *pair, new_tokens) for pair in zip(models, starts, strict=True)], repeats)
+    return [
+        ModelTiming(
+            str(folder),
+            first,
+            second,
+            prompt / first.median,
+            new_tokens / second.median,
+            grown,
+            sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values() if _own(tensor, seen)),
+        )
+        for folder, model, first, second, grown, seen in zip(
+            folders, models, prefill, decode, resident, [set() for _ in models], strict=True
+        )
+    ]
+
+
+def _own(tensor: Tensor, seen: set[int]) -> bool:
+    """Whether the tensor's memory is met for the first time: tied weights count once."""
+    address = tensor.data_ptr()
+    return not (address in seen or seen.add(address))  # type: ignore[func-returns-value]
+
+
+def _tokens(model: PreTrainedModel, length: int) -> Tensor:
+    config: Any = model.config.get_text_config()
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _prefill(model: PreTrainedModel, tokens: Tensor) -> None:
+    model(input_ids=tokens, use_cache=True)
+
+
+@torch.no_grad()
+def _decode(model: Any, start: Tensor, new_tokens: int) -> None:
+    model.generate(
+        start, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0
+    )

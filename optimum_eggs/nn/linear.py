@@ -142,9 +142,10 @@ class NMLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., in) to (..., out)."""
-        # Looked up directly: a model makes some hundreds of calls a token, and nn.Module's way takes 0.5 µs each.
+        # Looked up directly where they are: a model makes hundreds of calls a token, and attributes take 0.5 µs each.
         parameters, pattern = self._parameters, self.pattern
-        weight, bias = parameters["weight"], parameters["bias"]
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
         return nm_linear(x, weight, self._buffers["weight_meta"], bias, pattern.n, pattern.m)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

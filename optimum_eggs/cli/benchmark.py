@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Time, and print."""
     import torch
 
-    from ..errors import ConfigError
+    from ..errors import CheckpointError, ConfigError
     from ..hf.loading import parse_dtype
     from ..inspection import inspect_checkpoint
     from ..measure import processor
@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
         if min(value if isinstance(value, list) else [value]) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; use 1 or more")
     found = inspect_checkpoint(args.model)
+    if not found.ok:
+        first = found.violations[0]
+        raise CheckpointError(f"{args.model}: {first.where}: {first.rule}: {first.detail}; `inspect` lists all")
     shapes: dict[tuple[int, int, str], int] = {}
     for layer in found.layers:
         shape = (layer.out_features, layer.in_features, layer.pattern)

@@ -144,8 +144,8 @@ class NMLinear(nn.Linear):
         """X (..., in) to (..., out)."""
         # Looked up directly where they are: a model makes hundreds of calls a token, and attributes take 0.5 µs each.
         parameters, pattern = self._parameters, self.pattern
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         return nm_linear(x, weight, self._buffers["weight_meta"], bias, pattern.n, pattern.m)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

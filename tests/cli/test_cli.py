@@ -260,3 +260,34 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys):
     monkeypatch.setattr(command.inspect, "run", interrupted)
     assert command.main(["inspect", "anything"]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+QUICK = ["--batch", 1, 3, "--prompt", 8, "--new-tokens", 2, "--repeats", 1, "--layer-repeats", 1]
+
+
+def test_benchmark_prints_layers_and_models(packed_folder, dense_folder):
+    done = within("benchmark", packed_folder, "--against", dense_folder, *QUICK)
+    shapes = {(layer.out_features, layer.in_features) for layer in inspect_checkpoint(packed_folder).layers}
+    for rows, columns in shapes:
+        assert done.stdout.count(f" {rows} x {columns} ") == 2  # one line for each number of tokens
+    for label in ("prefill of 8, tokens/s", "decode of 2, tokens/s", "memory grown by, MB", "weights, MB"):
+        assert label in done.stdout
+
+
+def test_benchmark_in_json(packed_folder):
+    found = json.loads(within("benchmark", packed_folder, *QUICK, "--json").stdout)
+    assert {row["tokens"] for row in found["layers"]} == {1, 3}
+    assert sum(row["layers"] for row in found["layers"] if row["tokens"] == 1) == 14
+    assert len(found["models"]) == 1
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    layers_alone = json.loads(within("benchmark", packed_folder, *QUICK, "--layers-only", "--json").stdout)
+    assert layers_alone["models"] == []
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--prompt", "--new-tokens", "--repeats", "--layer-repeats"])
+def test_benchmark_refuses_numbers_that_are_not_positive(flag, packed_folder):
+    assert f"{flag} 0" in within("benchmark", packed_folder, flag, 0, code=2).stderr.replace("[", "").replace("]", "")
+
+
+def test_benchmark_refuses_a_dense_model(dense_folder):
+    assert "error: " in within("benchmark", dense_folder, *QUICK, code=2).stderr

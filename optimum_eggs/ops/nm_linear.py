@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..packing import unpack, unpack_mask
 from ..pattern import NMPattern
-from . import native
+from . import native, triton
 from .select import choose
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
@@ -61,15 +61,17 @@ def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n:
     """Y by the backend chosen."""
     dtype = x.dtype
     tokens = x.numel() // max(1, x.shape[-1])
-    backend = choose(dtype, x.device, tokens)
+    choice = choose(dtype, x.device, tokens)
     fits = weight.dtype is dtype and (bias is None or bias.dtype is dtype) and x.shape[-1] * n == weight.shape[1] * m
-    if backend.isa is None or not fits or not tokens or weight.device != x.device:
+    if choice.backend == "reference" or not fits or not tokens or weight.device != x.device:
         return torch.nn.functional.linear(x, unpack(weight, weight_meta, NMPattern(n, m)), bias)
     x, weight, weight_meta = x.contiguous(), weight.contiguous(), weight_meta.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if backend.backend == "native":
-        return native.linear(backend.isa, x, weight, weight_meta, bias, n, m)
-    return _by_panels(backend.isa, x, weight, weight_meta, bias)
+    if choice.isa is None:
+        return triton.linear(x, weight, weight_meta, bias, n, m)
+    if choice.backend == "native":
+        return native.linear(choice.isa, x, weight, weight_meta, bias, n, m)
+    return _by_panels(choice.isa, x, weight, weight_meta, bias)
 
 
 def _by_panels(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None) -> Tensor:

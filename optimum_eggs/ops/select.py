@@ -3,6 +3,7 @@
 - `native`: a kernel in C on the packed form, the fastest for few tokens.
 - `panel`: rows unpacked in C, a few megabytes at a time, and multiplied by torch's dense product; for many tokens.
 - `reference`: all unpacked by torch, then `F.linear`; anywhere, and slow.
+- `triton`: a kernel for a few tokens on a GPU; only where it is forced, since no GPU has run it yet.
 
 The environment variable `OPTIMUM_EGGS_BACKEND` forces one of them, `OPTIMUM_EGGS_ISA` an instruction set of the
 processor (one of `optimum_eggs.ops.INSTRUCTION_SETS`).
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import native
+from . import native, triton
 from .native import DTYPES, INSTRUCTION_SETS
 
-BACKENDS = ("native", "panel", "reference")
+BACKENDS = ("native", "panel", "reference", "triton")
+_MOST_TOKENS_TRITON = 8
 # The most tokens for which the native kernel beats the dense product, by instruction set: found by measuring, see
 # docs/performance.md. AMX multiplies bfloat16 as fast as the dense product does, at any number of tokens.
 _MOST_TOKENS = {"portable": 4, "neon": 8, "avx2": 12, "avx512": 48, "avx512_vbmi2": 48, "avx512_bf16": 48, "amx": 48}
@@ -51,6 +53,8 @@ class _Forced:
             raise ConfigError(f"instruction set {self.isa!r} is not to be had here; there are: {there}")
         if self.backend in ("native", "panel") and not INSTRUCTION_SETS:
             raise ConfigError(f"backend {self.backend!r} needs the native extension: {native.missing}")
+        if self.backend == "triton" and (missing := triton.missing()):
+            raise ConfigError(f"backend 'triton' cannot run: {missing}")
 
 
 _forced = _Forced(os.environ.get("OPTIMUM_EGGS_BACKEND") or None, os.environ.get("OPTIMUM_EGGS_ISA") or None)
@@ -94,6 +98,8 @@ def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
 @lru_cache(maxsize=4096)
 def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
     _forced.check()
+    if _forced.backend == "triton" and device == "cuda" and dtype in DTYPES and tokens <= _MOST_TOKENS_TRITON:
+        return Choice("triton", None, "forced")
     if device != "cpu":
         return Choice("reference", None, f"the native kernels run on the CPU, and the tensors are on {device}")
     if dtype not in DTYPES:
@@ -102,6 +108,8 @@ def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
         native.warn_missing()
         return Choice("reference", None, f"the native extension is missing: {native.missing}")
     isa = _forced.isa or INSTRUCTION_SETS[-1]
+    if _forced.backend == "triton":
+        return Choice("reference", None, "the Triton kernel runs on a GPU")
     if _forced.backend is not None:
         return Choice(_forced.backend, None if _forced.backend == "reference" else isa, "forced")
     if isa == "amx" and dtype is torch.bfloat16:

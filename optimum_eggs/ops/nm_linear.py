@@ -126,3 +126,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_op.register_vmap
+def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in in_dims[1:]):
+        raise NotImplementedError("nm_linear maps over x alone: give every weight a call of its own")
+    return torch.ops.optimum_eggs.nm_linear(x.movedim(in_dims[0] or 0, 0), *rest), 0

@@ -111,8 +111,10 @@ def test_modes_and_transforms_see_the_call():
     with torch.device("meta"):
         assert made(torch.empty(3, 32, device="cpu")).device == CPU
     torch.testing.assert_close(
-        torch.func.jvp(lambda x: F.relu(x), (x,), (x,))[0], F.relu(x)
-    )  # transforms that the operation does not take part in stay untouched
+        torch.vmap(made, in_dims=1)(x.unsqueeze(0).expand(5, 3, 32)), made(x).unsqueeze(1).expand(3, 5, 12)
+    )
+    with pytest.raises(NotImplementedError, match="over x alone"):
+        torch.vmap(lambda weight: nm_linear(x, weight, made.weight_meta, None, 2, 4))(made.weight.expand(2, 12, 16))
     assert torch.func.functional_call(made, {"bias": torch.zeros(12)}, x).shape == (3, 12)
 
 

@@ -1,6 +1,7 @@
 """N:M sparse language models with an expander-graph floor on connectivity.
 
-Importing this package makes transformers know packed checkpoints, so that `from_pretrained` loads them.
+Importing this package makes transformers know packed checkpoints, so that `from_pretrained` loads them, and PEFT know
+packed layers, so that a LoRA on them keeps their zeros.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .hf.quantizer import register
+from .recovery import install_in_peft
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ __all__ = ["EGGSConfig", "EGGSPruner", "NMLinear", "NMPattern", "__version__"]
 _HOME = {"EGGSConfig": "config", "EGGSPruner": "pruner", "NMLinear": "nn", "NMPattern": "pattern"}
 
 register()
+install_in_peft()
 
 
 def __getattr__(name: str) -> Any:

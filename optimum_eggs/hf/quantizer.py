@@ -105,8 +105,8 @@ class EGGSHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Not yet: an ordinary adapter would fill the zeros."""
-        return False
+        """With adapters: PEFT's LoRA is masked on packed layers."""
+        return True
 
     @property
     def is_qat_trainable(self) -> bool:

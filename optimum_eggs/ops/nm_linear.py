@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import unpack, unpack_mask
+from ..packing import kept_positions, unpack
 from ..pattern import NMPattern
 from . import native, triton
 from .select import choose
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
+_GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
 
 
 def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
@@ -116,10 +117,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if wanted[0]:
         grad_x = grad @ unpack(weight, weight_meta, NMPattern(ctx.n, ctx.m))
     if wanted[1]:
-        mask = unpack_mask(weight_meta, x.shape[-1]).unflatten(1, (-1, ctx.m))
-        kept = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : ctx.n]  # of a fixed shape
-        dense = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        grad_weight = dense.unflatten(1, (-1, ctx.m)).gather(-1, kept).flatten(1)
+        left, right = grad.flatten(0, -2).t(), x.flatten(0, -2)
+        height = max(1, _GRAD_NUMBERS // x.shape[-1])
+        parts = []
+        for start in range(0, len(left), height):
+            rows = slice(start, start + height)
+            positions = kept_positions(weight_meta[rows], x.shape[-1], NMPattern(ctx.n, ctx.m))
+            parts.append((left[rows] @ right).gather(1, positions))
+        grad_weight = torch.cat(parts)
     if ctx.has_bias and wanted[3]:
         grad_bias = grad.flatten(0, -2).sum(0)
     return grad_x, grad_weight, None, grad_bias, None, None

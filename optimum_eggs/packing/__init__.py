@@ -1,6 +1,15 @@
 """The packed form of an N:M matrix: the values kept and one bit for every position. See docs/format.md."""
 
 from .layout import FORMAT_VERSION, meta_width, packed_width
-from .pack import pack, pack_mask, unpack, unpack_mask
+from .pack import kept_positions, pack, pack_mask, unpack, unpack_mask
 
-__all__ = ["FORMAT_VERSION", "meta_width", "pack", "pack_mask", "packed_width", "unpack", "unpack_mask"]
+__all__ = [
+    "FORMAT_VERSION",
+    "kept_positions",
+    "meta_width",
+    "pack",
+    "pack_mask",
+    "packed_width",
+    "unpack",
+    "unpack_mask",
+]

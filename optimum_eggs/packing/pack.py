@@ -69,5 +69,17 @@ def unpack_mask(meta: Tensor, in_features: int) -> Tensor:
     return (meta.unsqueeze(-1) & _bit_values(meta.device)).ne_(0).bool().flatten(1)[:, :in_features]
 
 
+def kept_positions(meta: Tensor, in_features: int, pattern: NMPattern) -> Tensor:
+    """Column of every packed value, (out, in·n/m), int64, from bits (out, ⌈in/8⌉). Its shape does not hang on the bits.
+
+    >>> kept_positions(torch.tensor([[0b10010110]], dtype=torch.uint8), 8, NMPattern(2, 4))
+    tensor([[1, 2, 4, 7]])
+    """
+    mask = unpack_mask(meta, in_features).unflatten(1, (-1, pattern.m))
+    within = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : pattern.n]
+    first = torch.arange(0, in_features, pattern.m, device=meta.device)
+    return (within + first[:, None]).flatten(1)
+
+
 def _bit_values(device: torch.device) -> Tensor:
     return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)

@@ -1,0 +1,89 @@
+"""Making PEFT know packed layers, whichever of the two packages is imported first.
+
+PEFT has no public way to add a layer type that also holds when an adapter is loaded again (`_register_custom_module`
+is not saved). So the last of its dispatchers for LoRA is wrapped, and the other adapters are refused on packed layers,
+since they would fill the zeros. Nothing happens until PEFT is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from ..errors import ConfigError
+
+_MODULE = "peft.tuners.lora.model"
+_PLAIN = ("LORA",)
+
+
+def install_in_peft() -> None:
+    """Wrap PEFT's dispatcher now if it is imported, or as soon as it is. Does nothing the second time."""
+    if _MODULE in sys.modules:
+        _wrap(sys.modules[_MODULE])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module as the other finders do, and wraps it once it has been run."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of PEFT's module, with a loader that wraps; None for every other name."""
+        if fullname != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                _wrap(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _wrap(module: Any) -> None:
+    if getattr(module.dispatch_default, "knows_packed_layers", False):
+        return
+    plain = module.dispatch_default
+
+    @functools.wraps(plain)
+    def dispatch_default(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> Any:
+        from .lora import dispatch
+
+        made = dispatch(target, adapter_name, config, **kwargs)
+        return made if made is not None else plain(target, adapter_name, config, **kwargs)
+
+    dispatch_default.knows_packed_layers = True  # type: ignore[attr-defined]
+    module.dispatch_default = dispatch_default
+
+    from peft.tuners.tuners_utils import BaseTuner
+
+    inject = BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        kind = str(getattr(self.peft_config[adapter_name].peft_type, "value", self.peft_config[adapter_name].peft_type))
+        if kind not in _PLAIN:
+            _refuse_packed_layers(model, kind)
+        return inject(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
+
+
+def _refuse_packed_layers(model: Any, kind: str) -> None:
+    from ..nn import NMLinear
+
+    name = next((name for name, layer in model.named_modules() if isinstance(layer, NMLinear)), None)
+    if name is not None:
+        raise ConfigError(
+            f"{kind} adapters do not keep the zeros of packed layers, and {name} is one; use a LoraConfig, or make the "
+            "model dense first with model.dequantize()"
+        )

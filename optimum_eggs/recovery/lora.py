@@ -1,0 +1,123 @@
+"""LoRA on a packed layer: what it adds is masked while it trains, so merging changes nothing where nothing is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..nn import NMLinear
+from ..ops import nm_linear
+from ..packing import unpack
+from .low_rank import masked_low_rank
+
+# Initialisations that only fill A and B. The others change the base weight, or start from its dense form.
+_INITIALISATIONS = (True, False, "gaussian")
+
+
+class MaskedLoraLinear(LoraLinear):
+    """PEFT's LoRA layer for an `NMLinear`: y = x (W + s · mask∘(BA))ᵀ + b, s the scaling.
+
+    Made by PEFT for every packed layer that a `LoraConfig` names. Merging adds s · mask∘(BA) to the packed values, in
+    the dtype of the layer; the mask and the shape stay as they are.
+
+    Raises:
+        ConfigError: the configuration asks for a variant or an initialisation that does not keep the mask.
+    """
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant:
+        """The masked variant, unless the configuration asks for another one."""
+        wanted = super().resolve_lora_variant(config=config, **kwargs)
+        if wanted is not None:
+            raise ConfigError(
+                f"{type(wanted).__name__} of LoRA does not keep the zeros of a packed layer; use a plain LoraConfig, "
+                "or make the model dense first with model.dequantize()"
+            )
+        if config.init_lora_weights not in _INITIALISATIONS:
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r} starts from the dense weight or changes it, which "
+                f"a packed layer does not have; use one of {list(_INITIALISATIONS)}"
+            )
+        return MaskedVariant()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the dense weight (out, in), zeros where the layer keeps nothing."""
+        base: Any = self.get_base_layer()
+        return unpack(packed_delta(self, adapter), base.weight_meta, base.pattern)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: a masked product has no low rank of its own."""
+        return False
+
+    def _mixed_batch_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise ConfigError(
+            "adapter_names: several adapters in one batch do not work on packed layers; merge one, or call each"
+        )
+
+
+class MaskedVariant(LoraVariant):
+    """What PEFT calls where its plain LoRA would add B(A(x))."""
+
+    def supports_lora_conversion(self) -> bool:
+        """No."""
+        return False
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing beyond A and B."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG004
+        """The result with the adapter's share added. Memory beyond the activations: the packed delta."""
+        base = module.get_base_layer()
+        delta = packed_delta(module, active_adapter)
+        x = module.lora_dropout[active_adapter](x)
+        bias = module.lora_B[active_adapter].bias
+        if bias is not None:
+            bias = bias * module.scaling[active_adapter]
+        return result + nm_linear(x, delta, base.weight_meta, bias, base.pattern.n, base.pattern.m)
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """New packed values."""
+        return orig_weight + _delta_in(orig_weight, module, active_adapter)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Add to the packed values in place."""
+        orig_weight.data = orig_weight.data + _delta_in(orig_weight, module, active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The packed values without the adapter, up to rounding."""
+        return orig_weight.data - _delta_in(orig_weight, module, active_adapter)
+
+
+def packed_delta(module: Any, adapter: str) -> Tensor:
+    """S · mask∘(BA) at the kept positions, packed, in the dtype of A and B."""
+    base = module.get_base_layer()
+    down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    return masked_low_rank(down, up, base.weight_meta, base.pattern) * module.scaling[adapter]
+
+
+@torch.no_grad()
+def _delta_in(weight: Tensor, module: Any, adapter: str) -> Tensor:
+    return packed_delta(module, adapter).to(weight.dtype)
+
+
+def dispatch(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> MaskedLoraLinear | None:
+    """A masked LoRA layer if the target is a packed layer, or one that holds another adapter already; else None.
+
+    Raises:
+        ConfigError: `target_parameters` names a parameter of a packed layer.
+    """
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    if not isinstance(base, NMLinear):
+        return None
+    if kwargs.pop("parameter_name", None) is not None:
+        raise ConfigError("target_parameters names a packed weight, whose shape is not the layer's; use target_modules")
+    return MaskedLoraLinear(target, adapter_name, config=config, **kwargs)

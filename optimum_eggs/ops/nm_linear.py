@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..packing import kept_positions, unpack
 from ..pattern import NMPattern
-from . import native, triton
+from . import native, semi_structured, triton
 from .select import choose
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
@@ -64,12 +64,17 @@ def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n:
     tokens = x.numel() // max(1, x.shape[-1])
     choice = choose(dtype, x.device, tokens)
     fits = weight.dtype is dtype and (bias is None or bias.dtype is dtype) and x.shape[-1] * n == weight.shape[1] * m
+    if choice.backend == "semi_structured":
+        fits = fits and semi_structured.fits(weight, n, m)
     if choice.backend == "reference" or not fits or not tokens or weight.device != x.device:
         return torch.nn.functional.linear(x, unpack(weight, weight_meta, NMPattern(n, m)), bias)
     x, weight, weight_meta = x.contiguous(), weight.contiguous(), weight_meta.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if choice.isa is None:
+    if choice.backend == "triton":
         return triton.linear(x, weight, weight_meta, bias, n, m)
+    if choice.backend == "semi_structured":
+        return semi_structured.linear(x, weight, weight_meta, bias)
+    assert choice.isa is not None
     if choice.backend == "native":
         return native.linear(choice.isa, x, weight, weight_meta, bias, n, m)
     return _by_panels(choice.isa, x, weight, weight_meta, bias)

@@ -3,7 +3,8 @@
 - `native`: a kernel in C on the packed form, the fastest for few tokens.
 - `panel`: rows unpacked in C, a few megabytes at a time, and multiplied by torch's dense product; for many tokens.
 - `reference`: all unpacked by torch, then `F.linear`; anywhere, and slow.
-- `triton`: a kernel for a few tokens on a GPU; only where it is forced, since no GPU has run it yet.
+- `triton`: a kernel for a few tokens on a GPU; `semi_structured`: torch's own sparse product there, for many. Only
+  where they are forced, since no GPU has run them yet.
 
 The environment variable `OPTIMUM_EGGS_BACKEND` forces one of them, `OPTIMUM_EGGS_ISA` an instruction set of the
 processor (one of `optimum_eggs.ops.INSTRUCTION_SETS`).
@@ -24,7 +25,7 @@ from ..errors import ConfigError
 from . import native, triton
 from .native import DTYPES, INSTRUCTION_SETS
 
-BACKENDS = ("native", "panel", "reference", "triton")
+BACKENDS = ("native", "panel", "reference", "triton", "semi_structured")
 _MOST_TOKENS_TRITON = 8
 # The most tokens for which the native kernel beats the dense product, by instruction set: found by measuring, see
 # docs/performance.md. AMX multiplies bfloat16 as fast as the dense product does, at any number of tokens.
@@ -98,8 +99,11 @@ def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
 @lru_cache(maxsize=4096)
 def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
     _forced.check()
-    if _forced.backend == "triton" and device == "cuda" and dtype in DTYPES and tokens <= _MOST_TOKENS_TRITON:
-        return Choice("triton", None, "forced")
+    if device == "cuda" and dtype in DTYPES:
+        if _forced.backend == "triton" and tokens <= _MOST_TOKENS_TRITON:
+            return Choice("triton", None, "forced")
+        if _forced.backend == "semi_structured":
+            return Choice("semi_structured", None, "forced; layers that torch has no such product for are unpacked")
     if device != "cpu":
         return Choice("reference", None, f"the native kernels run on the CPU, and the tensors are on {device}")
     if dtype not in DTYPES:
@@ -108,8 +112,8 @@ def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
         native.warn_missing()
         return Choice("reference", None, f"the native extension is missing: {native.missing}")
     isa = _forced.isa or INSTRUCTION_SETS[-1]
-    if _forced.backend == "triton":
-        return Choice("reference", None, "the Triton kernel runs on a GPU")
+    if _forced.backend in ("triton", "semi_structured"):
+        return Choice("reference", None, f"the backend {_forced.backend!r} runs on a GPU")
     if _forced.backend is not None:
         return Choice(_forced.backend, None if _forced.backend == "reference" else isa, "forced")
     if isa == "amx" and dtype is torch.bfloat16:

@@ -18,10 +18,11 @@ LAYERS = [
     ["update"],
     ["ops", "config"],
     ["nn"],
-    ["calibration", "recovery"],
+    ["calibration"],
     ["engine"],
     ["hf"],
     ["pruner", "inspection", "evaluation", "speed"],
+    ["recovery"],
     ["cli"],
     ["__init__", "__main__"],
 ]

@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from functools import partialmethod
 
 from ..errors import EGGSError
-from . import benchmark, evaluate, export, inspect, prune
+from . import benchmark, evaluate, export, inspect, prune, recover
 
-_SUBCOMMANDS = {"prune": prune, "evaluate": evaluate, "inspect": inspect, "export": export, "benchmark": benchmark}
+_SUBCOMMANDS = {
+    "prune": prune,
+    "evaluate": evaluate,
+    "inspect": inspect,
+    "export": export,
+    "benchmark": benchmark,
+    "recover": recover,
+}
 
 
 def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:

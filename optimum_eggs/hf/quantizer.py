@@ -110,8 +110,8 @@ class EGGSHfQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Not yet."""
-        return False
+        """The packed values can be trained themselves, under their mask, where they are made to ask for gradients."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

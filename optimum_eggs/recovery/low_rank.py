@@ -26,7 +26,8 @@ def masked_low_rank(down: Tensor, up: Tensor, weight_meta: Tensor, pattern: NMPa
         pattern: n kept of every m inputs.
 
     Returns:
-        (out, in·n/m), laid out as the packed layer's `weight`. Differentiable in `down` and `up`.
+        (out, in·n/m), laid out as the packed layer's `weight`. Differentiable in `down` and `up`. Under autocast, in
+        its dtype.
 
     >>> meta = torch.tensor([[0b0110], [0b1001]], dtype=torch.uint8)
     >>> masked_low_rank(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[1.0], [10]]), meta, NMPattern(2, 4))
@@ -41,11 +42,11 @@ class _MaskedLowRank(torch.autograd.Function):
     def forward(ctx: Any, down: Tensor, up: Tensor, weight_meta: Tensor, pattern: NMPattern) -> Tensor:
         ctx.save_for_backward(down, up, weight_meta)
         ctx.pattern = pattern
-        packed = up.new_empty(len(up), down.shape[1] // pattern.m * pattern.n)
+        parts = []
         for rows in _chunks(len(up), down.shape[1]):
             positions = kept_positions(weight_meta[rows], down.shape[1], pattern)
-            torch.gather(up[rows] @ down, 1, positions, out=packed[rows])
-        return packed
+            parts.append((up[rows] @ down).gather(1, positions))
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,7 +55,7 @@ class _MaskedLowRank(torch.autograd.Function):
         grad_down, grad_up = torch.zeros_like(down), torch.empty_like(up)
         for rows in _chunks(len(up), down.shape[1]):
             positions = kept_positions(weight_meta[rows], down.shape[1], ctx.pattern)
-            dense = down.new_zeros(len(positions), down.shape[1]).scatter_(1, positions, grad[rows])
+            dense = down.new_zeros(len(positions), down.shape[1]).scatter_(1, positions, grad[rows].to(down.dtype))
             grad_up[rows] = dense @ down.t()
             grad_down.addmm_(up[rows].t(), dense)
         return grad_down, grad_up, None, None

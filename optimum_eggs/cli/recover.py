@@ -1,0 +1,53 @@
+"""Train a packed model back towards its dense teacher, under its mask; it stays packed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `recover`."""
+    parser.add_argument("model", metavar="DIR", help="folder of a packed model")
+    parser.add_argument("output", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--train", required=True, action="append", metavar="FILE|NAME", help="text to train on; several are mixed"
+    )
+    parser.add_argument("--teacher", metavar="DENSE", help="dense model to match (default: none, learn from the text)")
+    parser.add_argument("--method", choices=["lora", "values"], default="lora", help="what is trained (default: lora)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA (default: 16)")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default: 200)")
+    parser.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3 for lora, 3e-4 for values)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (default: 512)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the windows (default: 0)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, and start an interrupted run again")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, write, and print."""
+    from ..recovery.recover import RecoverySettings, recover
+
+    settings = RecoverySettings(
+        args.train,
+        teacher=args.teacher,
+        method=args.method,
+        rank=args.rank,
+        steps=args.steps,
+        learning_rate=args.lr,
+        seq_len=args.seq_len,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    report = recover(args.model, args.output, settings, overwrite=args.overwrite)
+    if args.json:
+        print(json.dumps(report.to_dict() | {"output": args.output}))
+        return 0
+    took = report.measurements
+    print(f"{report.steps} steps on {report.windows} windows in {took['seconds']:.0f} s")
+    change = f"{report.perplexity_before:.2f} -> {report.perplexity_after:.2f}"
+    print(f"perplexity on the {report.windows_held_out} windows held out {change}")
+    print(f"saved to {args.output}")
+    return 0

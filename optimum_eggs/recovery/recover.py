@@ -1,0 +1,296 @@
+"""Training a packed model back towards its dense teacher, or on plain text; it stays packed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.documents import documents
+from ..calibration.windows import token_stream, windows_digest
+from ..engine.report import REPORT_NAME
+from ..errors import CalibrationError, ConfigError, ModelError, OutputError
+from ..evaluation.perplexity import perplexity
+from ..folders import check_output, new_folder
+from ..hf.attach import packed_layers
+from ..hf.loading import load_model, load_tokenizer
+from ..measure import Meter
+from .distill import TeacherWindows, teacher_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHODS = ("lora", "values")
+_LEARNING_RATES = {"lora": 1e-3, "values": 3e-4}
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How a packed model is trained.
+
+    Args:
+        train: Text files or data sets, mixed: their windows are shuffled together.
+        teacher: Folder or id of the dense model whose next-token probabilities are matched; without one, the text's own
+            next tokens are.
+        method: `"lora"` trains a masked LoRA on every packed layer and merges it; `"values"` trains the packed values.
+        rank: Of the LoRA; its alpha is twice that.
+        steps: Optimiser steps.
+        learning_rate: At its highest, after a twentieth of the steps; it falls to zero as a cosine. Default: 1e-3 for
+            `"lora"`, 3e-4 for `"values"`.
+        seq_len: Tokens in a window.
+        batch_size: Windows in a step.
+        held_out: Share of the windows that training does not see, at least two windows and at most 32.
+        evaluations: Times that they are judged during training; the best of these states is the one kept.
+        patience: Judgements without improvement after which training ends.
+        top_k: The teacher's most likely tokens that are kept.
+        gradient_checkpointing: Compute activations again in the backward pass, for less memory.
+        seed: Of the order of the windows, of dropout and of the adapter's start.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    train: Sequence[str]
+    teacher: str | None = None
+    method: str = "lora"
+    rank: int = 16
+    steps: int = 200
+    learning_rate: float | None = None
+    seq_len: int = 512
+    batch_size: int = 4
+    held_out: float = 0.05
+    evaluations: int = 8
+    patience: int = 3
+    top_k: int = 64
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method={self.method!r} is unknown; use one of {list(METHODS)}")
+        if not self.train:
+            raise ConfigError("train=[]: name at least one text file or data set")
+        for name in ("rank", "steps", "batch_size", "evaluations", "patience", "top_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
+        if self.seq_len < 2:
+            raise ConfigError(f"seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out={self.held_out} is no share; use a number between 0 and 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate} is not positive; leave it out for the default")
+
+
+@dataclass
+class RecoveryReport:
+    """What recovery did. Perplexities are on the windows held out; `held_out_loss` is what was minimised, there."""
+
+    settings: dict[str, Any]
+    steps: int
+    perplexity_before: float
+    perplexity_after: float
+    held_out_loss: list[float]
+    windows: int
+    windows_held_out: int
+    windows_sha256: str
+    measurements: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def recover(
+    model_id: str | Path, output: str | Path, settings: RecoverySettings, *, overwrite: bool = False
+) -> RecoveryReport:
+    """Train the packed model in `model_id` and write it to `output`, packed under the same mask.
+
+    Runs `transformers.Trainer` in bfloat16 autocast over float32 weights. Its checkpoints lie in a folder beside the
+    output, named `.OUTPUT.recovery`; the same call after an interruption goes on from the last of them. The folder is
+    removed at the end.
+
+    Raises:
+        ConfigError: an interrupted run beside the output had other settings.
+        ModelError: the model has no packed layer, or cannot be loaded.
+        CalibrationError: the texts are too short.
+        OutputError: the output cannot be written.
+    """
+    check_output(output, overwrite)
+    path = Path(output).absolute()
+    work = path.with_name(f".{path.name}.recovery")
+    stored = load_model(model_id).dtype
+    with Meter() as meter:
+        model, tokenizer = load_model(model_id, dtype="float32"), load_tokenizer(model_id)
+        if not packed_layers(model):
+            raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
+        train, held_out = training_windows(settings, tokenizer)
+        digest = windows_digest(torch.cat([train, held_out]))
+        _open_work_folder(work, {"model": str(model_id), "windows": digest} | asdict(settings), overwrite)
+        taught = None
+        if settings.teacher is not None:
+            with meter.stage("teacher"):
+                taught = teacher_tokens(_teacher(settings.teacher, model), torch.cat([train, held_out]), settings.top_k)
+        with meter.stage("judging"):
+            before = perplexity(model, held_out).perplexity
+        with meter.stage("training"):
+            trained, losses, steps = _train(model, train, held_out, taught, settings, work)
+        with meter.stage("judging"):
+            after = perplexity(trained, held_out).perplexity
+    report = RecoveryReport(
+        asdict(settings), steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
+    )
+    for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
+        parameter.data = parameter.data.to(stored)
+    trained.config.dtype = stored
+    with new_folder(path, overwrite) as folder:
+        trained.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        old = Path(model_id) / REPORT_NAME
+        pruned = json.loads(old.read_text()) if old.is_file() else {}
+        (folder / REPORT_NAME).write_text(json.dumps(pruned | {"recovery": report.to_dict()}, indent=1) + "\n")
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def training_windows(settings: RecoverySettings, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Windows to train on and windows held out, (windows, seq_len) each, shuffled with the seed.
+
+    Of every text as much is read as all steps together need.
+
+    Raises:
+        CalibrationError: the texts together hold fewer than four windows.
+    """
+    needed = settings.steps * settings.batch_size * settings.seq_len * 2
+    rows = []
+    for source in settings.train:
+        ids = token_stream(documents(source, "train"), tokenizer, needed)
+        rows.append(ids[: len(ids) // settings.seq_len * settings.seq_len].view(-1, settings.seq_len))
+    windows = torch.cat(rows)
+    if len(windows) < 4:
+        raise CalibrationError(
+            f"train={list(settings.train)}: {len(windows)} windows of {settings.seq_len} tokens are in it, and "
+            "training needs four; give more text, or a smaller seq_len"
+        )
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
+    windows = windows[order]
+    count = min(32, len(windows) // 2, max(2, round(settings.held_out * len(windows))))
+    return windows[count:][: settings.steps * settings.batch_size], windows[:count]
+
+
+def _teacher(teacher_id: str, student: PreTrainedModel) -> PreTrainedModel:
+    teacher = load_model(teacher_id).eval()
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
+    if ours != theirs:
+        raise ModelError(
+            f"teacher={teacher_id!r} has a vocabulary of {theirs}, the model one of {ours}; they must agree"
+        )
+    return teacher
+
+
+def _open_work_folder(work: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder of checkpoints, or go on with that of an interrupted run of the same settings."""
+    marker = work / _SETTINGS
+    if marker.is_file() and overwrite:
+        shutil.rmtree(work)
+    if marker.is_file():
+        before = json.loads(marker.read_text())
+        changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != _plain(settings.get(key)))
+        if changed:
+            raise ConfigError(
+                f"{work}: an interrupted run is there, and {', '.join(changed)} changed since; use the same settings "
+                "to go on, or pass --overwrite (overwrite=True) to start again"
+            )
+        return
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps(settings))
+    except OSError as error:
+        raise OutputError(f"{work}: cannot be written ({error}); name another output folder") from error
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _train(
+    model: PreTrainedModel,
+    train: Tensor,
+    held_out: Tensor,
+    taught: Any,
+    settings: RecoverySettings,
+    work: Path,
+) -> tuple[PreTrainedModel, list[float], int]:
+    """The trained model (merged, packed), the losses on the windows held out, and the steps done."""
+    from transformers import EarlyStoppingCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from .distill import TeacherTokens
+    from .trainer import RecoveryTrainer
+
+    def part(rows: slice) -> TeacherTokens | None:
+        return None if taught is None else TeacherTokens(taught.ids[rows], taught.log_probs[rows])
+
+    wrapped: Any = model
+    torch.manual_seed(settings.seed)
+    if settings.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        names = list(packed_layers(model))
+        wrapped = get_peft_model(
+            model,
+            LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=names, task_type="CAUSAL_LM"),
+        )
+        if settings.gradient_checkpointing:
+            wrapped.enable_input_require_grads()
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dim() < 2)  # norms and biases
+        for layer in packed_layers(model).values():
+            layer.weight.requires_grad_(True)
+    every = max(1, settings.steps // settings.evaluations)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=1,
+        learning_rate=settings.learning_rate or _LEARNING_RATES[settings.method],
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.steps // 20),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        report_to=[],
+        logging_steps=max(1, every // 4),
+    )
+    trainer = RecoveryTrainer(
+        model=wrapped,
+        args=arguments,
+        train_dataset=TeacherWindows(train, part(slice(0, len(train)))),
+        eval_dataset=TeacherWindows(held_out, part(slice(len(train), None))),
+        callbacks=[EarlyStoppingCallback(settings.patience)],
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if settings.method == "lora":
+        wrapped = wrapped.merge_and_unload(safe_merge=True)
+    for parameter in wrapped.parameters():
+        parameter.requires_grad_(False)
+    return wrapped.eval(), losses, trainer.state.global_step

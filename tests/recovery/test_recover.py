@@ -1,0 +1,161 @@
+"""`recover` from its settings to the folder it writes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from oracles import gaussian
+from transformers import AutoModelForCausalLM
+
+from optimum_eggs.cli.main import main
+from optimum_eggs.errors import CalibrationError, ConfigError, ModelError, OutputError
+from optimum_eggs.hf.attach import packed_layers
+from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.recovery.distill import divergence, teacher_tokens
+from optimum_eggs.recovery.recover import RecoverySettings, recover
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SMALL = {"seq_len": 16, "batch_size": 2, "steps": 4, "evaluations": 2, "rank": 2}
+
+
+def settings(text_file, **values):
+    return RecoverySettings([str(text_file)], **(SMALL | values))
+
+
+def test_the_divergence_is_that_of_the_whole_vocabulary_where_all_of_it_is_kept():
+    teacher, student = gaussian(7, 11), gaussian(7, 11, seed=1)
+    best = teacher.log_softmax(-1).topk(11)
+    exact = torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    torch.testing.assert_close(divergence(student, best.indices, best.values), exact)
+
+
+def test_fewer_tokens_give_a_lower_bound_and_none_where_both_agree():
+    teacher, student = gaussian(300, 40), gaussian(300, 40, seed=1)  # more tokens than a chunk
+    exact = torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    best = teacher.log_softmax(-1).topk(5)
+    assert 0 < divergence(student, best.indices, best.values) < exact
+    assert abs(float(divergence(teacher, best.indices, best.values))) < 1e-5
+
+
+def test_the_divergence_pulls_the_student_to_the_teacher():
+    teacher, student = gaussian(5, 12), gaussian(5, 12, seed=1).requires_grad_()
+    best = teacher.log_softmax(-1).topk(12)
+    divergence(student, best.indices, best.values).backward()
+    torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)) / 5, atol=1e-5, rtol=1e-4)
+
+
+def test_the_teachers_tokens(dense_folder):
+    model = AutoModelForCausalLM.from_pretrained(dense_folder).eval()
+    windows = tiny.make_windows(3, 8)
+    found = teacher_tokens(model, windows, top_k=4, progress=False)
+    assert found.ids.shape == found.log_probs.shape == (3, 8, 4)
+    with torch.no_grad():
+        expected = model(input_ids=windows[1:2]).logits[0].log_softmax(-1).topk(4)
+    assert torch.equal(found.ids[1].long(), expected.indices)
+    torch.testing.assert_close(found.log_probs[1].float(), expected.values, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "values"])
+@pytest.mark.parametrize("taught", [True, False])
+def test_recovery_keeps_the_mask_and_writes_a_packed_model(
+    method, taught, packed_folder, dense_folder, text_file, tmp_path
+):
+    teacher = str(dense_folder) if taught else None
+    report = recover(packed_folder, tmp_path / "out", settings(text_file, method=method, teacher=teacher))
+    assert report.steps == 4
+    assert len(report.held_out_loss) == 2
+    assert inspect_checkpoint(tmp_path / "out").ok
+    before, after = (
+        packed_layers(AutoModelForCausalLM.from_pretrained(folder)) for folder in (packed_folder, tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].weight_meta, layer.weight_meta) for name, layer in after.items())
+    assert any(not torch.equal(before[name].weight, layer.weight) for name, layer in after.items())
+    assert all(before[name].weight.dtype == layer.weight.dtype for name, layer in after.items())
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["recovery"]["perplexity_after"] == report.perplexity_after
+    assert written["layers"]  # of the pruning
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no checkpoint is left
+
+
+@pytest.mark.parametrize("method", ["lora", "values"])
+def test_training_lowers_the_perplexity_on_text_held_out(method, packed_folder, text_file, tmp_path):
+    chosen = settings(text_file, method=method, steps=60, learning_rate=2e-2, rank=8)
+    found = recover(packed_folder, tmp_path / "out", chosen)
+
+    assert found.perplexity_after < 0.97 * found.perplexity_before  # the text is nearly random
+
+
+def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-W", "ignore", "-m", "optimum_eggs", "recover", str(packed_folder), str(out)]
+    command += ["--train", str(text_file), "--steps", "400", "--seq-len", "16", "--batch-size", "2", "--rank", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    work = tmp_path / ".out.recovery"
+    deadline = time.monotonic() + 240
+    while not list(work.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    with pytest.raises(ConfigError, match="steps, windows changed since"):
+        recover(packed_folder, out, RecoverySettings([str(text_file)], seq_len=16, batch_size=2, rank=2, steps=6))
+    subprocess.run(command, check=True, capture_output=True)
+    state = json.loads((out / "report.json").read_text())["recovery"]
+    assert state["steps"] > 0
+    assert inspect_checkpoint(out).ok
+    assert not work.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "full"}, "method='full'"),
+        ({"steps": 0}, "steps=0"),
+        ({"seq_len": 1}, "seq_len=1"),
+        ({"held_out": 1.0}, "held_out=1.0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+    ],
+)
+def test_settings_out_of_range(values, message, text_file):
+    with pytest.raises(ConfigError, match=message):
+        settings(text_file, **values)
+
+
+def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_path):
+    with pytest.raises(ModelError, match="no packed layer"):
+        recover(dense_folder, tmp_path / "out", settings(text_file))
+    with pytest.raises(CalibrationError, match="needs four"):
+        recover(packed_folder, tmp_path / "out", settings(text_file, seq_len=5000))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(OutputError, match="not empty"):
+        recover(packed_folder, tmp_path / "full", settings(text_file))
+    with pytest.raises(ConfigError, match="train="):
+        RecoverySettings([])
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_the_command(packed_folder, text_file, tmp_path, capsys):
+    sizes = ["--steps", "2", "--seq-len", "16", "--batch-size", "2", "--method", "values"]
+    command = ["recover", str(packed_folder), str(tmp_path / "out"), "--train", str(text_file), *sizes]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert main(command) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert "perplexity on the" in capsys.readouterr().out

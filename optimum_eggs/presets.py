@@ -31,7 +31,9 @@ _FLOOR = {"selection": "optimal", "min_degree": 1}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": METHOD | _FLOOR | {"weight_update": "refit"},
-    "best": METHOD | _FLOOR | {"solver": "admm", "weight_update": "refit", "refit_steps": 10, "block_tuning": 140},
+    "best": METHOD
+    | _FLOOR
+    | {"permutation": True, "solver": "admm", "weight_update": "refit", "refit_steps": 10, "block_tuning": 140},
     "paper": METHOD | {"selection": "diagonal", "min_degree": 1},
     "alps": METHOD | {"solver": "admm", "weight_update": "refit", "refit_steps": 10},
     "sparsegpt": METHOD | {"solver": "sparsegpt"},

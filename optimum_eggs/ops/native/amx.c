@@ -5,7 +5,7 @@
 // cache, and multiplies it by all tokens, 2 x 2 tiles in flight. Nothing larger than the block is ever unpacked.
 #include "nm.h"
 
-#if defined(__x86_64__)
+#if defined(NM_AMX)
 #include <immintrin.h>
 #include <string.h>
 

@@ -1,7 +1,7 @@
 // AVX-512 BF16 + VBMI2: thirty-two positions at a time, spread by vpexpandw and multiplied by vdpbf16ps.
 #include "nm.h"
 
-#if defined(__x86_64__)
+#if defined(NM_AVX512BF16)
 #include <immintrin.h>
 #include <string.h>
 

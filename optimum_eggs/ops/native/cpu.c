@@ -12,7 +12,9 @@ static int always(void) { return 1; }
 #endif
 
 static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+    unsigned a, b, c, d;
+    int f16c = __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;  // not a name that every compiler knows
+    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
 }
 
 static int has_avx512(void) { return has_avx2() && __builtin_cpu_supports("avx512f"); }
@@ -22,8 +24,11 @@ static int has_vbmi2(void) {
            __builtin_cpu_supports("avx512vbmi2");
 }
 
+#if defined(NM_AVX512BF16)
 static int has_bf16(void) { return has_vbmi2() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
+#if defined(NM_AMX)
 // AMX tiles must be asked for, once for the process: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 static int has_amx(void) {
 #if defined(__linux__)
@@ -34,6 +39,7 @@ static int has_amx(void) {
     return 0;
 #endif
 }
+#endif
 #endif
 
 #define ALL(kernel) {kernel, kernel, kernel}
@@ -47,8 +53,12 @@ const nm_isa nm_isas[] = {
     {"avx2", has_avx2, ALL(nm_linear_avx2), nm_unpack_portable},
     {"avx512", has_avx512, ALL(nm_linear_avx512), nm_unpack_portable},
     {"avx512_vbmi2", has_vbmi2, ALL(nm_linear_avx512), nm_unpack_avx512},
+#if defined(NM_AVX512BF16)
     {"avx512_bf16", has_bf16, {nm_linear_avx512, nm_linear_avx512, nm_linear_avx512bf16}, nm_unpack_avx512},
+#endif
+#if defined(NM_AMX)
     {"amx", has_amx, {nm_linear_avx512, nm_linear_avx512, nm_linear_amx}, nm_unpack_avx512},
+#endif
 #endif
 };
 const int nm_isa_count = sizeof(nm_isas) / sizeof(*nm_isas);

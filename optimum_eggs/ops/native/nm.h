@@ -8,6 +8,16 @@
 #include <omp.h>
 #endif
 
+// What this compiler knows: older ones build the package with the kernels they can.
+#if defined(__x86_64__)
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define NM_AMX 1
+#endif
+#if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
+#define NM_AVX512BF16 1
+#endif
+#endif
+
 enum { NM_F32, NM_F16, NM_BF16, NM_DTYPES };
 
 // y = x Wᵀ + bias, W packed n:m. All matrices are row-major and contiguous; x, values, bias and y have one dtype.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -267,3 +268,10 @@ def test_the_trainer_takes_a_packed_model_with_an_adapter(folders, tmp_path):
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert inspect_checkpoint(tmp_path / "merged").ok
+
+
+def test_the_example_runs(packed_folder, text_file, tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "lora_recovery.py"
+    arguments = [packed_folder, tmp_path / "out", "--text", text_file, "--steps", 2, "--seq-len", 16]
+    subprocess.run([sys.executable, "-W", "ignore", str(example), *map(str, arguments)], check=True, timeout=300)
+    assert inspect_checkpoint(tmp_path / "out").ok

@@ -35,3 +35,7 @@ class CheckpointError(EGGSError, RuntimeError):
 
 class OutputError(EGGSError, OSError):
     """An output folder cannot be written as asked."""
+
+
+class HubError(EGGSError, RuntimeError):
+    """The Hub refused, or could not be reached."""

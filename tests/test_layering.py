@@ -22,7 +22,7 @@ LAYERS = [
     ["engine"],
     ["hf"],
     ["pruner", "inspection", "evaluation", "speed"],
-    ["recovery"],
+    ["recovery", "sharing"],
     ["cli"],
     ["__init__", "__main__"],
 ]

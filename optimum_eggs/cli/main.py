@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partialmethod
 
 from ..errors import EGGSError
-from . import benchmark, evaluate, export, inspect, prune, recover
+from . import benchmark, evaluate, export, inspect, prune, push, recover
 
 _SUBCOMMANDS = {
     "prune": prune,
@@ -18,6 +18,7 @@ _SUBCOMMANDS = {
     "export": export,
     "benchmark": benchmark,
     "recover": recover,
+    "push": push,
 }
 
 

@@ -61,6 +61,7 @@ class PruneReport:
         tuning: One entry for each block that was tuned.
         left_dense: Every weight matrix of the blocks, embedding or head that was left dense, with the reason.
         calibration: What the windows were: source, count, length, SHA-256 of the token ids.
+        base_model: Id and revision of the dense model on the Hub; None for one from a folder.
         measurements: Seconds, CPU seconds and peak resident bytes, in all and by stage.
     """
 
@@ -70,6 +71,7 @@ class PruneReport:
     calibration: dict[str, Any]
     tuning: list[BlockTuning] = field(default_factory=list)
     measurements: dict[str, Any] = field(default_factory=dict)
+    base_model: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     @property
@@ -96,6 +98,7 @@ class PruneReport:
             },
             "config": self.config,
             "calibration": self.calibration,
+            "base_model": self.base_model,
             "layers": layers,
             "tuning": [asdict(block) for block in self.tuning],
             "left_dense": [asdict(layer) for layer in self.left_dense],

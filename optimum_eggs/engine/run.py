@@ -39,7 +39,17 @@ def calibrate_and_prune(
     report = prune_model(model, config, windows, progress)
     report.config = EGGSConfig.from_dict(report.config | {"calibration": _public_name(source)}).to_dict()
     report.calibration["source"] = report.config["calibration"] or f"{type(source).__name__} in memory"
+    report.base_model = _base_model(model)
     return report
+
+
+def _base_model(model: Any) -> dict[str, Any] | None:
+    """Id and revision of the model on the Hub, if it was loaded from there."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return None
+    return {"id": name, "revision": getattr(config, "_commit_hash", None)}
 
 
 def _public_name(source: Any) -> Any:

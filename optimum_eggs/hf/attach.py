@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,9 +28,21 @@ def attach_quantizer(model: PreTrainedModel, config: EGGSConfig) -> None:
     ):
         setattr(model, name, value)
     model.config.quantization_config = config
+    share_with_card(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
+
+
+def share_with_card(model: PreTrainedModel) -> None:
+    """Make `model.push_to_hub` end with this package's card; transformers would write its template over it."""
+    model.push_to_hub = partial(_push_to_hub, model)  # type: ignore[assignment]
+
+
+def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:
+    from ..sharing.models import push_model
+
+    return push_model(model, repo_id, **options)
 
 
 def packed_layers(model: nn.Module) -> dict[str, NMLinear]:

@@ -21,7 +21,7 @@ from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.dense import is_conv1d
 from ..packing.checkpoint import check_files, check_packed_tensors
 from ..pattern import NMPattern
-from .attach import attach_quantizer, packed_layers, unpack_layers
+from .attach import attach_quantizer, packed_layers, share_with_card, unpack_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +79,7 @@ class EGGSHfQuantizer(HfQuantizer):
                 # A layer that is offloaded to disk has been checked by its shapes alone.
                 if "meta" not in (layer.weight.device.type, layer.weight_meta.device.type):
                     check_packed_tensors(name, layer.weight, layer.weight_meta, layer.pattern)
+            share_with_card(model)
             return model
         return self._prune(model)
 
@@ -97,6 +98,7 @@ class EGGSHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
         # transformers passes config.dtype, which a save leaves as a string
+        vars(model).pop("push_to_hub", None)  # the dense model is pushed as any other
         return unpack_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:

@@ -1,0 +1,35 @@
+"""Push a packed model to the Hub in one commit, with its card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `push`."""
+    parser.add_argument("model", metavar="DIR", help="folder of a packed model")
+    parser.add_argument("repo_id", metavar="REPO", help="repository on the Hub, created if it is not there")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", help="branch to push to")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--token", help="access token (default: the one you are logged in with)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Push, and print where it is."""
+    from ..sharing import push_folder
+
+    info = push_folder(
+        args.model,
+        args.repo_id,
+        private=args.private,
+        token=args.token,
+        revision=args.revision,
+        create_pr=args.create_pr,
+    )
+    if args.json:
+        print(json.dumps({"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}))
+    else:
+        print(f"pushed: {info.pr_url or info.commit_url}")
+    return 0

@@ -1,0 +1,6 @@
+"""Sharing packed models: the model card, and the push to the Hub."""
+
+from .card import model_card, write_card
+from .push import push_folder
+
+__all__ = ["model_card", "push_folder", "write_card"]

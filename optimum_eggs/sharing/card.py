@@ -1,0 +1,208 @@
+"""The model card: made from the report of a packed folder, so that it states what was measured and nothing else."""
+
+from __future__ import annotations
+
+import json
+import pprint
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..engine.report import REPORT_NAME
+from ..errors import ModelError
+
+BEGIN, END = "<!-- optimum-eggs: begin -->", "<!-- optimum-eggs: end -->"
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def model_card(folder: str | Path, repository: str | None = None, base_card: ModelCard | None = None) -> ModelCard:
+    """The card of the packed model in `folder`.
+
+    A README.md that is there keeps its metadata and its text; what this package writes goes between two markers.
+
+    Args:
+        folder: A packed model with its `report.json`.
+        repository: Id on the Hub, for the title and the code; default: the folder's name.
+        base_card: Card of the dense model, for its licence and languages.
+
+    Raises:
+        ModelError: the folder is no packed model, or has no report.
+    """
+    path = Path(folder)
+    report = _read(path / REPORT_NAME)
+    config = _read(path / "config.json").get("quantization_config")
+    if not config or "config" not in report:
+        raise ModelError(f"{path}: is no packed model with a report; prune it, or save it with EGGSPruner")
+    repository = repository or path.name
+    data = _metadata(report, repository, base_card)
+    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_texts(report, config, repository))
+    existing = path / "README.md"
+    return _merged(ModelCard(existing.read_text(encoding="utf-8")), card) if existing.is_file() else card
+
+
+def write_card(folder: str | Path, repository: str | None = None, base_card: ModelCard | None = None) -> Path:
+    """Write the card of `folder` to its README.md, as [`model_card`]."""
+    card = model_card(folder, repository, base_card)
+    target = Path(folder) / "README.md"
+    target.write_text(str(card), encoding="utf-8")
+    return target
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it names a model on the Hub, None if it is a path or nothing.
+
+    >>> hub_id("org/model"), hub_id("./model"), hub_id("a/b/c"), hub_id(None)
+    ('org/model', None, None, None)
+    """
+    if not name or not _HUB_ID.fullmatch(name) or name.startswith(".") or name.endswith(".gguf") or Path(name).exists():
+        return None
+    return name
+
+
+def _metadata(report: dict[str, Any], repository: str, base_card: ModelCard | None) -> ModelCardData:
+    pattern = report["summary"]["pattern"]
+    base = hub_id((report.get("base_model") or {}).get("id"))
+    inherited = base_card.data.to_dict() if base_card is not None else {}
+    relation: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
+    source = report["config"].get("calibration")
+    names = list(source) if isinstance(source, dict) else [source] if isinstance(source, str) else []
+    data_sets = [name for name in names if hub_id(name) and "." not in name]
+    return ModelCardData(
+        base_model=base,
+        datasets=data_sets or None,
+        eval_results=_results(report) or None,
+        model_name=repository.split("/")[-1],
+        language=inherited.get("language"),
+        license=inherited.get("license"),
+        license_name=inherited.get("license_name"),
+        license_link=inherited.get("license_link"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["eggs", "optimum-eggs", "sparse", "N:M", pattern],
+        **relation,
+    )
+
+
+def _results(report: dict[str, Any]) -> list[EvalResult]:
+    found = []
+    for entry in report.get("evaluations", []):
+        for metric, value in entry["metrics"].items():
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=entry["dataset"],
+                    dataset_name=entry["dataset"],
+                    dataset_split=entry.get("split"),
+                    metric_type=metric,
+                    metric_value=round(value, 4),
+                )
+            )
+    return found
+
+
+def _texts(report: dict[str, Any], config: dict[str, Any], repository: str) -> dict[str, str]:
+    summary, calibration = report["summary"], report["calibration"]
+    base = hub_id((report.get("base_model") or {}).get("id"))
+    recovered = report.get("recovery")
+    what = f"[{base}](https://huggingface.co/{base})" if base else "a dense model"
+    windows = f"{calibration['windows']} windows of {calibration['seq_len']} tokens"
+    source = report["config"].get("calibration")
+    preset = report["config"].get("preset")
+    dense = report.get("left_dense", [])
+    method = [
+        f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, were pruned "
+        f"{'with the preset `' + preset + '`' if preset else 'with the configuration below'}, calibrated on {windows}"
+        + (f" of `{source}`." if hub_id(source if isinstance(source, str) else None) else ".")
+    ]
+    if dense:
+        method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{_more(dense, 6)}.")
+    if recovered:
+        settings = recovered["settings"]
+        method.append(
+            f"Recovered afterwards under the mask: {recovered['steps']} steps of `{settings['method']}` on "
+            f"{recovered['windows']} windows of {settings['seq_len']} tokens"
+            + (", towards the dense model's probabilities." if settings.get("teacher") else ".")
+        )
+    shown = {key: value for key, value in config.items() if key != "pruned_modules"}
+    return {
+        "begin": BEGIN,
+        "end": END,
+        "title": repository.split("/")[-1],
+        "repository": repository,
+        "summary": f"This is {what}, pruned to {summary['pattern']} sparsity and stored packed, by "
+        "[optimum-eggs](https://pypi.org/project/optimum-eggs).",
+        "method": "\n\n".join(method),
+        "measured": _measured(report),
+        "certificate": _certificate(report),
+        "config": pprint.pformat(shown, compact=True, width=100),
+        "source": repr(base) if base else '"path/or/id"',
+        "calibration": f"{windows}; SHA-256 of the token ids {calibration['sha256']}",
+    }
+
+
+def _measured(report: dict[str, Any]) -> str:
+    lines = ["| what | on | value | dense |", "|---|---|---:|---:|"]
+    for entry in report.get("evaluations", []):
+        where = f"{entry['dataset']}, {entry['conditions']}"
+        for metric, value in entry["metrics"].items():
+            dense = entry.get("dense", {}).get(metric)
+            lines.append(f"| {metric} | {where} | {value:.2f} | {'' if dense is None else f'{dense:.2f}'} |")
+    recovered = report.get("recovery")
+    if recovered:
+        change = f"{recovered['perplexity_after']:.2f} (before: {recovered['perplexity_before']:.2f})"
+        lines.append(f"| perplexity after recovery | {recovered['windows_held_out']} windows held out | {change} | |")
+    speed = report.get("benchmark")
+    if speed:
+        where = f"{speed['machine']['processor']}, {speed['machine']['threads']} threads"
+        ours, *rest = speed["models"]
+        for key, label in (("decode_speed", "decode, tokens/s"), ("prefill_speed", "prefill, tokens/s")):
+            lines.append(f"| {label} | {where} | {ours[key]:.1f} | {f'{rest[0][key]:.1f}' if rest else ''} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _certificate(report: dict[str, Any]) -> str:
+    layers = report["layers"]
+    least = min(layer["certificate"]["floors"].get("16", 0) for layer in layers)
+    share = min(layer["certificate"]["input_degree_min"] / layer["out_features"] for layer in layers)
+    n, m = report["summary"]["pattern"].split(":")
+    return (
+        f"Every group of {m} inputs keeps exactly {n} in every row, unless a layer has a pattern of its own. Every "
+        f"input of every layer keeps at least {least} of every 16 outputs, the weakest {share:.1%} of all; "
+        f"{report['summary']['starved_inputs']} inputs are starved. `optimum-cli eggs inspect` checks it from the "
+        "files."
+    )
+
+
+def _merged(existing: ModelCard, made: ModelCard) -> ModelCard:
+    """The user's card with our part put between the markers, or behind it; and our metadata where the user has none."""
+    ours = made.text[made.text.index(BEGIN) : made.text.index(END) + len(END)]
+    text = existing.text
+    if BEGIN in text and END in text:
+        text = text[: text.index(BEGIN)] + ours + text[text.index(END) + len(END) :]
+    else:
+        text = f"{text.rstrip()}\n\n{ours}\n"
+    theirs, own = existing.data.to_dict(), made.data.to_dict()
+    data = own | theirs
+    data["tags"] = list(dict.fromkeys([*(theirs.get("tags") or []), *(own.get("tags") or [])]))
+    if "model-index" in own:
+        data["model-index"] = own["model-index"]
+    return ModelCard(f"---\n{ModelCardData(**data, ignore_metadata_errors=True).to_yaml()}\n---\n{text}")
+
+
+def _more(items: list[Any], shown: int) -> str:
+    return f" and {len(items) - shown} more" if len(items) > shown else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path}: is missing; name the folder of a packed model that EGGSPruner saved")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: is no JSON ({error}); save the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds no JSON object; save the model again")
+    return found

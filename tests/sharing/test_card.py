@@ -1,0 +1,105 @@
+import json
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+
+from optimum_eggs.errors import ModelError
+from optimum_eggs.sharing import model_card, write_card
+
+
+@pytest.fixture
+def folder(packed_folder, tmp_path):
+    shutil.copytree(packed_folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder, **values):
+    path = folder / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_was_not_measured_is_absent(folder):
+    text = str(model_card(folder, "me/tiny"))
+    assert "What was measured" not in text
+    assert "model-index" not in text
+    assert "license" not in text.split("---")[1]
+    assert "base_model" not in text
+
+
+def test_what_was_measured_is_stated(folder):
+    entry = {
+        "dataset": "wikitext2",
+        "split": "test",
+        "conditions": "16 windows of 1024 tokens",
+        "metrics": {"perplexity": 43.21},
+        "dense": {"perplexity": 22.75},
+    }
+    edit(folder, evaluations=[entry], base_model={"id": "org/dense", "revision": None})
+    base = ModelCard("---\nlicense: apache-2.0\nlanguage: en\n---\n")
+    card = model_card(folder, "me/tiny", base)
+    assert "| perplexity | wikitext2, 16 windows of 1024 tokens | 43.21 | 22.75 |" in card.text
+    data = card.data.to_dict()
+    assert data["base_model"] == "org/dense"
+    assert data["base_model_relation"] == "quantized"
+    assert data["license"] == "apache-2.0"
+    assert data["language"] == "en"
+    (result,) = data["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 43.21
+    assert result["dataset"]["split"] == "test"
+    assert "2:4" in data["tags"]
+
+
+def test_recovery_and_speed_are_stated(folder):
+    recovery = {
+        "settings": {"method": "lora", "seq_len": 512, "teacher": "org/dense"},
+        "steps": 200,
+        "windows": 700,
+        "windows_held_out": 32,
+        "perplexity_before": 44.0,
+        "perplexity_after": 31.5,
+    }
+    speed = {
+        "machine": {"processor": "A processor", "threads": 2},
+        "models": [{"decode_speed": 43.2, "prefill_speed": 2318.6}, {"decode_speed": 26.1, "prefill_speed": 2173.8}],
+    }
+    edit(folder, recovery=recovery, benchmark=speed)
+    text = model_card(folder).text
+    assert "| perplexity after recovery | 32 windows held out | 31.50 (before: 44.00) | |" in text
+    assert "200 steps of `lora`" in text
+    assert "| decode, tokens/s | A processor, 2 threads | 43.2 | 26.1 |" in text
+
+
+def test_the_certificate_is_that_of_the_report(folder):
+    report = json.loads((folder / "report.json").read_text())
+    least = min(layer["certificate"]["floors"].get("16", 0) for layer in report["layers"])
+    assert f"at least {least} of every 16 outputs" in model_card(folder).text
+
+
+def test_the_users_own_text_and_metadata_stay(folder):
+    (folder / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n# My model\n\nMy words.\n")
+    write_card(folder, "me/tiny")
+    once = (folder / "README.md").read_text()
+    assert "My words." in once
+    card = ModelCard(once)
+    assert card.data.license == "mit"
+    assert {"mine", "eggs", "2:4"} <= set(card.data.tags)
+    (folder / "README.md").write_text(once.replace("My words.", "Other words."))
+    write_card(folder, "me/tiny")
+    twice = (folder / "README.md").read_text()
+    assert twice == once.replace("My words.", "Other words.")
+
+
+def test_the_card_makes_the_model_again(folder):
+    text = model_card(folder, "me/tiny").text
+    code = text[text.index("EGGSConfig.from_dict(") : text.index("pruner = EGGSPruner")]
+    from optimum_eggs import EGGSConfig
+
+    config = eval(code, {"EGGSConfig": EGGSConfig})
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config.to_dict() == EGGSConfig.from_dict(stored | {"pruned_modules": None}).to_dict()
+
+
+def test_a_dense_folder_has_no_card(dense_folder):
+    with pytest.raises(ModelError, match=r"report.json"):
+        model_card(dense_folder)

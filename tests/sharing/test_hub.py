@@ -1,0 +1,177 @@
+"""Pushing and pulling over a real socket, with the real client, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from loopback_hub import LoopbackHub  # noqa: E402
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as made:
+        yield made
+    assert made.unknown == []
+
+
+def client(hub, code, tmp_path, *arguments, token="hf_test", offline=False, check=True):
+    """Run Python code against the hub, and return what it printed."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1" if offline else "0",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+    }
+    environment.pop("HF_TOKEN", None)
+    if token:
+        environment["HF_TOKEN"] = token
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+PUSH = """
+import sys
+from optimum_eggs.cli.main import main
+sys.exit(main(["push", *sys.argv[1:]]))
+"""
+LOGITS = """
+import sys, json, torch, optimum_eggs
+from transformers import AutoModelForCausalLM
+options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options).eval()
+with torch.no_grad():
+    print(json.dumps(model(input_ids=torch.arange(8)[None]).logits.flatten().tolist()[:50]))
+"""
+
+
+def test_a_folder_is_pushed_in_one_commit_and_loads_back(hub, packed_folder, tmp_path):
+    done = client(hub, PUSH, tmp_path, packed_folder, "me/tiny", "--json")
+    pushed = json.loads(done.stdout)
+    commits = hub.repositories["me/tiny"].branches["main"]
+    assert [commit.oid for commit in commits[1:]] == [pushed["commit"]]
+    files = hub.files("me/tiny")
+    assert {"README.md", "report.json", "config.json", "model.safetensors", "tokenizer.json"} <= files.keys()
+    card = files["README.md"].decode()
+    assert 'from_pretrained("me/tiny")' in card
+    assert "'2:4'" in card.split("---")[1]
+    local = client(hub, LOGITS, tmp_path, packed_folder).stdout
+    assert client(hub, LOGITS, tmp_path, "me/tiny").stdout == local
+    assert client(hub, LOGITS, tmp_path, "me/tiny", offline=True).stdout == local  # from the cache
+    assert client(hub, LOGITS, tmp_path, "me/tiny", json.dumps({"revision": pushed["commit"]})).stdout == local
+
+
+def test_a_branch_and_a_pull_request(hub, packed_folder, tmp_path):
+    client(hub, PUSH, tmp_path, packed_folder, "me/tiny", "--revision", "two-four")
+    assert "model.safetensors" not in hub.files("me/tiny")
+    assert "model.safetensors" in hub.files("me/tiny", "two-four")
+    local = client(hub, LOGITS, tmp_path, packed_folder).stdout
+    assert client(hub, LOGITS, tmp_path, "me/tiny", json.dumps({"revision": "two-four"})).stdout == local
+    done = client(hub, PUSH, tmp_path, packed_folder, "me/tiny", "--create-pr")
+    assert "/discussions/" in done.stdout
+    assert "model.safetensors" not in hub.files("me/tiny")
+
+
+def test_the_pruner_pushes_what_it_holds_in_shards(hub, dense_folder, text_file, tmp_path):
+    code = """
+import sys
+from optimum_eggs import EGGSConfig, EGGSPruner
+pruner = EGGSPruner.from_pretrained(sys.argv[1])
+pruner.prune(EGGSConfig("2:4", num_samples=8, seq_len=16, band=8), calibration=sys.argv[2], progress=False)
+pruner.save_pretrained(sys.argv[3])
+print(pruner.push_to_hub("me/tiny", max_shard_size="20KB"))
+"""
+    done = client(hub, code, tmp_path, dense_folder, text_file, tmp_path / "saved")
+    assert done.stdout.startswith(f"{hub.endpoint}/me/tiny/commit/")
+    assert sum(name.endswith(".safetensors") for name in hub.files("me/tiny")) > 1
+    local = client(hub, LOGITS, tmp_path, tmp_path / "saved").stdout
+    assert client(hub, LOGITS, tmp_path, "me/tiny").stdout == local
+
+
+def test_a_plain_push_of_a_model_ends_with_our_card(hub, packed_folder, tmp_path):
+    code = """
+import sys, optimum_eggs
+from transformers import AutoModelForCausalLM
+print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("me/plain", private=True))
+"""
+    client(hub, code, tmp_path, packed_folder)
+    files = hub.files("me/plain")
+    assert hub.repositories["me/plain"].private
+    assert b"The certificate" in files["README.md"]
+    assert "report.json" in files
+    # Pulled by another user and pushed again, the report comes along.
+    again = code.replace("me/plain", "me/again")
+    client(hub, again, tmp_path, "me/plain")
+    assert b"The certificate" in hub.files("me/again")["README.md"]
+
+
+def test_a_model_without_a_report_is_pushed_by_transformers_with_a_warning(hub, packed_folder, tmp_path):
+    code = """
+import sys, optimum_eggs
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.save_pretrained(sys.argv[2])
+AutoModelForCausalLM.from_pretrained(sys.argv[2]).push_to_hub("me/plain")
+"""
+    done = client(hub, code, tmp_path, packed_folder, tmp_path / "bare")
+    assert "no report.json was found" in done.stderr
+    assert b"The certificate" not in hub.files("me/plain")["README.md"]
+
+
+def test_the_card_validates_as_the_hub_asks(hub, packed_folder, tmp_path):
+    code = """
+import sys
+from optimum_eggs.sharing import model_card
+model_card(sys.argv[1], "me/tiny").validate()
+"""
+    client(hub, code, tmp_path, packed_folder)
+    assert len(hub.validated) == 1
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_without_a_token_nothing_is_pushed_and_the_error_says_what_to_do(token, hub, packed_folder, tmp_path):
+    done = client(hub, PUSH, tmp_path, packed_folder, "me/tiny", token=token, check=False)
+    assert done.returncode == 2
+    assert "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert hub.repositories == {}
+
+
+def test_a_private_model_is_not_seen_without_a_token(hub, packed_folder, tmp_path):
+    client(hub, PUSH, tmp_path, packed_folder, "me/secret", "--private")
+    done = client(hub, LOGITS, tmp_path, "me/secret", token=None, check=False)
+    assert done.returncode != 0
+    assert "me/secret" in done.stderr
+
+
+def test_an_upload_that_fails_publishes_nothing(hub, packed_folder, tmp_path):
+    hub.fail_uploads = True
+    done = client(hub, PUSH, tmp_path, packed_folder, "me/tiny", check=False)
+    assert done.returncode == 2, done.stderr
+    assert "me/tiny" in done.stderr
+    assert hub.files("me/tiny") == {}
+
+
+def test_a_damaged_folder_is_not_pushed(hub, packed_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(packed_folder, folder)
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-200:] = b"\xff" * 200
+    weights.write_bytes(bytes(data))
+    done = client(hub, PUSH, tmp_path, folder, "me/tiny", check=False)
+    assert done.returncode == 2
+    assert hub.repositories == {}

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of a model (default: 3)")
     parser.add_argument("--layer-repeats", type=int, default=20, help="timed calls of a layer (default: 20)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
+    parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is")
     parser.add_argument("--layers-only", action="store_true", help="leave the models out")
 
 
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Time, and print."""
     import torch
 
+    from ..engine.report import update_report
     from ..errors import CheckpointError, ConfigError
     from ..hf.loading import parse_dtype
     from ..inspection import inspect_checkpoint
@@ -72,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "platform": platform.platform(),
     }
+    if models and not args.no_record:
+        update_report(
+            args.model, benchmark={"machine": machine, "models": [_without_folder(model) for model in models]}
+        )
     if args.json:
         rows = [asdict(timing) | {"layers": shapes[_shape(timing)]} for timing in timings]
         print(json.dumps({"machine": machine, "layers": rows, "models": [asdict(model) for model in models]}))
@@ -93,6 +99,11 @@ def run(args: argparse.Namespace) -> int:
     for line in _model_table(models, args):
         print(line)
     return 0
+
+
+def _without_folder(model: Any) -> dict[str, Any]:
+    """As JSON types, without a path of this machine: the report is published."""
+    return {key: value for key, value in asdict(model).items() if key != "folder"}
 
 
 def _shape(timing: Any) -> tuple[int, int, str]:

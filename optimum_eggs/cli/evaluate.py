@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 
@@ -20,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-windows", type=int, help="use only the first windows (default: all)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows run at a time (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
+    parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is")
     parser.add_argument("--against", metavar="DENSE", help="folder of another model, measured on the same windows")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print."""
+    from ..engine.report import REPORT_NAME
     from ..evaluation.compare import evaluate_folder
 
     first = evaluate_folder(args.model, args)
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         }
         if second.size.pruned_layer_bytes:
             results["ratio"]["pruned_layer_bytes"] = first.size.pruned_layer_bytes / second.size.pruned_layer_bytes
+    recorded = not args.no_record and _record(args, results)
     if args.json:
         print(json.dumps(results))
         return 0
@@ -53,7 +57,30 @@ def run(args: argparse.Namespace) -> int:
     width = max(24, *(len(column.folder) + 2 for column in columns))
     for label, cells in rows:
         print(f"{label:<24}" + "".join(f"{cell:>{width}}" for cell in cells))
+    if recorded:
+        print(f"recorded in {Path(args.model) / REPORT_NAME}, for the model card")
     return 0
+
+
+def _record(args: argparse.Namespace, results: dict[str, Any]) -> bool:
+    """Put the perplexity into the report of the model, in place of an earlier one under the same conditions."""
+    from ..engine.report import read_report, update_report
+
+    found = results["model"]["perplexity"]
+    is_file = Path(args.text).is_file()
+    entry: dict[str, Any] = {
+        "dataset": Path(args.text).name if is_file else args.text,
+        "split": None if is_file else args.split,
+        "conditions": f"{found['windows']} windows of {found['seq_len']} tokens, {results['model']['dtype']}",
+        "tokens_sha256": results["model"]["token_digest"],
+        "metrics": {"perplexity": found["perplexity"]},
+    }
+    if "against" in results:
+        entry["dense"] = {"perplexity": results["against"]["perplexity"]["perplexity"]}
+    same = ("dataset", "split", "conditions")
+    before = read_report(args.model).get("evaluations", [])
+    kept = [other for other in before if any(other[key] != entry[key] for key in same)]
+    return update_report(args.model, evaluations=[*kept, entry])
 
 
 def _megabytes(size: int) -> str:

@@ -118,6 +118,24 @@ class PruneReport:
         )
 
 
+def update_report(folder: str | Path, **parts: Any) -> bool:
+    """Put parts into the report of a saved model; False if the folder has none. The file is replaced in one step."""
+    path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        return False
+    report = json.loads(path.read_text(encoding="utf-8")) | parts
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return True
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The report of a saved model, or an empty one."""
+    path = Path(folder) / REPORT_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result."""
     names = ("optimum-eggs", "torch", "transformers", "optimum", "safetensors", "accelerate")

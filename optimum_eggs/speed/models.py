@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class ModelTiming:
     """What one model took. Speeds are in tokens per second, memory in bytes.
 
-    `resident` is what the process grew by from before loading to after the first use; `weights` is what the weights
+    `resident` is what the process grew by from before loading to after the first use, when the model had been loaded,
+    used and released once before: what libraries take for themselves is not counted. `weights` is what the weights
     themselves take.
     """
 
@@ -54,11 +55,10 @@ def time_models(
     """
     models, resident = [], []
     for folder in folders:
+        _load_and_use(folder, dtype)
         gc.collect()
         before = psutil.Process().memory_info().rss
-        model = load_model(folder, dtype=dtype).eval()
-        _prefill(model, _tokens(model, 2))  # a mapped file takes memory when it is first read
-        models.append(model)
+        models.append(_load_and_use(folder, dtype))
         resident.append(psutil.Process().memory_info().rss - before)
 
     prompts = [_tokens(model, prompt) for model in models]
@@ -79,6 +79,12 @@ def time_models(
             folders, models, prefill, decode, resident, [set() for _ in models], strict=True
         )
     ]
+
+
+def _load_and_use(folder: str | Path, dtype: str) -> PreTrainedModel:
+    model = load_model(folder, dtype=dtype).eval()
+    _prefill(model, _tokens(model, 2))  # a mapped file takes memory when it is first read
+    return model
 
 
 def _own(tensor: Tensor, seen: set[int]) -> bool:

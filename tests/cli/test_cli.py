@@ -291,3 +291,32 @@ def test_benchmark_refuses_numbers_that_are_not_positive(flag, packed_folder):
 
 def test_benchmark_refuses_a_dense_model(dense_folder):
     assert "error: " in within("benchmark", dense_folder, *QUICK, code=2).stderr
+
+
+def test_what_was_measured_is_put_into_the_report(packed_folder, dense_folder, text_file, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(packed_folder, folder)
+    report = json.loads((folder / "report.json").read_text())
+    for key in ("evaluations", "benchmark"):  # other tests measure the folder
+        report.pop(key, None)
+    (folder / "report.json").write_text(json.dumps(report))
+    options = ["evaluate", folder, "--text", text_file, "--seq-len", 16, "--num-windows"]
+    within(*options, 2, "--no-record")
+    before = json.loads((folder / "report.json").read_text())
+    printed = within(*options, 2, "--against", dense_folder).stdout
+    assert "recorded in" in printed
+    within(*options, 3)
+    found = json.loads(within(*options, 2, "--against", dense_folder, "--json").stdout)  # again: replaced, not added
+    report = json.loads((folder / "report.json").read_text())
+    assert {key: value for key, value in report.items() if key != "evaluations"} == {
+        key: value for key, value in before.items() if key != "evaluations"
+    }
+    new = report["evaluations"]
+    assert [entry["conditions"] for entry in new] == [f"{n} windows of 16 tokens, float32" for n in (3, 2)]
+    assert new[1]["metrics"]["perplexity"] == found["model"]["perplexity"]["perplexity"]
+    assert new[1]["dense"]["perplexity"] == found["against"]["perplexity"]["perplexity"]
+    assert new[1]["dataset"] == text_file.name
+    within("benchmark", folder, *QUICK)
+    speed = json.loads((folder / "report.json").read_text())["benchmark"]
+    assert "folder" not in speed["models"][0]
+    assert str(tmp_path) not in (folder / "report.json").read_text()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,27 +150,14 @@ class EGGSPruner(OptimumQuantizer):
                 self.tokenizer.save_pretrained(folder)
             self.report.save(folder / REPORT_NAME)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload a packed N:M model",
-        max_shard_size: int | str = "50GB",
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> str:
         """Push the packed model, its tokenizer, its report and its card to the Hub, in one commit.
 
         Args:
             repo_id: Where to; it is created if it is not there.
-            private: Of a new repository.
-            token: As for huggingface_hub.
-            revision: Branch to push to; it is created if it is not there.
-            create_pr: Open a pull request instead.
-            commit_message: Of the commit.
             max_shard_size: As for [`save_pretrained`].
+            options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description` and `tags`, as
+                for transformers.
 
         Returns:
             The address of the commit, or of the pull request.
@@ -179,21 +166,9 @@ class EGGSPruner(OptimumQuantizer):
             ModelError: as [`save_pretrained`].
             HubError: the Hub refused, or could not be reached; nothing was published.
         """
-        from .sharing import push_folder
+        from .sharing import save_and_push
 
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / "model"
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            info = push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
-        return info.pr_url or info.commit_url
+        return save_and_push(partial(self.save_pretrained, max_shard_size=max_shard_size), repo_id, **options)
 
 
 def _weight_versions(model: torch.nn.Module) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
     ["errors", "version"],
     ["pattern", "measure"],
-    ["importance", "packing", "presets", "folders", "validation"],
+    ["importance", "packing", "presets", "folders", "names", "validation"],
     ["masks"],
     ["update"],
     ["ops", "config"],

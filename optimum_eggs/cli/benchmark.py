@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..engine.report import update_report
     from ..errors import CheckpointError, ConfigError
-    from ..hf.loading import parse_dtype
+    from ..hf.loading import parse_dtype, stored_dtype
     from ..inspection import inspect_checkpoint
     from ..measure import processor
     from ..ops import INSTRUCTION_SETS
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         shape = (layer.out_features, layer.in_features, layer.pattern)
         shapes[shape] = shapes.get(shape, 0) + 1
     wanted = parse_dtype(args.dtype)
-    dtype = wanted if isinstance(wanted, torch.dtype) else _stored_dtype(Path(args.model))
+    dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model)
 
     bandwidth = read_bandwidth()
     timings = [
@@ -128,10 +127,3 @@ def _model_table(models: list[Any], args: argparse.Namespace) -> list[str]:
         ratio = f"{values[0] / values[1]:9.3f}" if len(values) > 1 and values[1] else ""
         lines.append(f"{label:<28}" + "".join(f"{value:>{width}{style}}" for value in values) + ratio)
     return lines
-
-
-def _stored_dtype(folder: Path) -> Any:
-    import torch
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder).dtype or torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    report = recover(args.model, args.output, settings, overwrite=args.overwrite)
+    try:
+        report = recover(args.model, args.output, settings, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if args.json:
         print(json.dumps(report.to_dict() | {"output": args.output}))
         return 0

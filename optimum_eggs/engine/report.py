@@ -136,6 +136,11 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def without_measurements(report: dict[str, Any]) -> dict[str, Any]:
+    """The report of a model whose weights have changed since: without what was measured on the old ones."""
+    return {key: value for key, value in report.items() if key not in ("evaluations", "benchmark", "recovery")}
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result."""
     names = ("optimum-eggs", "torch", "transformers", "optimum", "safetensors", "accelerate")

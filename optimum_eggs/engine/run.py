@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..calibration import token_windows
 from ..config import EGGSConfig
+from ..names import hub_id, public_name
 from .prune import prune_model
 from .report import PruneReport
 
@@ -37,7 +36,7 @@ def calibrate_and_prune(
         text_column=config.text_column,
     )
     report = prune_model(model, config, windows, progress)
-    report.config = EGGSConfig.from_dict(report.config | {"calibration": _public_name(source)}).to_dict()
+    report.config = EGGSConfig.from_dict(report.config | {"calibration": public_name(source)}).to_dict()
     report.calibration["source"] = report.config["calibration"] or f"{type(source).__name__} in memory"
     report.base_model = _base_model(model)
     return report
@@ -46,15 +45,5 @@ def calibrate_and_prune(
 def _base_model(model: Any) -> dict[str, Any] | None:
     """Id and revision of the model on the Hub, if it was loaded from there."""
     config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)
-    if not name or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return None
-    return {"id": name, "revision": getattr(config, "_commit_hash", None)}
-
-
-def _public_name(source: Any) -> Any:
-    if isinstance(source, str | Path):
-        return Path(source).name if Path(source).is_file() else str(source)
-    if isinstance(source, Mapping):
-        return {_public_name(name): share for name, share in source.items()}
-    return None
+    name = hub_id(getattr(config, "_name_or_path", None))
+    return {"id": name, "revision": getattr(config, "_commit_hash", None)} if name else None

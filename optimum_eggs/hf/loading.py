@@ -41,6 +41,18 @@ def split_gguf(model_id: str | Path, gguf_file: str | None) -> tuple[str, str | 
     return str(model_id), gguf_file
 
 
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """Dtype of the weights of a saved model, from its config alone; float32 if it does not say.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    with _translated(str(folder), "model"):
+        return AutoConfig.from_pretrained(folder).dtype or torch.float32
+
+
 def load_model(
     model_id: str | Path,
     *,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import kept_positions, unpack
+from ..packing import kept_positions, meta_width, unpack
 from ..pattern import NMPattern
 from . import native, semi_structured, triton
 from .select import choose
@@ -34,7 +34,8 @@ def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | Non
         (..., out), in the dtype of x. The `reference` backend equals `F.linear` on the dense matrix with its zeros in
         place bit for bit; the others sum in float32, in another order.
     """
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if autocast and x.is_floating_point() and x.dtype is not torch.float64:  # what torch's own autocast casts
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if _nothing_watches(x, weight, bias):
@@ -45,6 +46,8 @@ def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | Non
 def _nothing_watches(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the call may go past torch's dispatcher, which costs more than a small layer takes."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+        return False
+    if type(weight) not in (Tensor, torch.nn.Parameter):  # a subclass computes in its own way
         return False
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -60,13 +63,12 @@ def _nothing_watches(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
     """Y by the backend chosen."""
-    dtype = x.dtype
-    tokens = x.numel() // max(1, x.shape[-1])
-    choice = choose(dtype, x.device, tokens)
-    fits = weight.dtype is dtype and (bias is None or bias.dtype is dtype) and x.shape[-1] * n == weight.shape[1] * m
+    tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+    choice = choose(x.dtype, x.device, tokens)
+    fits = tokens and _belong_together(x, weight, weight_meta, bias, n, m)
     if choice.backend == "semi_structured":
         fits = fits and semi_structured.fits(weight, n, m)
-    if choice.backend == "reference" or not fits or not tokens or weight.device != x.device:
+    if choice.backend == "reference" or not fits:  # the reference raises what `F.linear` raises
         return torch.nn.functional.linear(x, unpack(weight, weight_meta, NMPattern(n, m)), bias)
     x, weight, weight_meta = x.contiguous(), weight.contiguous(), weight_meta.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -78,6 +80,20 @@ def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n:
     if choice.backend == "native":
         return native.linear(choice.isa, x, weight, weight_meta, bias, n, m)
     return _by_panels(choice.isa, x, weight, weight_meta, bias)
+
+
+def _belong_together(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> bool:
+    """Whether shapes, dtypes and devices are as the kernels take for granted: they read by address."""
+    (rows, width), columns, dtype, device = weight.shape, x.shape[-1], x.dtype, x.device
+    return (
+        weight.dtype is dtype
+        and weight.device == device
+        and weight_meta.device == device
+        and columns * n == width * m
+        and weight_meta.dtype is torch.uint8
+        and weight_meta.shape == (rows, meta_width(columns))
+        and (bias is None or (bias.dtype is dtype and bias.device == device and bias.shape == (rows,)))
+    )
 
 
 def _by_panels(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,7 +155,12 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @_op.register_vmap
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    if any(dim is not None for dim in in_dims[1:]):
-        raise NotImplementedError("nm_linear maps over x alone: give every weight a call of its own")
-    return torch.ops.optimum_eggs.nm_linear(x.movedim(in_dims[0] or 0, 0), *rest), 0
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    op = torch.ops.optimum_eggs.nm_linear
+    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+        return op(arguments[0].movedim(in_dims[0], 0), *arguments[1:]), 0
+    calls = (
+        [given if dim is None else given.select(dim, i) for given, dim in zip(arguments, in_dims, strict=True)]
+        for i in range(info.batch_size)
+    )
+    return torch.stack([op(*call) for call in calls]), 0

@@ -21,14 +21,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
 from . import native, triton
 from .native import DTYPES, INSTRUCTION_SETS
 
 BACKENDS = ("native", "panel", "reference", "triton", "semi_structured")
 _MOST_TOKENS_TRITON = 8
-# The most tokens for which the native kernel beats the dense product, by instruction set: found by measuring, see
-# docs/performance.md. AMX multiplies bfloat16 as fast as the dense product does, at any number of tokens.
+# The most tokens for which the native kernel beats the dense product, by instruction set: measured with benchmarks/
+# kernels.py for the AVX-512 ones, chosen with care for the others, which were not at hand by themselves. AMX multiplies
+# bfloat16 about as fast as the dense product does, at any number of tokens.
 _MOST_TOKENS = {"portable": 4, "neon": 8, "avx2": 12, "avx512": 48, "avx512_vbmi2": 48, "avx512_bf16": 48, "amx": 48}
 
 
@@ -117,7 +118,7 @@ def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
     if _forced.backend is not None:
         return Choice(_forced.backend, None if _forced.backend == "reference" else isa, "forced")
     if isa == "amx" and dtype is torch.bfloat16:
-        return Choice("native", isa, "AMX tiles beat the dense product at any number of tokens")
+        return Choice("native", isa, "AMX tiles keep up with the dense product at any number of tokens")
     most = _MOST_TOKENS[isa]
     if tokens <= most:
         return Choice("native", isa, f"{tokens} tokens: up to {most}, {isa} beats the dense product")
@@ -127,12 +128,16 @@ def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
 def explain(layer: torch.nn.Module, batch: int = 1) -> Choice:
     """What an `NMLinear` does with `batch` tokens, and why.
 
+    Raises:
+        ShapeError: the layer is not packed.
+
     >>> from optimum_eggs import NMLinear, NMPattern
     >>> layer = NMLinear.from_linear(torch.nn.Linear(8, 3), NMPattern(2, 4))
     >>> with force("reference"):
     ...     explain(layer, batch=1)
     Choice(backend='reference', isa=None, why='forced')
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or not hasattr(layer, "weight_meta"):
+        raise ShapeError(f"{type(layer).__name__} is not a packed layer; pass an NMLinear")
     return choose(weight.dtype, weight.device, batch)

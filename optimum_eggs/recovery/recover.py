@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from ..calibration.documents import documents
 from ..calibration.windows import token_stream, windows_digest
-from ..engine.report import REPORT_NAME
+from ..engine.report import REPORT_NAME, read_report, without_measurements
 from ..errors import CalibrationError, ConfigError, ModelError, OutputError
 from ..evaluation.perplexity import perplexity
 from ..folders import check_output, new_folder
 from ..hf.attach import packed_layers
-from ..hf.loading import load_model, load_tokenizer
+from ..hf.loading import load_model, load_tokenizer, stored_dtype
 from ..measure import Meter
+from ..names import public_name
 from .distill import TeacherWindows, teacher_tokens
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ def recover(
     removed at the end.
 
     Raises:
-        ConfigError: an interrupted run beside the output had other settings.
+        ConfigError: an interrupted run beside the output had other settings, or PEFT is missing.
         ModelError: the model has no packed layer, or cannot be loaded.
         CalibrationError: the texts are too short.
         OutputError: the output cannot be written.
@@ -126,26 +128,31 @@ def recover(
     check_output(output, overwrite)
     path = Path(output).absolute()
     work = path.with_name(f".{path.name}.recovery")
-    stored = load_model(model_id).dtype
+    if settings.method == "lora" and find_spec("peft") is None:
+        raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
+    stored = stored_dtype(model_id)
     with Meter() as meter:
         model, tokenizer = load_model(model_id, dtype="float32"), load_tokenizer(model_id)
         if not packed_layers(model):
             raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
         train, held_out = training_windows(settings, tokenizer)
         digest = windows_digest(torch.cat([train, held_out]))
+        teacher = None if settings.teacher is None else _teacher(settings.teacher, model)
         _open_work_folder(work, {"model": str(model_id), "windows": digest} | asdict(settings), overwrite)
         taught = None
-        if settings.teacher is not None:
+        if teacher is not None:
             with meter.stage("teacher"):
-                taught = teacher_tokens(_teacher(settings.teacher, model), torch.cat([train, held_out]), settings.top_k)
+                taught = teacher_tokens(teacher, torch.cat([train, held_out]), settings.top_k)
+            del teacher
         with meter.stage("judging"):
             before = perplexity(model, held_out).perplexity
         with meter.stage("training"):
             trained, losses, steps = _train(model, train, held_out, taught, settings, work)
         with meter.stage("judging"):
             after = perplexity(trained, held_out).perplexity
+    public = {"train": [public_name(text) for text in settings.train], "teacher": public_name(settings.teacher)}
     report = RecoveryReport(
-        asdict(settings), steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
+        asdict(settings) | public, steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
     )
     for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
         parameter.data = parameter.data.to(stored)
@@ -153,9 +160,8 @@ def recover(
     with new_folder(path, overwrite) as folder:
         trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        old = Path(model_id) / REPORT_NAME
-        pruned = json.loads(old.read_text()) if old.is_file() else {}
-        (folder / REPORT_NAME).write_text(json.dumps(pruned | {"recovery": report.to_dict()}, indent=1) + "\n")
+        pruned = without_measurements(read_report(model_id)) | {"recovery": report.to_dict()}
+        (folder / REPORT_NAME).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     return report
 
@@ -216,6 +222,19 @@ def _open_work_folder(work: Path, settings: dict[str, Any], overwrite: bool) -> 
         raise OutputError(f"{work}: cannot be written ({error}); name another output folder") from error
 
 
+def _last_checkpoint(work: Path) -> str | None:
+    """The last checkpoint that was written to its end; what was cut off is removed."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            return str(path)
+    return None
+
+
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
@@ -230,7 +249,6 @@ def _train(
 ) -> tuple[PreTrainedModel, list[float], int]:
     """The trained model (merged, packed), the losses on the windows held out, and the steps done."""
     from transformers import EarlyStoppingCallback, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     from .distill import TeacherTokens
     from .trainer import RecoveryTrainer
@@ -287,7 +305,7 @@ def _train(
         eval_dataset=TeacherWindows(held_out, part(slice(len(train), None))),
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if settings.method == "lora":
         wrapped = wrapped.merge_and_unload(safe_merge=True)

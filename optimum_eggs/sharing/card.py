@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pprint
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..engine.report import REPORT_NAME
 from ..errors import ModelError
+from ..names import hub_id
 
 BEGIN, END = "<!-- optimum-eggs: begin -->", "<!-- optimum-eggs: end -->"
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def model_card(folder: str | Path, repository: str | None = None, base_card: ModelCard | None = None) -> ModelCard:
+def model_card(
+    folder: str | Path,
+    repository: str | None = None,
+    base_card: ModelCard | None = None,
+    tags: Sequence[str] = (),
+) -> ModelCard:
     """The card of the packed model in `folder`.
 
     A README.md that is there keeps its metadata and its text; what this package writes goes between two markers.
@@ -27,39 +32,35 @@ def model_card(folder: str | Path, repository: str | None = None, base_card: Mod
         folder: A packed model with its `report.json`.
         repository: Id on the Hub, for the title and the code; default: the folder's name.
         base_card: Card of the dense model, for its licence and languages.
+        tags: Further tags.
 
     Raises:
         ModelError: the folder is no packed model, or has no report.
     """
     path = Path(folder)
-    report = _read(path / REPORT_NAME)
-    config = _read(path / "config.json").get("quantization_config")
+    report = read_json(path / REPORT_NAME)
+    config = read_json(path / "config.json").get("quantization_config")
     if not config or "config" not in report:
         raise ModelError(f"{path}: is no packed model with a report; prune it, or save it with EGGSPruner")
     repository = repository or path.name
     data = _metadata(report, repository, base_card)
+    data.tags = [*(data.tags or []), *tags]
     card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_texts(report, config, repository))
     existing = path / "README.md"
     return _merged(ModelCard(existing.read_text(encoding="utf-8")), card) if existing.is_file() else card
 
 
-def write_card(folder: str | Path, repository: str | None = None, base_card: ModelCard | None = None) -> Path:
+def write_card(
+    folder: str | Path,
+    repository: str | None = None,
+    base_card: ModelCard | None = None,
+    tags: Sequence[str] = (),
+) -> Path:
     """Write the card of `folder` to its README.md, as [`model_card`]."""
-    card = model_card(folder, repository, base_card)
+    card = model_card(folder, repository, base_card, tags)
     target = Path(folder) / "README.md"
     target.write_text(str(card), encoding="utf-8")
     return target
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` if it names a model on the Hub, None if it is a path or nothing.
-
-    >>> hub_id("org/model"), hub_id("./model"), hub_id("a/b/c"), hub_id(None)
-    ('org/model', None, None, None)
-    """
-    if not name or not _HUB_ID.fullmatch(name) or name.startswith(".") or name.endswith(".gguf") or Path(name).exists():
-        return None
-    return name
 
 
 def _metadata(report: dict[str, Any], repository: str, base_card: ModelCard | None) -> ModelCardData:
@@ -196,7 +197,12 @@ def _more(items: list[Any], shown: int) -> str:
     return f" and {len(items) - shown} more" if len(items) > shown else ""
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a packed folder.
+
+    Raises:
+        ModelError: it is missing, or holds something else.
+    """
     if not path.is_file():
         raise ModelError(f"{path}: is missing; name the folder of a packed model that EGGSPruner saved")
     try:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..errors import HubError, OutputError
+from ..errors import CheckpointError, HubError
 from ..inspection import inspect_checkpoint
-from .card import _read, hub_id, write_card
+from ..names import hub_id
+from .card import read_json, write_card
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -27,7 +30,9 @@ def push_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    commit_message: str = "Upload a packed N:M model",
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    tags: Sequence[str] | None = None,
 ) -> CommitInfo:
     """Check the packed model in `folder`, write its card, and push all of it in one commit.
 
@@ -41,6 +46,8 @@ def push_folder(
         revision: Branch to push to; it is created if it is not there.
         create_pr: Open a pull request instead.
         commit_message: Of the commit.
+        commit_description: Of the commit.
+        tags: Further tags for the card.
 
     Raises:
         ModelError, CheckpointError: the folder is no packed model, or is damaged.
@@ -49,12 +56,12 @@ def push_folder(
     found = inspect_checkpoint(folder)
     if not found.ok:
         first = found.violations[0]
-        raise OutputError(
+        raise CheckpointError(
             f"{folder}: {first.where}: {first.rule}: {first.detail}; it is not pushed until this is mended"
         )
     api = HfApi(token=token)
-    report = _read(Path(folder) / "report.json")
-    write_card(folder, repo_id, _base_card(hub_id((report.get("base_model") or {}).get("id")), token))
+    report = read_json(Path(folder) / "report.json")
+    write_card(folder, repo_id, _base_card(hub_id((report.get("base_model") or {}).get("id")), token), tags or ())
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
@@ -64,7 +71,8 @@ def push_folder(
             folder_path=str(folder),
             revision=revision,
             create_pr=create_pr,
-            commit_message=commit_message,
+            commit_message=commit_message or "Upload a packed N:M model",
+            commit_description=commit_description,
             ignore_patterns=[".*", "*.tmp"],
         )
     except RepositoryNotFoundError as error:
@@ -78,6 +86,18 @@ def push_folder(
         raise HubError(f"{repo_id}: the Hub refused ({code}: {_first_line(error)}); {remedy}") from error
     except (OSError, RuntimeError) as error:  # a RuntimeError is what a failed upload of a weight file becomes
         raise HubError(f"{repo_id}: the Hub cannot be reached ({_first_line(error)}); nothing was published") from error
+
+
+def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:
+    """Have `save` write a packed model to a new folder, and push that as [`push_folder`] does with `options`.
+
+    Returns the address of the pull request, or of the commit.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
+        save(folder)
+        info = push_folder(folder, repo_id, **options)
+    return info.pr_url or info.commit_url
 
 
 def _base_card(base: str | None, token: str | bool | None) -> ModelCard | None:

@@ -73,11 +73,9 @@ def time_models(
             prompt / first.median,
             new_tokens / second.median,
             grown,
-            sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values() if _own(tensor, seen)),
+            _weight_bytes(model),
         )
-        for folder, model, first, second, grown, seen in zip(
-            folders, models, prefill, decode, resident, [set() for _ in models], strict=True
-        )
+        for folder, model, first, second, grown in zip(folders, models, prefill, decode, resident, strict=True)
     ]
 
 
@@ -87,10 +85,10 @@ def _load_and_use(folder: str | Path, dtype: str) -> PreTrainedModel:
     return model
 
 
-def _own(tensor: Tensor, seen: set[int]) -> bool:
-    """Whether the tensor's memory is met for the first time: tied weights count once."""
-    address = tensor.data_ptr()
-    return not (address in seen or seen.add(address))  # type: ignore[func-returns-value]
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights; tied ones, which share their memory, count once."""
+    by_address = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()}
+    return sum(by_address.values())
 
 
 def _tokens(model: PreTrainedModel, length: int) -> Tensor:

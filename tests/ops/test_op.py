@@ -1,5 +1,9 @@
 """The operation as torch sees it: schema, gradients, compile, export, autocast; and which backend is chosen."""
 
+import contextlib
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -8,7 +12,7 @@ from oracles import gaussian
 from torch.nn import functional as F
 
 from optimum_eggs import NMLinear, NMPattern
-from optimum_eggs.errors import ConfigError
+from optimum_eggs.errors import ConfigError, ShapeError
 from optimum_eggs.ops import INSTRUCTION_SETS, Choice, choose, explain, force, native, nm_linear
 
 CPU = torch.device("cpu")
@@ -64,6 +68,31 @@ def test_dtypes_must_agree_as_in_a_dense_layer():
         layer()(gaussian(2, 28))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"bias": torch.zeros(3)},
+        {"weight_meta": torch.zeros(12, 3, dtype=torch.uint8)},
+        {"weight_meta": torch.zeros(2, 4, dtype=torch.uint8)},
+        {"weight_meta": torch.zeros(12, 4, dtype=torch.int64)},
+    ],
+    ids=["bias", "narrow", "short", "dtype"],
+)
+def test_what_does_not_belong_together_never_reaches_c(damage):
+    made, calls = layer(), []
+    given = {"weight": made.weight, "weight_meta": made.weight_meta, "bias": made.bias} | damage
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "linear", lambda *arguments: calls.append(arguments))
+        with contextlib.suppress(RuntimeError):
+            nm_linear(gaussian(2, 32), **given, n=2, m=4)
+    assert calls == []
+
+
+def test_a_scalar_is_refused_as_in_a_dense_layer():
+    with pytest.raises((RuntimeError, IndexError)):
+        layer()(torch.tensor(1.0))
+
+
 def test_no_gradient_is_kept_where_none_is_asked_for():
     made = layer()
     assert made(gaussian(2, 32)).grad_fn is None
@@ -78,6 +107,13 @@ def test_autocast_computes_in_its_dtype():
         y = made(gaussian(2, 32))
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y, made.bfloat16()(gaussian(2, 32).bfloat16()))
+
+
+def test_autocast_leaves_float64_alone_as_in_a_dense_layer():
+    made = layer(dtype=torch.float64)
+    x = gaussian(2, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(x).dtype is F.linear(x, made.dense_weight()).dtype is torch.float64
 
 
 def test_a_compiled_layer_computes_the_same():
@@ -113,8 +149,10 @@ def test_modes_and_transforms_see_the_call():
     torch.testing.assert_close(
         torch.vmap(made, in_dims=1)(x.unsqueeze(0).expand(5, 3, 32)), made(x).unsqueeze(1).expand(3, 5, 12)
     )
-    with pytest.raises(NotImplementedError, match="over x alone"):
-        torch.vmap(lambda weight: nm_linear(x, weight, made.weight_meta, None, 2, 4))(made.weight.expand(2, 12, 16))
+    weights = torch.stack([made.weight, 2 * made.weight])
+    both = torch.vmap(lambda weight: nm_linear(x, weight, made.weight_meta, None, 2, 4))(weights)
+    torch.testing.assert_close(both[1], 2 * both[0])
+    torch.testing.assert_close(both[0], F.linear(x, made.dense_weight()))
     assert torch.func.functional_call(made, {"bias": torch.zeros(12)}, x).shape == (3, 12)
 
 
@@ -135,6 +173,25 @@ def test_the_choice_explains_itself():
         "reference", None, "the native kernels take float32, float16 and bfloat16, not torch.float64"
     )
     assert "meta" in choose(torch.float32, torch.device("meta"), 1).why
+
+
+def test_a_dense_layer_has_no_choice_to_explain():
+    with pytest.raises(ShapeError, match="Linear is not a packed layer"):
+        explain(torch.nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("name", ["OPTIMUM_EGGS_BACKEND", "OPTIMUM_EGGS_ISA"])
+def test_a_wrong_environment_variable_is_an_error_that_lists_what_there_is(name):
+    code = """
+import torch
+from optimum_eggs import NMLinear, NMPattern
+NMLinear.from_linear(torch.nn.Linear(8, 4), NMPattern(2, 4))(torch.ones(1, 8))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {name: "nonsense"})
+    assert done.returncode == 1
+    assert "ConfigError" in done.stderr
+    assert "'nonsense'" in done.stderr
 
 
 @needs_native

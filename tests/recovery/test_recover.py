@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from oracles import gaussian
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs.cli.main import main
+from optimum_eggs.engine.report import read_report, update_report
 from optimum_eggs.errors import CalibrationError, ConfigError, ModelError, OutputError
 from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.recovery.distill import divergence, teacher_tokens
 from optimum_eggs.recovery.recover import RecoverySettings, recover
+from optimum_eggs.recovery.trainer import RecoveryTrainer
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -87,6 +90,8 @@ def test_recovery_keeps_the_mask_and_writes_a_packed_model(
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["recovery"]["perplexity_after"] == report.perplexity_after
     assert written["layers"]  # of the pruning
+    assert str(text_file.parent) not in json.dumps(written)  # the report is published
+    assert str(dense_folder.parent) not in json.dumps(written)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no checkpoint is left
 
 
@@ -102,15 +107,23 @@ def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-m", "optimum_eggs", "recover", str(packed_folder), str(out)]
     command += ["--train", str(text_file), "--steps", "400", "--seq-len", "16", "--batch-size", "2", "--rank", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     work = tmp_path / ".out.recovery"
-    deadline = time.monotonic() + 240
-    while not list(work.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def stopped_after_a_checkpoint(how):
+        seen = set(work.glob("checkpoint-*/trainer_state.json"))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 240
+        while not set(work.glob("checkpoint-*/trainer_state.json")) - seen:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(how)
+        return process.wait(), process.stderr.read()
+
+    code, said = stopped_after_a_checkpoint(signal.SIGINT)
+    assert code == 130
+    assert "goes on from the last checkpoint" in said
+    stopped_after_a_checkpoint(signal.SIGKILL)
     assert not out.exists()
     with pytest.raises(ConfigError, match="steps, windows changed since"):
         recover(packed_folder, out, RecoverySettings([str(text_file)], seq_len=16, batch_size=2, rank=2, steps=6))
@@ -119,6 +132,45 @@ def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
     assert state["steps"] > 0
     assert inspect_checkpoint(out).ok
     assert not work.exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "values"])
+def test_an_interrupted_run_does_the_steps_that_are_left_and_ends_the_same(
+    method, packed_folder, text_file, tmp_path, monkeypatch
+):
+    chosen = settings(text_file, method=method, steps=8, evaluations=4)
+    recover(packed_folder, tmp_path / "whole", chosen)
+    done, plain = [], RecoveryTrainer.training_step
+
+    def step(self, *arguments, **options):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(self.state.global_step)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        recover(packed_folder, tmp_path / "cut", chosen)
+    assert not (tmp_path / "cut").exists()
+    broken = tmp_path / ".cut.recovery" / "checkpoint-6"  # as a kill in the middle of writing leaves it
+    broken.mkdir()
+    done.append(None)
+    report = recover(packed_folder, tmp_path / "cut", chosen)
+    assert done == [0, 1, 2, 3, 4, None, 4, 5, 6, 7]  # the last checkpoint was that of step 4
+    assert report.steps == 8
+    whole, cut = (packed_layers(AutoModelForCausalLM.from_pretrained(tmp_path / name)) for name in ("whole", "cut"))
+    for name, layer in whole.items():
+        torch.testing.assert_close(cut[name].weight, layer.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_measured_before_is_not_said_of_the_recovered_model(packed_folder, text_file, tmp_path):
+    shutil.copytree(packed_folder, tmp_path / "before")
+    update_report(tmp_path / "before", evaluations=[{"metrics": {"perplexity": 1.0}}], benchmark={"models": []})
+    recover(tmp_path / "before", tmp_path / "after", settings(text_file, steps=1))
+    report = read_report(tmp_path / "after")
+    assert "recovery" in report
+    assert "evaluations" not in report
+    assert "benchmark" not in report
 
 
 @pytest.mark.parametrize(
@@ -136,11 +188,21 @@ def test_settings_out_of_range(values, message, text_file):
         settings(text_file, **values)
 
 
-def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_path):
+def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="no packed layer"):
         recover(dense_folder, tmp_path / "out", settings(text_file))
     with pytest.raises(CalibrationError, match="needs four"):
         recover(packed_folder, tmp_path / "out", settings(text_file, seq_len=5000))
+    with pytest.raises(ModelError, match="there is no such model"):
+        recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(tmp_path / "nowhere")))
+    with pytest.raises(CalibrationError):
+        recover(packed_folder, tmp_path / "out", settings(tmp_path / "no.txt"))
+    with pytest.raises(ModelError, match="there is no such model"):
+        recover(tmp_path / "nowhere", tmp_path / "out", settings(text_file))
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_eggs.recovery.recover.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match="needs PEFT"):
+            recover(packed_folder, tmp_path / "out", settings(text_file))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(OutputError, match="not empty"):

@@ -116,6 +116,27 @@ print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("me/plain", 
     assert b"The certificate" in hub.files("me/again")["README.md"]
 
 
+def test_weights_that_changed_take_no_measurement_along(hub, packed_folder, tmp_path):
+    code = """
+import shutil, sys, optimum_eggs
+from optimum_eggs.engine.report import update_report
+from transformers import AutoModelForCausalLM
+shutil.copytree(sys.argv[1], sys.argv[2])
+entry = {"dataset": "d", "split": None, "conditions": "c", "metrics": {"perplexity": 12.34}}
+update_report(sys.argv[2], evaluations=[entry])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+model.push_to_hub("me/same", tags=["mine"])
+model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+model.push_to_hub("me/changed")
+"""
+    client(hub, code, tmp_path, packed_folder, tmp_path / "copy")
+    same, changed = (hub.files(name)["README.md"].decode() for name in ("me/same", "me/changed"))
+    assert "12.34" in same
+    assert "- mine" in same.split("---")[1]
+    assert "12.34" not in changed
+    assert "The certificate" in changed
+
+
 def test_a_model_without_a_report_is_pushed_by_transformers_with_a_warning(hub, packed_folder, tmp_path):
     code = """
 import sys, optimum_eggs

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import tiny
@@ -111,7 +112,10 @@ def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
 
     def stopped_after_a_checkpoint(how):
         seen = set(work.glob("checkpoint-*/trainer_state.json"))
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+        )
         deadline = time.monotonic() + 240
         while not set(work.glob("checkpoint-*/trainer_state.json")) - seen:
             assert process.poll() is None, process.stderr.read()

@@ -13,6 +13,7 @@ the peak while pruning over what was resident once the model was loaded, as a sh
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -45,13 +46,20 @@ def configuration(method: str, pattern: str, draw: int, args: argparse.Namespace
 
 
 def identity(method: str, pattern: str, draw: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What makes two rows the same: the model and the texts by name, the windows, and the whole configuration."""
+    """What makes two rows the same: the model by name, the texts by content, the windows, the whole configuration."""
     row = {key: getattr(args, key) for key in ("test_windows", "test_seq_len")}
     row |= {"model": Path(args.model).name, "text": Path(args.text).name, "method": method}
+    row["text_sha256"] = digest(args.text)
     if method == "dense":
         return row | {"pattern": "", "draw": 0}
+    row["calibration_file_sha256"] = digest(args.calibration)
     config = configuration(method, pattern, draw, args).to_dict() | {"calibration": Path(args.calibration).name}
     return row | {"pattern": pattern, "draw": draw, "config": config}
+
+
+def digest(file: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def parsed(value: str) -> Any:

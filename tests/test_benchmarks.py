@@ -66,6 +66,13 @@ def test_solvers_are_compared_on_the_layers_asked_for(dense_folder, text_file):
     assert "model.layers.0" not in printed
 
 
+def test_training_is_timed_packed_and_dense(packed_folder, dense_folder):
+    sizes = ["--batch-size", 2, "--seq-len", 16, "--steps", 1, "--warm-up", 1]
+    printed = run("training.py", packed_folder, "--against", dense_folder, *sizes).stdout
+    for kind in ("dense-lora", "lora", "values"):
+        assert f"| {kind} |" in printed
+
+
 def test_books_are_read_from_their_package(tmp_path):
     lines = ["EMMA", "", "A line", "and another.", "", "The end — of it."]
     encoded = b"".join(struct.pack(">ii", 0x9, len(line.encode())) + line.encode() for line in lines)

@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3 for lora, 3e-4 for values)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (default: 512)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a step (default: 4)")
+    parser.add_argument(
+        "--block-matching",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="match the output of the teacher's blocks too, with this weight (default: 0, off)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the windows (default: 0)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, and start an interrupted run again")
@@ -28,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, write, and print."""
+    from accelerate import PartialState
+
     from ..recovery.recover import RecoverySettings, recover
 
     settings = RecoverySettings(
@@ -39,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         learning_rate=args.lr,
         seq_len=args.seq_len,
         batch_size=args.batch_size,
+        block_matching=args.block_matching,
         seed=args.seed,
         gradient_checkpointing=args.gradient_checkpointing,
     )
@@ -47,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    if not PartialState().is_main_process:
+        return 0
     if args.json:
         print(json.dumps(report.to_dict() | {"output": args.output}))
         return 0

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..pattern import NMPattern
 from .topn import check_score, topn_mask
 
-_CHUNK = 1 << 20  # numbers in the largest intermediate of one chunk of tiles: 8 MiB in float64
+_CHUNK = 1 << 18  # numbers in the largest intermediate of one chunk of tiles: 2 MiB in float64, to stay in cache
 
 
 def expander_mask(score: Tensor, pattern: NMPattern, min_degree: int = 1, band: int = 16) -> Tensor:
@@ -119,8 +119,8 @@ def _raise_short_columns(score: Tensor, mask: Tensor, min_degree: int) -> Tensor
         kept, value = mask[active], score[active]
 
         # cost[a, b]: the least loss of a row that gives up column a (kept) for column b (not kept), and that row.
-        give = torch.where(kept, value, torch.inf).transpose(1, 2)
-        take = torch.where(kept, -torch.inf, value).transpose(1, 2)
+        give = torch.where(kept, value, torch.inf).transpose(1, 2).contiguous()
+        take = torch.where(kept, -torch.inf, value).transpose(1, 2).contiguous()
         cost, row = (give[:, :, None, :] - take[:, None, :, :]).min(-1)
 
         target = degree.argmin(-1)  # the shortest column

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import kept_positions, meta_width, unpack
+from ..packing import meta_width, unpack
 from ..pattern import NMPattern
 from . import native, semi_structured, triton
+from .layout import gather, spread
 from .select import choose
+from .watch import nothing_watches
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
@@ -38,27 +40,9 @@ def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | Non
     if autocast and x.is_floating_point() and x.dtype is not torch.float64:  # what torch's own autocast casts
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if _nothing_watches(x, weight, bias):
+    if nothing_watches(x, weight, bias):
         return _run(x, weight, weight_meta, bias, n, m)
     return torch.ops.optimum_eggs.nm_linear(x, weight, weight_meta, bias, n, m)
-
-
-def _nothing_watches(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the call may go past torch's dispatcher, which costs more than a small layer takes."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
-        return False
-    if type(weight) not in (Tensor, torch.nn.Parameter):  # a subclass computes in its own way
-        return False
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return False
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
@@ -133,18 +117,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, weight_meta = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
+    wanted, pattern = ctx.needs_input_grad, NMPattern(ctx.n, ctx.m)
     grad_x = grad_weight = grad_bias = None
     if wanted[0]:
-        grad_x = grad @ unpack(weight, weight_meta, NMPattern(ctx.n, ctx.m))
+        grad_x = grad @ spread(weight, weight_meta, pattern)  # dense for as long as this product takes
     if wanted[1]:
         left, right = grad.flatten(0, -2).t(), x.flatten(0, -2)
         height = max(1, _GRAD_NUMBERS // x.shape[-1])
         parts = []
         for start in range(0, len(left), height):
             rows = slice(start, start + height)
-            positions = kept_positions(weight_meta[rows], x.shape[-1], NMPattern(ctx.n, ctx.m))
-            parts.append((left[rows] @ right).gather(1, positions))
+            parts.append(gather(left[rows] @ right, weight_meta[rows], pattern))
         grad_weight = torch.cat(parts)
     if ctx.has_bias and wanted[3]:
         grad_bias = grad.flatten(0, -2).sum(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,12 @@ class TeacherTokens:
 
 
 @torch.no_grad()
-def teacher_tokens(teacher: nn.Module, windows: Tensor, top_k: int = 64, progress: bool | None = None) -> TeacherTokens:
+def teacher_tokens(
+    teacher: nn.Module, windows: Tensor, top_k: int = 64, autocast: bool = False, progress: bool | None = None
+) -> TeacherTokens:
     """Run the teacher over windows (windows, tokens), one by one, and keep its `top_k` most likely next tokens.
+
+    `autocast`: multiply in bfloat16, as the student does while it is trained.
 
     Memory: 6 · top_k bytes a token, and the logits of one window, twice.
     """
@@ -34,7 +39,8 @@ def teacher_tokens(teacher: nn.Module, windows: Tensor, top_k: int = 64, progres
     ids, log_probs = [], []
     bar = tqdm(windows, desc="Reading the teacher", unit="window", disable=None if progress is None else not progress)
     for window in bar:
-        logits = teacher(input_ids=window[None].to(device), use_cache=False).logits[0].float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = teacher(input_ids=window[None].to(device), use_cache=False).logits[0].float()
         best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         ids.append(best.indices.to("cpu", torch.int32))
         log_probs.append((best.values - logits.logsumexp(-1, keepdim=True)).to("cpu", torch.float16))
@@ -70,6 +76,19 @@ def _divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     tiny = 1e-6
     rest, students_rest = ((1 - p.sum(-1)).clamp_min(tiny) for p in (share, student.exp()))
     return ((share * (log_probs - student)).sum(-1) + rest * (rest.log() - students_rest.log())).sum()
+
+
+def block_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over blocks of ‖S − T‖²/‖T‖², S and T what student and teacher put out, (..., hidden); in float32.
+
+    >>> block_error([torch.tensor([[3.0, 4.0]])], [torch.tensor([[0.0, 5.0]])])
+    tensor(0.4000)
+    """
+    errors = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        theirs = theirs.float()
+        errors.append((ours.float() - theirs).square().sum() / theirs.square().sum().clamp_min(1e-12))
+    return torch.stack(errors).mean()
 
 
 class TeacherWindows(torch.utils.data.Dataset):

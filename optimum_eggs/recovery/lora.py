@@ -29,6 +29,31 @@ class MaskedLoraLinear(LoraLinear):
         ConfigError: the configuration asks for a variant or an initialisation that does not keep the mask.
     """
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """X (..., in) to (..., out).
+
+        Where the layer is float32 and nothing tells the adapters' input from the layer's, the masked deltas are added
+        to the packed values and multiplied together: one product instead of one for each adapter.
+        """
+        base: Any = self.base_layer  # packed, or another adapter's layer
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        plain = isinstance(base, NMLinear) and not (args or kwargs or self.disable_adapters or self.merged)
+        if not plain or not all(map(self._adds_to_weight, adapters)):
+            return super().forward(x, *args, **kwargs)
+        weight, bias = base.weight, base.bias
+        for name in adapters:
+            weight = weight + packed_delta(self, name)
+            if (own := self.lora_B[name].bias) is not None:
+                own = own * self.scaling[name]
+                bias = own if bias is None else bias + own
+        return nm_linear(x, weight, base.weight_meta, bias, base.pattern.n, base.pattern.m)
+
+    def _adds_to_weight(self, adapter: str) -> bool:
+        """Whether the adapter may be added to the weight: same input, and no narrow dtype that would round it away."""
+        dropout, dtype = self.lora_dropout[adapter], self.get_base_layer().weight.dtype
+        drops = self.training and not isinstance(dropout, torch.nn.Identity)
+        return not drops and dtype == torch.float32 == self.lora_A[adapter].weight.dtype
+
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant:
         """The masked variant, unless the configuration asks for another one."""
         wanted = super().resolve_lora_variant(config=config, **kwargs)
@@ -98,10 +123,11 @@ class MaskedVariant(LoraVariant):
 
 
 def packed_delta(module: Any, adapter: str) -> Tensor:
-    """S · mask∘(BA) at the kept positions, packed, in the dtype of A and B."""
+    """S · mask∘(BA) at the kept positions, packed, in the dtype of A and B even under autocast."""
     base = module.get_base_layer()
-    down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    return masked_low_rank(down, up, base.weight_meta, base.pattern) * module.scaling[adapter]
+    down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight * module.scaling[adapter]
+    with torch.autocast(down.device.type, enabled=False):
+        return masked_low_rank(down, up, base.weight_meta, base.pattern)
 
 
 @torch.no_grad()

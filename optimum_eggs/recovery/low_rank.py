@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import kept_positions
+from ..ops import gather, spread
 from ..pattern import NMPattern
 
 _CHUNK = 1 << 22  # numbers of the dense product that exist at a time
@@ -26,8 +26,7 @@ def masked_low_rank(down: Tensor, up: Tensor, weight_meta: Tensor, pattern: NMPa
         pattern: n kept of every m inputs.
 
     Returns:
-        (out, in·n/m), laid out as the packed layer's `weight`. Differentiable in `down` and `up`. Under autocast, in
-        its dtype.
+        (out, in·n/m), laid out as the packed layer's `weight`. Differentiable in `down` and `up`.
 
     >>> meta = torch.tensor([[0b0110], [0b1001]], dtype=torch.uint8)
     >>> masked_low_rank(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[1.0], [10]]), meta, NMPattern(2, 4))
@@ -44,8 +43,7 @@ class _MaskedLowRank(torch.autograd.Function):
         ctx.pattern = pattern
         parts = []
         for rows in _chunks(len(up), down.shape[1]):
-            positions = kept_positions(weight_meta[rows], down.shape[1], pattern)
-            parts.append((up[rows] @ down).gather(1, positions))
+            parts.append(gather(up[rows] @ down, weight_meta[rows], pattern))
         return torch.cat(parts)
 
     @staticmethod
@@ -54,8 +52,7 @@ class _MaskedLowRank(torch.autograd.Function):
         down, up, weight_meta = ctx.saved_tensors
         grad_down, grad_up = torch.zeros_like(down), torch.empty_like(up)
         for rows in _chunks(len(up), down.shape[1]):
-            positions = kept_positions(weight_meta[rows], down.shape[1], ctx.pattern)
-            dense = down.new_zeros(len(positions), down.shape[1]).scatter_(1, positions, grad[rows].to(down.dtype))
+            dense = spread(grad[rows].to(down.dtype), weight_meta[rows], ctx.pattern)
             grad_up[rows] = dense @ down.t()
             grad_down.addmm_(up[rows].t(), dense)
         return grad_down, grad_up, None, None

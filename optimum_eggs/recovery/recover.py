@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..calibration.documents import documents
@@ -24,14 +26,16 @@ from ..hf.attach import packed_layers
 from ..hf.loading import load_model, load_tokenizer, stored_dtype
 from ..measure import Meter
 from ..names import public_name
-from .distill import TeacherWindows, teacher_tokens
+from .distill import TeacherTokens, TeacherWindows, teacher_tokens
+from .memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHODS = ("lora", "values")
 _LEARNING_RATES = {"lora": 1e-3, "values": 3e-4}
-_SETTINGS = "settings.json"
+_SETTINGS, _TAUGHT = "settings.json", "teacher.safetensors"
+_MOST_HELD_OUT = 16  # windows: judging more of them took time from training
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,13 @@ class RecoverySettings:
             `"lora"`, 3e-4 for `"values"`.
         seq_len: Tokens in a window.
         batch_size: Windows in a step.
-        held_out: Share of the windows that training does not see, at least two windows and at most 32.
+        held_out: Share of the windows that training does not see, at least two windows and at most 16.
         evaluations: Times that they are judged during training; the best of these states is the one kept.
         patience: Judgements without improvement after which training ends.
         top_k: The teacher's most likely tokens that are kept.
+        block_matching: Weight in the loss of ‖S − T‖²/‖T‖², S and T the output of a block of the model and of the
+            teacher, as a mean over the blocks. The teacher then runs beside the model at every step, which takes a
+            third more time and the teacher's memory.
         gradient_checkpointing: Compute activations again in the backward pass, for less memory.
         seed: Of the order of the windows, of dropout and of the adapter's start.
 
@@ -72,6 +79,7 @@ class RecoverySettings:
     evaluations: int = 8
     patience: int = 3
     top_k: int = 64
+    block_matching: float = 0.0
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -87,6 +95,10 @@ class RecoverySettings:
             raise ConfigError(f"seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out} is no share; use a number between 0 and 1")
+        if not 0 <= self.block_matching < math.inf:
+            raise ConfigError(f"block_matching={self.block_matching} is no weight; use 0 (off) or more")
+        if self.block_matching and self.teacher is None:
+            raise ConfigError(f"block_matching={self.block_matching} needs a teacher to match; name one")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate} is not positive; leave it out for the default")
 
@@ -117,7 +129,8 @@ def recover(
 
     Runs `transformers.Trainer` in bfloat16 autocast over float32 weights. Its checkpoints lie in a folder beside the
     output, named `.OUTPUT.recovery`; the same call after an interruption goes on from the last of them. The folder is
-    removed at the end.
+    removed at the end. Under `torchrun` or `accelerate launch` every process takes its share of the steps' windows:
+    `batch_size` is then that of each.
 
     Raises:
         ConfigError: an interrupted run beside the output had other settings, or PEFT is missing.
@@ -131,6 +144,8 @@ def recover(
     if settings.method == "lora" and find_spec("peft") is None:
         raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
     stored = stored_dtype(model_id)
+    keep_freed_memory()
+    state = PartialState(cpu=not torch.cuda.is_available())
     with Meter() as meter:
         model, tokenizer = load_model(model_id, dtype="float32"), load_tokenizer(model_id)
         if not packed_layers(model):
@@ -138,16 +153,19 @@ def recover(
         train, held_out = training_windows(settings, tokenizer)
         digest = windows_digest(torch.cat([train, held_out]))
         teacher = None if settings.teacher is None else _teacher(settings.teacher, model)
-        _open_work_folder(work, {"model": str(model_id), "windows": digest} | asdict(settings), overwrite)
+        if state.is_main_process:
+            _open_work_folder(work, {"model": str(model_id), "windows": digest} | asdict(settings), overwrite)
         taught = None
         if teacher is not None:
-            with meter.stage("teacher"):
-                taught = teacher_tokens(teacher, torch.cat([train, held_out]), settings.top_k)
-            del teacher
+            with meter.stage("teacher"), state.main_process_first():
+                taught = _taught(work / _TAUGHT, teacher, torch.cat([train, held_out]), settings.top_k)
+            if not settings.block_matching:
+                teacher = None
+        state.wait_for_everyone()
         with meter.stage("judging"):
             before = perplexity(model, held_out).perplexity
         with meter.stage("training"):
-            trained, losses, steps = _train(model, train, held_out, taught, settings, work)
+            trained, losses, steps = _train(model, train, held_out, teacher, taught, settings, work)
         with meter.stage("judging"):
             after = perplexity(trained, held_out).perplexity
     public = {"train": [public_name(text) for text in settings.train], "teacher": public_name(settings.teacher)}
@@ -157,12 +175,14 @@ def recover(
     for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
         parameter.data = parameter.data.to(stored)
     trained.config.dtype = stored
-    with new_folder(path, overwrite) as folder:
-        trained.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        pruned = without_measurements(read_report(model_id)) | {"recovery": report.to_dict()}
-        (folder / REPORT_NAME).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(work, ignore_errors=True)
+    if state.is_main_process:
+        with new_folder(path, overwrite) as folder:
+            trained.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            pruned = without_measurements(read_report(model_id)) | {"recovery": report.to_dict()}
+            (folder / REPORT_NAME).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(work, ignore_errors=True)
+    state.wait_for_everyone()
     return report
 
 
@@ -187,7 +207,7 @@ def training_windows(settings: RecoverySettings, tokenizer: Any) -> tuple[Tensor
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
     windows = windows[order]
-    count = min(32, len(windows) // 2, max(2, round(settings.held_out * len(windows))))
+    count = min(_MOST_HELD_OUT, len(windows) // 2, max(2, round(settings.held_out * len(windows))))
     return windows[count:][: settings.steps * settings.batch_size], windows[:count]
 
 
@@ -199,6 +219,17 @@ def _teacher(teacher_id: str, student: PreTrainedModel) -> PreTrainedModel:
             f"teacher={teacher_id!r} has a vocabulary of {theirs}, the model one of {ours}; they must agree"
         )
     return teacher
+
+
+def _taught(file: Path, teacher: PreTrainedModel, windows: Tensor, top_k: int) -> TeacherTokens:
+    """The teacher's tokens: from the file that an interrupted run, or another process, wrote; else made and written."""
+    if file.is_file():
+        return TeacherTokens(**load_file(file))
+    found = teacher_tokens(teacher, windows, top_k, autocast=True)
+    part = file.with_suffix(".part")
+    save_file({"ids": found.ids, "log_probs": found.log_probs}, part)
+    part.replace(file)
+    return found
 
 
 def _open_work_folder(work: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -243,14 +274,14 @@ def _train(
     model: PreTrainedModel,
     train: Tensor,
     held_out: Tensor,
-    taught: Any,
+    teacher: PreTrainedModel | None,
+    taught: TeacherTokens | None,
     settings: RecoverySettings,
     work: Path,
 ) -> tuple[PreTrainedModel, list[float], int]:
     """The trained model (merged, packed), the losses on the windows held out, and the steps done."""
     from transformers import EarlyStoppingCallback, TrainingArguments
 
-    from .distill import TeacherTokens
     from .trainer import RecoveryTrainer
 
     def part(rows: slice) -> TeacherTokens | None:
@@ -304,6 +335,8 @@ def _train(
         train_dataset=TeacherWindows(train, part(slice(0, len(train)))),
         eval_dataset=TeacherWindows(held_out, part(slice(len(train), None))),
         callbacks=[EarlyStoppingCallback(settings.patience)],
+        teacher=teacher,
+        block_matching=settings.block_matching,
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

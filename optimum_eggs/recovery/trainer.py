@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from .distill import divergence
+from .distill import block_error, divergence
 
 
 class _Bar(ProgressCallback):
@@ -19,10 +20,21 @@ class _Bar(ProgressCallback):
 
 
 class RecoveryTrainer(Trainer):
-    """Minimises the divergence from the teacher where a batch brings its tokens, the language-model loss elsewhere."""
+    """Minimises the divergence from the teacher where a batch brings its tokens, the language-model loss elsewhere.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        args: As for `Trainer`.
+        teacher: Run beside the model to match the output of its blocks, if `block_matching` is not 0.
+        block_matching: Weight of the blocks' relative squared error in the loss.
+        kwargs: As for `Trainer`.
+    """
+
+    def __init__(
+        self, *args: Any, teacher: nn.Module | None = None, block_matching: float = 0.0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._teacher = None if teacher is None else teacher.to(self.args.device)
+        self._block_matching = block_matching
         for callback in (PrinterCallback, ProgressCallback):  # both write to stdout, which belongs to the command
             self.remove_callback(callback)
         self.add_callback(_Bar)
@@ -36,10 +48,17 @@ class RecoveryTrainer(Trainer):
     ) -> Any:
         """The mean over the tokens of the batch."""
         ids, log_probs = inputs.pop("teacher_ids", None), inputs.pop("teacher_log_probs", None)
+        matching = self._teacher is not None and self._block_matching > 0
         if ids is None:
             outputs = model(**inputs)
             loss: Tensor = outputs.loss
         else:
-            outputs = model(input_ids=inputs["input_ids"])
+            outputs = model(input_ids=inputs["input_ids"], output_hidden_states=matching)
             loss = divergence(outputs.logits.flatten(0, 1), ids.flatten(0, 1), log_probs.flatten(0, 1))
+        if matching:
+            assert self._teacher is not None
+            with torch.no_grad():
+                theirs = self._teacher(input_ids=inputs["input_ids"], output_hidden_states=True, use_cache=False)
+            error = block_error(outputs.hidden_states[1:], theirs.hidden_states[1:])  # the first is the embedding
+            loss = loss + self._block_matching * error
         return (loss, outputs) if return_outputs else loss

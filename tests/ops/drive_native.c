@@ -52,6 +52,10 @@ static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens,
         memset(y, 0xff, (size_t)(tokens * out * nm_size(dtype)));
         if (nm_isas[isa].linear[dtype](&p)) return 1;
         nm_isas[isa].unpack(values, meta, dense, out, in, width, nm_size(dtype), threads);
+        void *packed = exact(out * width * nm_size(dtype));
+        nm_pack(dense, meta, packed, out, in, width, nm_size(dtype), threads);
+        if (!lies && memcmp(packed, values, (size_t)(out * width * nm_size(dtype)))) bad = 3;
+        free(packed);
         if (lies) continue;
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t r = 0; r < out; r++) {
@@ -70,7 +74,7 @@ static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens,
             }
         if (bad)
             printf("%s %s: dtype %d, %d:%d, out %ld, in %ld, tokens %ld\n", nm_isas[isa].name,
-                   bad == 2 ? "unpacks wrongly" : "is off", dtype, n, m, (long)out, (long)in, (long)tokens);
+                   bad == 3 ? "packs wrongly" : bad == 2 ? "unpacks wrongly" : "is off", dtype, n, m, (long)out, (long)in, (long)tokens);
     }
     free(x), free(values), free(bias), free(y), free(meta), free(dense);
     return bad;

@@ -17,7 +17,7 @@ from oracles import gaussian
 
 from optimum_eggs.masks import topn_mask
 from optimum_eggs.ops import INSTRUCTION_SETS, force, native, nm_linear
-from optimum_eggs.packing import pack
+from optimum_eggs.packing import pack, unpack_mask
 from optimum_eggs.pattern import NMPattern
 
 HERE = Path(__file__).parent
@@ -87,6 +87,17 @@ def test_unpacking_is_exact(isa, dtype, pattern):
     out = torch.full_like(dense, torch.nan)
     native.unpack(isa, values, meta, out)
     assert torch.equal(out, dense)
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_packing_is_exact(dtype, pattern):
+    dense, values, meta, _, _ = problem(pattern, 67, 9, 1, dtype, False)
+    dense[dense == 0] = torch.nan  # what is not kept is not looked at
+    dense = torch.where(dense.isnan() & unpack_mask(meta, dense.shape[1]), 0, dense)
+    out = torch.full_like(values, torch.nan)
+    native.pack(dense, meta, out)
+    assert torch.equal(out, values)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

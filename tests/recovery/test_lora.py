@@ -270,8 +270,13 @@ def test_the_trainer_takes_a_packed_model_with_an_adapter(folders, tmp_path):
     assert inspect_checkpoint(tmp_path / "merged").ok
 
 
-def test_the_example_runs(packed_folder, text_file, tmp_path):
-    example = Path(__file__).parents[2] / "examples" / "lora_recovery.py"
+@pytest.mark.parametrize("name", ["lora_recovery.py", "sft_recovery.py"])
+def test_the_examples_run(name, packed_folder, text_file, tmp_path):
+    if name == "sft_recovery.py":
+        pytest.importorskip("trl")
+    example = Path(__file__).parents[2] / "examples" / name
     arguments = [packed_folder, tmp_path / "out", "--text", text_file, "--steps", 2, "--seq-len", 16]
     subprocess.run([sys.executable, "-W", "ignore", str(example), *map(str, arguments)], check=True, timeout=300)
     assert inspect_checkpoint(tmp_path / "out").ok
+    before, after = (packed_layers(AutoModelForCausalLM.from_pretrained(f)) for f in (packed_folder, tmp_path / "out"))
+    assert any(not torch.equal(layer.weight, after[key].weight) for key, layer in before.items())

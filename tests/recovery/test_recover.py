@@ -21,7 +21,7 @@ from optimum_eggs.engine.report import read_report, update_report
 from optimum_eggs.errors import CalibrationError, ConfigError, ModelError, OutputError
 from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
-from optimum_eggs.recovery.distill import divergence, teacher_tokens
+from optimum_eggs.recovery.distill import block_error, divergence, teacher_tokens
 from optimum_eggs.recovery.recover import RecoverySettings, recover
 from optimum_eggs.recovery.trainer import RecoveryTrainer
 
@@ -185,6 +185,8 @@ def test_what_was_measured_before_is_not_said_of_the_recovered_model(packed_fold
         ({"seq_len": 1}, "seq_len=1"),
         ({"held_out": 1.0}, "held_out=1.0"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"block_matching": -1.0}, "block_matching=-1.0"),
+        ({"block_matching": 1.0}, "needs a teacher"),
     ],
 )
 def test_settings_out_of_range(values, message, text_file):
@@ -225,3 +227,60 @@ def test_the_command(packed_folder, text_file, tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     assert "perplexity on the" in capsys.readouterr().out
+
+
+def test_the_error_of_blocks():
+    teacher = [gaussian(2, 3, 8), gaussian(2, 3, 8, seed=1)]
+    student = [teacher[0] + 0.5 * gaussian(2, 3, 8, seed=2), teacher[1]]
+    expected = float((student[0] - teacher[0]).norm() ** 2 / teacher[0].norm() ** 2) / 2
+    assert float(block_error(student, teacher)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_matching_blocks_brings_them_nearer_to_the_teachers(
+    packed_folder, dense_folder, text_file, tokenizer, tmp_path
+):
+    ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"][:128]).view(8, 16)
+
+    def error(folder):
+        with torch.no_grad():
+            ours, theirs = (
+                AutoModelForCausalLM.from_pretrained(which)(input_ids=ids, output_hidden_states=True).hidden_states[1:]
+                for which in (folder, dense_folder)
+            )
+        return float(block_error(ours, theirs))
+
+    common = {"method": "values", "teacher": str(dense_folder), "steps": 40, "learning_rate": 2e-3}
+    for weight in (0.0, 10.0):
+        recover(packed_folder, tmp_path / str(weight), settings(text_file, block_matching=weight, **common))
+    assert error(tmp_path / "10.0") < 0.9 * error(tmp_path / "0.0")
+    assert error(tmp_path / "10.0") < 0.9 * error(packed_folder)
+
+
+def test_an_interrupted_run_asks_the_teacher_once(packed_folder, dense_folder, text_file, tmp_path, monkeypatch):
+    asked = []
+
+    def counted(*arguments, **options):
+        asked.append(1)
+        return teacher_tokens(*arguments, **options)
+
+    monkeypatch.setattr("optimum_eggs.recovery.recover.teacher_tokens", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RecoveryTrainer, "training_step", lambda *arguments, **options: signal.raise_signal(signal.SIGINT)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder)))
+    recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder)))
+    assert asked == [1]
+
+
+def test_two_processes_share_the_steps(packed_folder, dense_folder, text_file, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "optimum_eggs", "recover", str(packed_folder), str(tmp_path / "out"), "--json"]
+    command += ["--train", str(text_file), "--teacher", str(dense_folder)]
+    command += ["--steps", "4", "--seq-len", "16", "--batch-size", "2", "--rank", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["steps"] == 4  # printed once
+    assert inspect_checkpoint(tmp_path / "out").ok
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

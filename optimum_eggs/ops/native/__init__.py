@@ -89,6 +89,19 @@ def unpack(isa: str, weight: Tensor, weight_meta: Tensor, dense: Tensor) -> None
     )
 
 
+def pack(dense: Tensor, weight_meta: Tensor, weight: Tensor) -> None:
+    """Write what dense rows (rows, in) hold at the kept positions to weight (rows, width); all contiguous."""
+    _native.pack(
+        dense.data_ptr(),
+        weight_meta.data_ptr(),
+        weight.data_ptr(),
+        *dense.shape,
+        weight.shape[1],
+        weight.element_size(),
+        threads(),
+    )
+
+
 def stream(data: Tensor) -> None:
     """Read a contiguous tensor once, as fast as the machine can; its address must be a multiple of 64."""
     _native.stream(data.data_ptr(), data.numel() * data.element_size(), threads())

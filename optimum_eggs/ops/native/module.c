@@ -70,6 +70,17 @@ static PyObject *unpack(PyObject *self, PyObject *const *args, Py_ssize_t given)
     Py_RETURN_NONE;
 }
 
+static PyObject *pack(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[8];
+    if (read_ints(args, given, a, 8)) return NULL;
+    if (a[6] != 2 && a[6] != 4) return PyErr_Format(PyExc_ValueError, "no element of %lld bytes", a[6]);
+    Py_BEGIN_ALLOW_THREADS
+    nm_pack((const void *)(intptr_t)a[0], (const uint8_t *)(intptr_t)a[1], (void *)(intptr_t)a[2], a[3], a[4], a[5],
+            (int)a[6], (int)a[7]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyObject *stream(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long a[3];
     uint64_t result;
@@ -96,6 +107,7 @@ static PyMethodDef methods[] = {
      "linear(isa, dtype, x, values, meta, bias, y, tokens, out, in, width, n, m, threads)"},
     {"unpack", (PyCFunction)(void (*)(void))unpack, METH_FASTCALL,
      "unpack(isa, values, meta, dense, out, in, width, size, threads)"},
+    {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, "pack(dense, meta, values, out, in, width, size, threads)"},
     {"stream", (PyCFunction)(void (*)(void))stream, METH_FASTCALL, "stream(address, bytes, threads)"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Name to index, of those this processor runs, fastest last."},
     {NULL, NULL, 0, NULL},

@@ -51,6 +51,10 @@ void nm_unpack_portable(const void *values, const uint8_t *meta, void *dense, in
 void nm_unpack_avx512(const void *values, const uint8_t *meta, void *dense, int64_t out, int64_t in, int64_t width,
                       int size, int threads);
 
+// Write the values kept (out, width) of the rows [0, out) of a dense matrix (out, in), elements of `size` bytes (2 or 4).
+void nm_pack(const void *dense, const uint8_t *meta, void *values, int64_t out, int64_t in, int64_t width, int size,
+             int threads);
+
 // Read `bytes` from `from`, aligned to 64 bytes, and return something that depends on all of them.
 uint64_t nm_stream(const void *from, int64_t bytes, int threads);
 

@@ -1,4 +1,4 @@
-"""What a step of training costs: tokens a second and peak memory, packed (masked LoRA, values) beside dense (plain LoRA).
+"""What a training step costs: tokens a second and peak memory, packed (masked LoRA, values) beside dense (plain LoRA).
 
 Each kind runs in a process of its own, in bfloat16 autocast over float32 weights, with the loss of the text. Memory is
 the peak while training over what was resident once the model was loaded.

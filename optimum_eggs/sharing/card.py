@@ -15,6 +15,10 @@ from ..errors import ModelError
 from ..names import hub_id
 
 BEGIN, END = "<!-- optimum-eggs: begin -->", "<!-- optimum-eggs: end -->"
+_COMPARED = {
+    "kl_divergence": "KL divergence from the dense model, nats a token",
+    "top1_agreement": "tokens with the dense model's most likely next one",
+}
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -151,6 +155,11 @@ def _measured(report: dict[str, Any]) -> str:
         for metric, value in entry["metrics"].items():
             dense = entry.get("dense", {}).get(metric)
             lines.append(f"| {metric} | {where} | {value:.2f} | {'' if dense is None else f'{dense:.2f}'} |")
+        for key, label in _COMPARED.items():
+            found = entry.get("comparison", {}).get(key)
+            if found:
+                span = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
+                lines.append(f"| {label} | {where} | {found['value']:.3f}{span} | |")
     recovered = report.get("recovery")
     if recovered:
         change = f"{recovered['perplexity_after']:.2f} (before: {recovered['perplexity_before']:.2f})"

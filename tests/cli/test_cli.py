@@ -91,8 +91,11 @@ def test_the_whole_road(dense_folder, text_file, tmp_path):
     assert both["model"]["perplexity"] == both["against"]["perplexity"]
     assert both["ratio"]["pruned_layer_bytes"] == 9 / 16
     assert both["model"]["perplexity"]["tokens"] == 4 * 15
-    printed = eggs("evaluate", packed, "--against", dense, *options).stdout
-    assert "perplexity" in printed
+    assert both["comparison"]["top1_agreement"]["value"] == 1
+    assert both["comparison"]["kl_divergence"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    printed = eggs("evaluate", packed, "--against", dense, "--stride", "8", *options).stdout
+    assert "with 95 % intervals" in printed
+    assert "bits a byte" in printed
     assert "parameters kept" in printed
 
 

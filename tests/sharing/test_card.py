@@ -35,11 +35,13 @@ def test_what_was_measured_is_stated(folder):
         "conditions": "16 windows of 1024 tokens",
         "metrics": {"perplexity": 43.21},
         "dense": {"perplexity": 22.75},
+        "comparison": {"kl_divergence": {"value": 0.5, "low": 0.25, "high": 0.75}},
     }
     edit(folder, evaluations=[entry], base_model={"id": "org/dense", "revision": None})
     base = ModelCard("---\nlicense: apache-2.0\nlanguage: en\n---\n")
     card = model_card(folder, "me/tiny", base)
     assert "| perplexity | wikitext2, 16 windows of 1024 tokens | 43.21 | 22.75 |" in card.text
+    assert "a token | wikitext2, 16 windows of 1024 tokens | 0.500 (0.250 to 0.750) | |" in card.text
     data = card.data.to_dict()
     assert data["base_model"] == "org/dense"
     assert data["base_model_relation"] == "quantized"

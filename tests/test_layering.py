@@ -22,7 +22,7 @@ LAYERS = [
     ["engine"],
     ["hf"],
     ["pruner", "inspection", "evaluation", "speed"],
-    ["recovery", "sharing"],
+    ["recovery", "sharing", "report"],
     ["cli"],
     ["__init__", "__main__"],
 ]

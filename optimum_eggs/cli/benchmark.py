@@ -73,12 +73,11 @@ def run(args: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "platform": platform.platform(),
     }
+    rows = [asdict(timing) | {"ratio": timing.ratio, "layers": shapes[_shape(timing)]} for timing in timings]
     if models and not args.no_record:
-        update_report(
-            args.model, benchmark={"machine": machine, "models": [_without_folder(model) for model in models]}
-        )
+        timed = [_without_folder(model) for model in models]
+        update_report(args.model, benchmark={"machine": machine, "layers": rows, "models": timed})
     if args.json:
-        rows = [asdict(timing) | {"layers": shapes[_shape(timing)]} for timing in timings]
         print(json.dumps({"machine": machine, "layers": rows, "models": [asdict(model) for model in models]}))
         return 0
     read = f"{bandwidth:.1f} GB/s read" if bandwidth else "native kernels missing"

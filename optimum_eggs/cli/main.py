@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partialmethod
 
 from ..errors import EGGSError
-from . import benchmark, evaluate, export, inspect, prune, push, recover
+from . import benchmark, evaluate, export, inspect, prune, push, recover, report
 
 _SUBCOMMANDS = {
     "prune": prune,
@@ -18,6 +18,7 @@ _SUBCOMMANDS = {
     "export": export,
     "benchmark": benchmark,
     "recover": recover,
+    "report": report,
     "push": push,
 }
 

@@ -19,6 +19,7 @@ _COMPARED = {
     "kl_divergence": "KL divergence from the dense model, nats a token",
     "top1_agreement": "tokens with the dense model's most likely next one",
 }
+_FIGURES = ("perplexities", "errors", "tile", "least_degrees")  # those of `optimum-cli eggs report --figures`
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -49,7 +50,7 @@ def model_card(
     repository = repository or path.name
     data = _metadata(report, repository, base_card)
     data.tags = [*(data.tags or []), *tags]
-    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_texts(report, config, repository))
+    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_texts(report, config, repository, path))
     existing = path / "README.md"
     return _merged(ModelCard(existing.read_text(encoding="utf-8")), card) if existing.is_file() else card
 
@@ -108,7 +109,7 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
     return found
 
 
-def _texts(report: dict[str, Any], config: dict[str, Any], repository: str) -> dict[str, str]:
+def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, folder: Path) -> dict[str, str]:
     summary, calibration = report["summary"], report["calibration"]
     base = hub_id((report.get("base_model") or {}).get("id"))
     recovered = report.get("recovery")
@@ -141,6 +142,11 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str) -> d
         "[optimum-eggs](https://pypi.org/project/optimum-eggs).",
         "method": "\n\n".join(method),
         "measured": _measured(report),
+        "figures": "\n\n".join(
+            f"![{name.replace('_', ' ')}](figures/{name}.png)"
+            for name in _FIGURES
+            if (folder / "figures" / f"{name}.png").is_file()
+        ),
         "certificate": _certificate(report),
         "config": pprint.pformat(shown, compact=True, width=100),
         "source": repr(base) if base else '"path/or/id"',

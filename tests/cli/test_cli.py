@@ -251,7 +251,7 @@ def test_an_error_ends_a_process_with_2_and_without_a_traceback(dense_folder, te
 
 def test_help_lists_the_subcommands():
     for entry in ("module", "optimum-cli"):
-        assert "{prune,evaluate,inspect,export,benchmark,recover,push}" in eggs("--help", entry=entry).stdout
+        assert "{prune,evaluate,inspect,export,benchmark,recover,report,push}" in eggs("--help", entry=entry).stdout
 
 
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):

@@ -1,0 +1,199 @@
+"""Pictures of what `report.json` holds, drawn with matplotlib; what was not measured is not drawn.
+
+Every function takes the report and returns a `Figure`, or None. Colours are near those of Okabe and Ito, which differ
+for the colour-blind, and stand out on white and on black; markers differ too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#2f8fd0", "#d9730d", "#1fa37a", "#c76ba2", "#8c7ae6", "#b59a00", "#6b8e9e", "#c0504d")
+_MARKERS = "osD^vP*X"
+_SIZE = (5.2, 3.2)  # inches; small, so that text is legible on a phone
+
+Report = dict[str, Any]
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _by_kind(report: Report, value: Callable[[dict[str, Any]], float]) -> dict[str, tuple[list[int], list[float]]]:
+    """For each kind of layer (the last part of its name): blocks, and the value of its layer in each."""
+    kinds: dict[str, tuple[list[int], list[float]]] = {}
+    for layer in report["layers"]:
+        blocks, values = kinds.setdefault(layer["name"].rpartition(".")[2], ([], []))
+        blocks.append(layer["block"])
+        values.append(value(layer))
+    return kinds
+
+
+def _per_layer(report: Report, title: str, y: str, value: Callable[[dict[str, Any]], float]) -> tuple[Figure, Any]:
+    figure, axes = _axes(title, "block", y)
+    for index, (kind, (blocks, values)) in enumerate(_by_kind(report, value).items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        axes.plot(blocks, values, label=kind, markersize=3.5, linewidth=1, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=7, ncols=2, framealpha=0)
+    return figure, axes
+
+
+def errors(report: Report) -> Figure | None:
+    """Relative error of every layer on the calibration inputs."""
+    figure, axes = _per_layer(
+        report, "Error of each layer", "relative squared error", lambda layer: layer["relative_error"]
+    )
+    axes.set_yscale("log")
+    return figure
+
+
+def least_degrees(report: Report) -> Figure | None:
+    """The share of outputs that the weakest input of every layer keeps."""
+    figure, axes = _per_layer(
+        report,
+        "What the weakest input keeps",
+        "share of its outputs, %",
+        lambda layer: 100 * layer["certificate"]["input_degree_min"] / layer["out_features"],
+    )
+    axes.set_ylim(bottom=0)
+    floors = {(layer["min_degree"], layer["band"]) for layer in report["layers"] if "min_degree" in layer}
+    if len(floors) == 1:
+        degree, band = floors.pop()
+        if degree:
+            axes.axhline(100 * degree / band, color="#808080", linestyle="--", linewidth=1)
+            axes.annotate(f"floor: {degree} of {band}", (0, 100 * degree / band), fontsize=8, va="top")
+    return figure
+
+
+def spread_of_degrees(report: Report) -> Figure | None:
+    """How unevenly the kept weights fall on the inputs."""
+    figure, axes = _per_layer(
+        report,
+        "How unevenly inputs are kept",
+        "standard deviation over mean of degrees",
+        lambda layer: layer["certificate"]["input_degree_cv"],
+    )
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def gaps(report: Report) -> Figure | None:
+    """Spectral gap of the weighted bipartite graph of every layer."""
+    figure, axes = _per_layer(
+        report,
+        "Spectral gap, weighted by magnitude",
+        "1 − σ₂",
+        lambda layer: 1 - layer["certificate"]["sigma2_weighted"],
+    )
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def tuning(report: Report) -> Figure | None:
+    """Error of every block before and after it was tuned."""
+    blocks = report.get("tuning")
+    if not blocks:
+        return None
+    figure, axes = _axes("Blocks, before and after tuning", "block", "error on windows held out")
+    at = [block["block"] for block in blocks]
+    axes.plot(at, [block["error_before"] for block in blocks], "o-", color=COLOURS[1], markersize=3.5, label="before")
+    axes.plot(at, [block["error_after"] for block in blocks], "s-", color=COLOURS[0], markersize=3.5, label="after")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8, framealpha=0)
+    return figure
+
+
+def perplexities(report: Report) -> Figure | None:
+    """Perplexity of the model, and of the dense one, on every text it was judged on."""
+    bars = []
+    for entry in report.get("evaluations", []):
+        if "perplexity" in entry["metrics"]:
+            if "perplexity" in entry.get("dense", {}):
+                bars.append((f"{entry['dataset']}: dense", entry["dense"]["perplexity"], COLOURS[6]))
+            bars.append((f"{entry['dataset']}: this model", entry["metrics"]["perplexity"], COLOURS[0]))
+    recovered = report.get("recovery")
+    if recovered:
+        bars.append(("held out: before recovery", recovered["perplexity_before"], COLOURS[1]))
+        bars.append(("held out: after recovery", recovered["perplexity_after"], COLOURS[0]))
+    return _bars("Perplexity (less is better)", "perplexity", bars, ".2f")
+
+
+def seconds(report: Report) -> Figure | None:
+    """What each stage of pruning took."""
+    stages = report.get("measurements", {}).get("stages", {})
+    bars = [(name, stage["seconds"], COLOURS[0]) for name, stage in stages.items()]
+    return _bars("Time of each stage of pruning", "seconds", bars, ".1f")
+
+
+def memory(report: Report) -> Figure | None:
+    """Peak resident memory in each stage of pruning."""
+    stages = report.get("measurements", {}).get("stages", {})
+    bars = [(name, stage["peak_rss"] / 1e6, COLOURS[2]) for name, stage in stages.items()]
+    return _bars("Peak memory in each stage of pruning", "resident memory, MB", bars, ",.0f")
+
+
+def layer_speed(report: Report) -> Figure | None:
+    """How many times as fast as dense each shape of layer is, by the number of tokens."""
+    layers = report.get("benchmark", {}).get("layers")
+    if not layers:
+        return None
+    figure, axes = _axes("Speed of each shape", "tokens in a call", "times dense")
+    shapes = dict.fromkeys((row["out_features"], row["in_features"]) for row in layers)
+    for index, (out, inner) in enumerate(shapes):
+        rows = [row for row in layers if (row["out_features"], row["in_features"]) == (out, inner)]
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        axes.plot(
+            [row["tokens"] for row in rows],
+            [row["ratio"] for row in rows],
+            label=f"{out} × {inner}",
+            markersize=4,
+            **style,
+        )
+    axes.axhline(1, color="#808080", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, ncols=2, framealpha=0)
+    return figure
+
+
+def _bars(title: str, x: str, bars: list[tuple[str, float, str]], style: str) -> Figure | None:
+    """Horizontal bars (label, length, colour), each with its value."""
+    if not bars:
+        return None
+    figure, axes = _axes(title, x, "")
+    labels, values, colours = zip(*bars, strict=True)
+    drawn = axes.barh(range(len(bars)), values, color=colours, height=0.6)
+    axes.set_yticks(range(len(bars)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.bar_label(drawn, [f"{value:{style}}" for value in values], padding=3, fontsize=8)
+    axes.margins(x=0.18)
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Report], Figure | None]] = {
+    "perplexities": perplexities,
+    "errors": errors,
+    "tuning": tuning,
+    "least_degrees": least_degrees,
+    "spread_of_degrees": spread_of_degrees,
+    "gaps": gaps,
+    "layer_speed": layer_speed,
+    "seconds": seconds,
+    "memory": memory,
+}
+"""Name -> the function that draws it, in the order of the page."""

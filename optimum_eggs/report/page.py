@@ -1,0 +1,163 @@
+"""One self-contained page of what `report.json` of a packed folder holds."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.report import read_report
+from ..errors import ConfigError, ModelError
+from .figures import FIGURES
+from .tile import draw_tile, weakest_tile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_INK = "#123457"  # stands for the page's text colour while matplotlib draws
+_CAPTIONS = {
+    "perplexities": "exp of the mean loss over the tokens predicted.",
+    "errors": "‖(W − Z)X‖²/‖WX‖² on the calibration inputs, before blocks were tuned.",
+    "tuning": "Relative error of a block's output, on calibration windows it was not tuned on.",
+    "tile": "One group of inputs and one band of outputs, with every weight kept. Without a floor, an input may lose "
+    "all of its lines here; with one it keeps at least the number that the floor states.",
+    "least_degrees": "An input that keeps nothing is starved: no output sees it.",
+    "spread_of_degrees": "Zero is an even share for every input.",
+    "gaps": "Of D_out^-½ |Z| D_in^-½. Measured, not promised: a floor on degrees does not imply a gap.",
+    "layer_speed": "Dense time over packed time, on the machine named above; above 1 is faster.",
+    "seconds": "Wall seconds, nested stages counted once.",
+    "memory": "Resident memory of the whole process.",
+}
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1f2328;--soft:#57606a;--page:#fff;--line:#d0d7de}
+@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9da7b3;--page:#0d1117;--line:#30363d}}
+body{margin:0 auto;padding:1rem;max-width:70rem;font:16px/1.5 system-ui,sans-serif}
+body{color:var(--ink);background:var(--page)}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
+figure{margin:0;padding:.5rem;border:1px solid var(--line);border-radius:6px}
+figure svg{width:100%;height:auto;color:var(--ink)}figcaption{font-size:.85rem;color:var(--soft)}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}code{overflow-wrap:anywhere}
+"""
+
+
+def report_page(folder: str | Path, figures: str | Path | None = None) -> str:
+    """The page, as HTML.
+
+    Args:
+        folder: A packed model with its `report.json`.
+        figures: Folder to write the pictures to as PNG, for the model card.
+
+    Raises:
+        ModelError: the folder has no report of a pruned model.
+        CheckpointError: its weights cannot be read.
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("the report is drawn with matplotlib: pip install 'optimum-eggs[report]'") from error
+
+    report = read_report(folder)
+    if not report.get("layers"):
+        raise ModelError(f"{folder}: has no report of a pruned model; prune one, or name its folder")
+    coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
+    ink: dict[Any, Any] = dict.fromkeys(coloured, _INK) | {"svg.fonttype": "none"}
+    drawn: dict[str, str] = {}
+    for name in [*list(FIGURES)[:3], "tile", *list(FIGURES)[3:]]:
+        with matplotlib.rc_context(ink | {"svg.hashsalt": name}):
+            figure = _draw(name, folder, report)
+            if figure is not None:
+                drawn[name] = _svg(figure)
+        if figure is not None and figures is not None:
+            _png(_draw(name, folder, report), Path(figures) / f"{name}.png")
+    pictures = "\n".join(
+        f"<figure>{svg}<figcaption>{html.escape(_CAPTIONS[name])}</figcaption></figure>" for name, svg in drawn.items()
+    )
+    title = f"{Path(folder).absolute().name}: pruned to {report['summary']['pattern']}"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head>
+<body><h1>{html.escape(title)}</h1>
+{_summary(report)}
+<main>
+{pictures}
+</main>
+<h2>Every layer</h2>
+<div class="wide">{_layers(report)}</div>
+</body></html>
+"""
+
+
+def _draw(name: str, folder: str | Path, report: dict[str, Any]) -> Figure | None:
+    return draw_tile(*weakest_tile(folder, report)) if name == "tile" else FIGURES[name](report)
+
+
+def _svg(figure: Figure) -> str:
+    """Inline SVG, transparent, in the page's text colour."""
+    target = io.StringIO()
+    figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor").strip()
+
+
+def _png(figure: Figure | None, path: Path) -> None:
+    assert figure is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=160, facecolor="white")
+
+
+def _summary(report: dict[str, Any]) -> str:
+    summary, took = report["summary"], report.get("measurements", {})
+    lines = [
+        f"{summary['layers_pruned']} layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights; "
+        f"{summary['starved_inputs']} starved inputs."
+    ]
+    preset = report["config"].get("preset")
+    calibration = report["calibration"]
+    lines.append(
+        (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
+        + f"alibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens"
+        + (f", in {took['seconds']:,.0f} s." if took else ".")
+    )
+    recovered = report.get("recovery")
+    if recovered:
+        settings = recovered["settings"]
+        lines.append(
+            f"Recovered under the mask: {recovered['steps']} steps of <code>{html.escape(settings['method'])}</code>, "
+            f"in {recovered['measurements']['seconds']:,.0f} s."
+        )
+    speed = report.get("benchmark")
+    if speed:
+        machine = speed["machine"]
+        ours, *dense = speed["models"]
+        against = f", dense {dense[0]['decode_speed']:.1f}" if dense else ""
+        lines.append(
+            f"Decodes {ours['decode_speed']:.1f} tokens/s{against}, on {html.escape(machine['processor'])}, "
+            f"{machine['threads']} threads."
+        )
+    return "".join(f"<p>{line}</p>" for line in lines)
+
+
+def _layers(report: dict[str, Any]) -> str:
+    rows = []
+    for layer in report["layers"]:
+        found = layer["certificate"]
+        cells = [
+            html.escape(layer["name"]),
+            f"{layer['out_features']} × {layer['in_features']}",
+            html.escape(layer["pattern"]),
+            f"{layer['relative_error']:.4f}",
+            f"{found['input_degree_min']}",
+            f"{found['input_degree_mean']:.0f}",
+            f"{found['input_degree_cv']:.3f}",
+            f"{1 - found['sigma2']:.3f}",
+            f"{1 - found['sigma2_weighted']:.3f}",
+        ]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = ["layer", "out × in", "n:m", "error", "least degree", "mean", "deviation/mean", "gap", "weighted gap"]
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

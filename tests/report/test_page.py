@@ -1,0 +1,124 @@
+"""The page and its pictures: what is there, what is not, and that nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from optimum_eggs.cli.main import main
+from optimum_eggs.errors import ModelError
+from optimum_eggs.packing import pack_mask, unpack_mask
+from optimum_eggs.report import report_page
+from optimum_eggs.report.tile import weakest_tile
+from optimum_eggs.sharing import model_card
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def folder(packed_folder, tmp_path):
+    shutil.copytree(packed_folder, tmp_path / "model")
+    report = json.loads((tmp_path / "model" / "report.json").read_text())
+    for key in ("evaluations", "benchmark", "recovery"):
+        report.pop(key, None)  # other tests measure the folder
+    (tmp_path / "model" / "report.json").write_text(json.dumps(report))
+    return tmp_path / "model"
+
+
+def edit(folder, **values):
+    path = folder / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def captions(page):
+    return re.findall(r"<figcaption>(.*?)</figcaption>", page)
+
+
+class Addresses(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found, self.open = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
+        if tag not in ("meta", "link", "use", "path", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            self.open.remove(tag)
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(folder):
+    page = report_page(folder)
+    reader = Addresses()
+    reader.feed(page)
+    assert all(address.startswith(("#", "data:")) for address in reader.found)
+    assert not re.search(r"url\(\s*['\"]?https?:", page)
+    assert "<script" not in page
+    names = [layer["name"] for layer in json.loads((folder / "report.json").read_text())["layers"]]
+    assert all(f"<td>{name}</td>" in page for name in names)
+    assert "#123457" not in page  # all ink is the page's own
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    clips = [one for one in ids if re.fullmatch(r"[pm][0-9a-f]{10}", one)]
+    assert len(clips) == len(set(clips))  # else one picture would be cut by another's frame
+
+
+def test_what_was_not_measured_is_not_drawn(folder):
+    before = captions(report_page(folder))
+    evaluation = {
+        "dataset": "some.txt",
+        "conditions": "2 windows",
+        "metrics": {"perplexity": 12.5},
+        "dense": {"perplexity": 11.25},
+    }
+    row = {"out_features": 8, "in_features": 4, "tokens": 1, "ratio": 1.5}
+    speeds = [{"decode_speed": 20.0}, {"decode_speed": 10.0}]
+    machine = {"processor": "a <processor>", "threads": 2}
+    edit(folder, evaluations=[evaluation], benchmark={"machine": machine, "layers": [row], "models": speeds})
+    page = report_page(folder)
+    assert len(captions(page)) == len(before) + 2
+    assert "12.50" in page
+    assert "some.txt: dense" in page
+    assert "Decodes 20.0 tokens/s, dense 10.0, on a &lt;processor&gt;, 2 threads." in page
+
+
+def test_the_weakest_tile_is_found(folder):
+    report = json.loads((folder / "report.json").read_text())
+    layer = report["layers"][3]
+    tensors = load_file(folder / "model.safetensors")
+    mask = torch.ones(layer["out_features"], layer["in_features"], dtype=torch.bool)
+    mask[16:32, 9] = False
+    mask[20, 9] = True
+    tensors[f"{layer['name']}.weight_meta"] = pack_mask(mask)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    layer["certificate"]["input_degree_min"] = 0
+    name, row, column, tile = weakest_tile(folder, report)
+    assert (name, row, column) == (layer["name"], 16, 8)
+    assert torch.equal(tile, mask[16:32, 8:12])
+    assert unpack_mask(pack_mask(mask), layer["in_features"]).equal(mask)
+
+
+def test_the_command_writes_the_page_and_pictures_for_the_card(folder, tmp_path, capsys):
+    assert main(["report", str(folder), "-o", str(tmp_path / "page.html"), "--figures"]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert (folder / "figures" / "errors.png").read_bytes().startswith(b"\x89PNG")
+    assert "![errors](figures/errors.png)" in model_card(folder).text
+    assert "perplexities.png" not in model_card(folder).text  # not measured
+    assert main(["report", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"page": str(folder / "report.html")}
+
+
+def test_bad_input_is_refused(dense_folder, folder, tmp_path, capsys):
+    with pytest.raises(ModelError, match="has no report of a pruned model"):
+        report_page(dense_folder)
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert main(["report", str(folder), "-o", str(tmp_path / "no" / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

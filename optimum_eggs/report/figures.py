@@ -84,7 +84,7 @@ def spread_of_degrees(report: Report) -> Figure | None:
     figure, axes = _per_layer(
         report,
         "How unevenly inputs are kept",
-        "standard deviation over mean of degrees",
+        "deviation over mean of degrees",
         lambda layer: layer["certificate"]["input_degree_cv"],
     )
     axes.set_ylim(bottom=0)

@@ -28,9 +28,10 @@ from .native import DTYPES, INSTRUCTION_SETS
 BACKENDS = ("native", "panel", "reference", "triton", "semi_structured")
 _MOST_TOKENS_TRITON = 8
 # The most tokens for which the native kernel beats the dense product, by instruction set: measured with benchmarks/
-# kernels.py for the AVX-512 ones, chosen with care for the others, which were not at hand by themselves. AMX multiplies
-# bfloat16 about as fast as the dense product does, at any number of tokens.
+# kernels.py for the AVX-512 ones, chosen with care for the others, which were not at hand by themselves.
 _MOST_TOKENS = {"portable": 4, "neon": 8, "avx2": 12, "avx512": 48, "avx512_vbmi2": 48, "avx512_bf16": 48, "amx": 48}
+# The same for bfloat16 where the processor multiplies it: AMX keeps up with the dense product at any number of tokens.
+_MOST_TOKENS_BF16 = {"avx512_bf16": 512, "amx": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,8 @@ def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
         return Choice("reference", None, f"the backend {_forced.backend!r} runs on a GPU")
     if _forced.backend is not None:
         return Choice(_forced.backend, None if _forced.backend == "reference" else isa, "forced")
-    if isa == "amx" and dtype is torch.bfloat16:
-        return Choice("native", isa, "AMX tiles keep up with the dense product at any number of tokens")
-    most = _MOST_TOKENS[isa]
+    most = _MOST_TOKENS_BF16.get(isa, 0) if dtype is torch.bfloat16 else 0
+    most = max(most, _MOST_TOKENS[isa])
     if tokens <= most:
         return Choice("native", isa, f"{tokens} tokens: up to {most}, {isa} beats the dense product")
     return Choice("panel", isa, f"{tokens} tokens: beyond {most}, the dense product on unpacked panels is faster")

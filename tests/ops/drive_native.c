@@ -82,7 +82,7 @@ static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens,
 
 int main(void) {
     static const int patterns[][2] = {{2, 4}, {1, 4}, {4, 8}, {6, 8}, {1, 2}, {5, 16}, {17, 32}, {16, 32}};
-    static const int tokens[] = {0, 1, 2, 3, 5, 7, 16, 17, 33, 70};
+    static const int tokens[] = {0, 1, 2, 3, 5, 7, 16, 17, 28, 33, 70};
     int problems = 0;
     for (unsigned i = 0; i < sizeof patterns / sizeof *patterns; i++)
         for (int dtype = 0; dtype < NM_DTYPES; dtype++)

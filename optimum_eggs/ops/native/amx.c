@@ -13,9 +13,11 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
+#include "tokens.h"
+
 enum {
-    SIDE = 16,          // rows of a tile; tokens of a tile
-    DEPTH = 32,         // columns of a tile
+    SIDE = TOKENS_SIDE,    // rows of a tile; tokens of a tile
+    DEPTH = TOKENS_DEPTH,  // columns of a tile
     TILE = 1024,        // bytes of a tile
     SPAN = 16,          // tiles in a span: 512 columns
     PASS = 512,         // tokens at a time
@@ -33,43 +35,6 @@ typedef struct {
     float *sums;    // [row tile][token tile] tiles of float32
     const char **values;
 } scratch;
-
-// 16 rows of 16 dwords to their transpose.
-INLINE void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
-
-// One right operand: column pair by token, from 16 tokens of x; zeros beyond the tokens and the columns.
-TARGET static void pack_tokens(const nm_problem *p, int64_t t0, int64_t column, char *to) {
-    __m512i rows[16];
-    int64_t left = p->in - column;
-    __mmask32 valid = left >= DEPTH ? 0xffffffffu : (1u << left) - 1;
-    const uint16_t *x = (const uint16_t *)p->x + column;
-    for (int t = 0; t < SIDE; t++)
-        rows[t] = t0 + t < p->tokens ? _mm512_maskz_loadu_epi16(valid, x + (t0 + t) * p->in) : _mm512_setzero_si512();
-    transpose(rows);
-    for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(to + 64 * i, rows[i]);
-}
 
 // A span of one row into its line of the left operands, while the span at `ahead` is fetched. Returns where the row's
 // values go on.
@@ -125,24 +90,6 @@ INLINE void multiply(const char *left, const char *right, int64_t right_stride, 
     if (row_tiles > 1 && token_tiles > 1) _tile_stored(3, sums + sums_stride + 256, 64);
 }
 
-// One tile of sums, (rows, tokens), to y, (tokens, out).
-TARGET static void store(const nm_problem *p, const float *sums, int64_t r0, int64_t t0, int64_t tokens) {
-    __m512i rows[16];
-    int64_t left = p->out - r0;
-    __mmask16 valid = left >= SIDE ? 0xffff : (__mmask16)((1u << left) - 1);
-    __m512 bias = _mm512_setzero_ps();
-    if (p->bias) {
-        __m256i half = _mm256_maskz_loadu_epi16(valid, (const uint16_t *)p->bias + r0);
-        bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    }
-    for (int i = 0; i < SIDE; i++) rows[i] = _mm512_loadu_si512(sums + 16 * i);
-    transpose(rows);
-    for (int64_t t = 0; t < nm_min(tokens, SIDE); t++) {
-        __m256bh half = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(rows[t]), bias));
-        _mm256_mask_storeu_epi16((uint16_t *)p->y + (t0 + t) * p->out + r0, valid, (__m256i)half);
-    }
-}
-
 // A block of rows with all tokens of the pass. right: [token tile][column tile].
 INLINE void row_block(const nm_problem *p, const nm_rows *rows, const scratch *s, const char *right, int64_t r0,
                       int64_t count, int64_t t0, int64_t tokens, int step) {
@@ -176,7 +123,8 @@ INLINE void row_block(const nm_problem *p, const nm_rows *rows, const scratch *s
     }
     for (int64_t r = 0; r < tiles; r++)
         for (int64_t t = 0; t < token_tiles; t++)
-            store(p, s->sums + (r * token_tiles + t) * 256, r0 + r * SIDE, t0 + t * SIDE, tokens - t * SIDE);
+            tokens_store(p, s->sums + (r * token_tiles + t) * 256, SIDE, r0 + r * SIDE, t0 + t * SIDE,
+                         tokens - t * SIDE);
 }
 
 TARGET static void run(const nm_problem *p, const nm_rows *rows, char *right, char *memory, int64_t each,
@@ -194,7 +142,7 @@ TARGET static void run(const nm_problem *p, const nm_rows *rows, char *right, ch
             int64_t tokens = nm_min(PASS, p->tokens - t0), token_tiles = (tokens + SIDE - 1) / SIDE;
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < token_tiles * depth; i++)
-                pack_tokens(p, t0 + i / depth * SIDE, i % depth * DEPTH, right + i * TILE);
+                tokens_pack(p, t0 + i / depth * SIDE, i % depth * DEPTH, right + i * TILE, 64);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < blocks; i++) {
                 char *own = memory + each * nm_thread();

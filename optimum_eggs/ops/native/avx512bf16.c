@@ -1,4 +1,4 @@
-// AVX-512 BF16 + VBMI2: thirty-two positions at a time, spread by vpexpandw and multiplied by vdpbf16ps.
+// AVX-512 BF16 + VBMI2, few tokens: thirty-two positions at a time, spread by vpexpandw and multiplied by vdpbf16ps.
 #include "nm.h"
 
 #if defined(NM_AVX512BF16)
@@ -8,7 +8,15 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { LANES = 32, ROWS = 4, FEW = 2, TOKENS = 6, AHEAD = 2048 };
+enum {
+    LANES = 32,
+    ROWS = 4,
+    FEW = 2,       // rows of up to two tokens
+    TOKENS = 6,
+    AHEAD = 8192,  // bytes of a row's values fetched, to the second cache: the first has too few requests in flight
+    MOST = 26,     // tokens; beyond, tiles are faster
+    SPARE = 7,     // tokens beyond full tiles that are faster by themselves
+};
 
 INLINE uint32_t load_bits(const uint8_t *meta) {
     uint32_t bits;
@@ -50,9 +58,9 @@ INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, in
     for (; column + 2 * LANES <= p->in; column += 2 * LANES) {
         __m512bh w[ROWS];
         for (int r = 0; r < count; r++) {
-            _mm_prefetch(v[r] + AHEAD, _MM_HINT_T0);
-            if (step > 16) _mm_prefetch(v[r] + AHEAD + 64, _MM_HINT_T0);
-            _mm_prefetch((const char *)meta[r] + AHEAD / 8, _MM_HINT_T0);
+            _mm_prefetch(v[r] + AHEAD, _MM_HINT_T1);
+            if (step > 16) _mm_prefetch(v[r] + AHEAD + 64, _MM_HINT_T1);
+            _mm_prefetch((const char *)meta[r] + AHEAD / 8, _MM_HINT_T1);
         }
         for (int half = 0; half < 2; half++) {
             for (int r = 0; r < count; r++) {
@@ -134,7 +142,7 @@ LOOP(16)
 LOOP(24)
 LOOP(0)
 
-int nm_linear_avx512bf16(const nm_problem *p) {
+static int few_tokens(const nm_problem *p) {
     nm_rows rows;
     int64_t ldx = nm_round_up(p->in, LANES);
     const uint16_t *x = p->x;
@@ -158,5 +166,18 @@ int nm_linear_avx512bf16(const nm_problem *p) {
     nm_rows_close(&rows);
     nm_free(copy);
     return 0;
+}
+
+int nm_linear_avx512bf16(const nm_problem *p) {
+    if (p->tokens <= MOST) return few_tokens(p);
+    // Tiles hold sixteen tokens: a few beyond the last full one cost less by themselves.
+    int64_t rest = p->tokens % 16 <= SPARE ? p->tokens % 16 : 0;
+    nm_problem many = *p, few = *p;
+    many.tokens -= rest;
+    few.tokens = rest;
+    few.x = (const uint16_t *)p->x + many.tokens * p->in;
+    few.y = (uint16_t *)p->y + many.tokens * p->out;
+    int failed = nm_linear_avx512bf16_tiles(&many);
+    return failed || !rest ? failed : few_tokens(&few);
 }
 #endif

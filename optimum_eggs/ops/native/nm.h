@@ -39,7 +39,8 @@ typedef int (*nm_kernel)(const nm_problem *);
 int nm_linear_portable(const nm_problem *p);
 int nm_linear_avx2(const nm_problem *p);
 int nm_linear_avx512(const nm_problem *p);
-int nm_linear_avx512bf16(const nm_problem *p);  // bf16 only
+int nm_linear_avx512bf16(const nm_problem *p);        // bf16 only
+int nm_linear_avx512bf16_tiles(const nm_problem *p);  // bf16 only; for many tokens
 int nm_linear_amx(const nm_problem *p);         // bf16 only
 int nm_linear_neon(const nm_problem *p);
 

@@ -2,7 +2,8 @@
 
 Every call finds its weight in memory, not in a cache; the calls are timed in turn; the packed product is compared with
 the dense one before. Prints a Markdown table: medians, the ratio of dense time to packed time, and the share of this
-machine's read bandwidth that the packed weight amounts to.
+machine's read bandwidth that the packed weight amounts to. The bandwidth is measured before and after every row, since
+that of a shared machine changes, and their mean is taken.
 
     OMP_NUM_THREADS=2 python benchmarks/kernels.py --tokens 1 --isa avx512_bf16
 """
@@ -63,14 +64,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
 
-    bandwidth = read_bandwidth()
     threads = torch.get_num_threads()
     dtype = getattr(torch, args.dtype)
-    print(
-        f"{processor()}, {threads} threads, {args.isa or INSTRUCTION_SETS[-1]}, {args.pattern} {args.dtype}, ", end=""
-    )
-    print(f"reads {bandwidth:.1f} GB/s\n" if bandwidth else "no native kernels\n")
-    print("| out x in | tokens | backend | µs | of `F.linear` (middle half) | of the plain loop | of bandwidth |")
+    isa = args.isa or (INSTRUCTION_SETS[-1] if INSTRUCTION_SETS else "no native kernels")
+    print(f"{processor()}, {threads} threads, {isa}, {args.pattern} {args.dtype}\n")
+    print("| out x in | tokens | backend | µs | of `F.linear` (middle half) | of the plain loop | of bandwidth, GB/s |")
     print("|---|---:|---|---:|---:|---:|---:|")
     rows = []
     with tempfile.TemporaryDirectory() as folder, force(args.backend, args.isa):
@@ -79,20 +77,23 @@ def main() -> None:
             out, inner = map(int, shape.split("x"))
             for tokens in args.tokens:
                 others = {"loop": loop} if loop and tokens == 1 else None
+                before = read_bandwidth()
                 found = time_layer(
                     out, inner, NMPattern.parse(args.pattern), dtype, tokens, args.repeats, others=others
                 )
-                rows.append(asdict(found))
+                after = read_bandwidth()
+                bandwidth = (before + after) / 2 if before and after else None
+                rows.append(asdict(found) | {"read_bandwidth": bandwidth})
                 span = f"{found.dense.low / found.packed.high:.2f}-{found.dense.high / found.packed.low:.2f}"
                 beside = f"{found.others['loop'].median / found.packed.median:.2f}" if others else ""
-                share = f"{found.gigabytes_per_second / bandwidth:.0%}" if bandwidth else ""
+                share = f"{found.gigabytes_per_second / bandwidth:.0%} of {bandwidth:.0f}" if bandwidth else ""
                 print(
                     f"| {shape} | {tokens} | {found.backend} | {found.packed.median * 1e6:.0f} "
                     f"| {found.ratio:.2f} ({span}) | {beside} | {share} |",
                     flush=True,
                 )
     if args.json:
-        made = {"processor": processor(), "threads": threads, "read_bandwidth": bandwidth, "torch": torch.__version__}
+        made = {"processor": processor(), "threads": threads, "torch": torch.__version__}
         args.json.write_text(json.dumps(made | {"rows": rows}, indent=1) + "\n")
 
 

@@ -97,7 +97,7 @@ def _record(args: argparse.Namespace, results: dict[str, Any]) -> bool:
     }
     if found["bits_per_byte"] is not None:
         entry["metrics"]["bits_per_byte"] = found["bits_per_byte"]
-    if "against" in results:
+    if "against" in results and not results["against"]["pruned_layers"]:  # the report says nothing of other models
         entry["dense"] = {key: results["against"]["perplexity"][key] for key in entry["metrics"]}
         entry["comparison"] = results["comparison"]
     same = ("dataset", "split", "conditions")

@@ -150,7 +150,7 @@ def recover(
         model, tokenizer = load_model(model_id, dtype="float32"), load_tokenizer(model_id)
         if not packed_layers(model):
             raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
-        train, held_out = training_windows(settings, tokenizer)
+        train, held_out = training_windows(settings, tokenizer, state.num_processes)
         digest = windows_digest(torch.cat([train, held_out]))
         teacher = None if settings.teacher is None else _teacher(settings.teacher, model)
         if state.is_main_process:
@@ -186,15 +186,16 @@ def recover(
     return report
 
 
-def training_windows(settings: RecoverySettings, tokenizer: Any) -> tuple[Tensor, Tensor]:
+def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int = 1) -> tuple[Tensor, Tensor]:
     """Windows to train on and windows held out, (windows, seq_len) each, shuffled with the seed.
 
-    Of every text as much is read as all steps together need.
+    Of every text as much is read as all steps of all processes together need.
 
     Raises:
         CalibrationError: the texts together hold fewer than four windows.
     """
-    needed = settings.steps * settings.batch_size * settings.seq_len * 2
+    most = settings.steps * settings.batch_size * processes
+    needed = most * settings.seq_len * 2
     rows = []
     for source in settings.train:
         ids = token_stream(documents(source, "train"), tokenizer, needed)
@@ -208,7 +209,7 @@ def training_windows(settings: RecoverySettings, tokenizer: Any) -> tuple[Tensor
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
     windows = windows[order]
     count = min(_MOST_HELD_OUT, len(windows) // 2, max(2, round(settings.held_out * len(windows))))
-    return windows[count:][: settings.steps * settings.batch_size], windows[:count]
+    return windows[count:][:most], windows[:count]
 
 
 def _teacher(teacher_id: str, student: PreTrainedModel) -> PreTrainedModel:

@@ -99,6 +99,16 @@ def test_the_whole_road(dense_folder, text_file, tmp_path):
     assert "parameters kept" in printed
 
 
+def test_only_a_dense_model_is_recorded_as_the_dense_one(packed_folder, dense_folder, text_file, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "packed")
+    options = ["--text", text_file, "--seq-len", "16", "--num-windows", "2"]
+    for other, known in ((packed_folder, False), (dense_folder, True)):
+        within("evaluate", folder, "--against", other, *options)
+        (entry,) = json.loads((folder / "report.json").read_text())["evaluations"]
+        assert ("dense" in entry, "comparison" in entry) == (known, known)
+        assert entry["metrics"]["perplexity"] > 1
+
+
 def test_tuning_floors_and_allocation_are_options(dense_folder, text_file, tmp_path):
     options = ["--pattern", "4:8", "--preset", "best", "--block-tuning", "4", "--allocation", "error"]
     sizes = ["--num-samples", "8", "--seq-len", "16", "--min-degree", "auto"]

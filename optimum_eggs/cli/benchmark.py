@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     }
     rows = [asdict(timing) | {"ratio": timing.ratio, "layers": shapes[_shape(timing)]} for timing in timings]
     if models and not args.no_record:
-        timed = [_without_folder(model) for model in models]
+        timed = [_without_folder(model) for model in models[:1] + [other for other in models[1:] if not other.packed]]
         update_report(args.model, benchmark={"machine": machine, "layers": rows, "models": timed})
     if args.json:
         print(json.dumps({"machine": machine, "layers": rows, "models": [asdict(model) for model in models]}))

@@ -48,7 +48,7 @@ def _per_layer(report: Report, title: str, y: str, value: Callable[[dict[str, An
         style = {"color": COLOURS[index % len(COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.plot(blocks, values, label=kind, markersize=3.5, linewidth=1, **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=7, ncols=2, framealpha=0)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=4, framealpha=0)
     return figure, axes
 
 
@@ -74,8 +74,8 @@ def least_degrees(report: Report) -> Figure | None:
     if len(floors) == 1:
         degree, band = floors.pop()
         if degree:
-            axes.axhline(100 * degree / band, color="#808080", linestyle="--", linewidth=1)
-            axes.annotate(f"floor: {degree} of {band}", (0, 100 * degree / band), fontsize=8, va="top")
+            line = axes.axhline(100 * degree / band, color="#808080", linestyle="--", linewidth=1)
+            axes.legend([line], [f"floor: {degree} of {band}"], fontsize=8, loc="upper right", framealpha=0)
     return figure
 
 
@@ -148,7 +148,7 @@ def memory(report: Report) -> Figure | None:
 
 def layer_speed(report: Report) -> Figure | None:
     """How many times as fast as dense each shape of layer is, by the number of tokens."""
-    layers = report.get("benchmark", {}).get("layers")
+    layers = (report.get("benchmark") or {}).get("layers")
     if not layers:
         return None
     figure, axes = _axes("Speed of each shape", "tokens in a call", "times dense")
@@ -165,8 +165,9 @@ def layer_speed(report: Report) -> Figure | None:
         )
     axes.axhline(1, color="#808080", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, ncols=2, framealpha=0)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3, framealpha=0)
     return figure
 
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..hf.attach import packed_layers
 from ..hf.loading import load_model
 from .timing import Seconds, alternate
 
@@ -25,10 +26,11 @@ class ModelTiming:
 
     `resident` is what the process grew by from before loading to after the first use, when the model had been loaded,
     used and released once before: what libraries take for themselves is not counted. `weights` is what the weights
-    themselves take.
+    themselves take; `packed` says whether any of them are.
     """
 
     folder: str
+    packed: bool
     prefill: Seconds
     decode: Seconds
     prefill_speed: float
@@ -68,6 +70,7 @@ def time_models(
     return [
         ModelTiming(
             str(folder),
+            bool(packed_layers(model)),
             first,
             second,
             prompt / first.median,

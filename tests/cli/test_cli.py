@@ -329,6 +329,10 @@ def test_what_was_measured_is_put_into_the_report(packed_folder, dense_folder, t
     assert new[1]["metrics"]["perplexity"] == found["model"]["perplexity"]["perplexity"]
     assert new[1]["dense"]["perplexity"] == found["against"]["perplexity"]["perplexity"]
     assert new[1]["dataset"] == text_file.name
+    for other, known in ((packed_folder, 1), (dense_folder, 2)):  # only a dense model is recorded as the dense one
+        within("benchmark", folder, "--against", other, *QUICK)
+        speed = json.loads((folder / "report.json").read_text())["benchmark"]
+        assert [model["packed"] for model in speed["models"]] == [True, False][:known]
     within("benchmark", folder, *QUICK)
     speed = json.loads((folder / "report.json").read_text())["benchmark"]
     assert "folder" not in speed["models"][0]

@@ -27,7 +27,6 @@ from ..hf.loading import load_model, load_tokenizer, stored_dtype
 from ..measure import Meter
 from ..names import public_name
 from .distill import TeacherTokens, TeacherWindows, teacher_tokens
-from .memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +143,6 @@ def recover(
     if settings.method == "lora" and find_spec("peft") is None:
         raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
     stored = stored_dtype(model_id)
-    keep_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
     with Meter() as meter:
         model, tokenizer = load_model(model_id, dtype="float32"), load_tokenizer(model_id)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import ModelError
 from ..masks.certificate import Certificate
 from .tune import BlockTuning
 
@@ -131,9 +132,16 @@ def update_report(folder: str | Path, **parts: Any) -> bool:
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """The report of a saved model, or an empty one."""
+    """The report of a saved model, or an empty one.
+
+    Raises:
+        ModelError: the file is no JSON.
+    """
     path = Path(folder) / REPORT_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{path}: is no JSON ({error}); save the model again") from error
 
 
 def without_measurements(report: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ _LARGEST = 2**30  # bytes
 def keep_freed_memory() -> bool:
     """Let the C library keep large blocks that are freed, where that is glibc. Returns whether it does.
 
-    It gives every block of some megabytes back to the system, which fills it with zeros when it is asked for again: a
-    step of training on a CPU took a quarter longer for that. Holds for the rest of the process.
+    It gives every block of some megabytes back to the system, which fills it with zeros when it is asked for again, at
+    every step of training. Holds for the rest of the process.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -57,8 +57,7 @@ class RecoverySettings:
         patience: Judgements without improvement after which training ends.
         top_k: The teacher's most likely tokens that are kept.
         block_matching: Weight in the loss of ‖S − T‖²/‖T‖², S and T the output of a block of the model and of the
-            teacher, as a mean over the blocks. The teacher then runs beside the model at every step, which takes a
-            third more time and the teacher's memory.
+            teacher, as a mean over the blocks. The teacher then runs beside the model at every step.
         gradient_checkpointing: Compute activations again in the backward pass, for less memory.
         seed: Of the order of the windows, of dropout and of the adapter's start.
 

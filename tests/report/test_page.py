@@ -119,6 +119,10 @@ def test_the_command_writes_the_page_and_pictures_for_the_card(folder, tmp_path,
 def test_bad_input_is_refused(dense_folder, folder, tmp_path, capsys):
     with pytest.raises(ModelError, match="has no report of a pruned model"):
         report_page(dense_folder)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "report.json").write_text((folder / "report.json").read_text()[:-20])
+    with pytest.raises(ModelError, match="is no JSON"):
+        report_page(tmp_path / "cut")
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert main(["report", str(folder), "-o", str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -15,13 +15,20 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config import EGGSConfig
+    from .importance import register_importance
     from .nn import NMLinear
     from .pattern import NMPattern
     from .pruner import EGGSPruner
 
-__all__ = ["EGGSConfig", "EGGSPruner", "NMLinear", "NMPattern", "__version__"]
+__all__ = ["EGGSConfig", "EGGSPruner", "NMLinear", "NMPattern", "__version__", "register_importance"]
 
-_HOME = {"EGGSConfig": "config", "EGGSPruner": "pruner", "NMLinear": "nn", "NMPattern": "pattern"}
+_HOME = {
+    "EGGSConfig": "config",
+    "EGGSPruner": "pruner",
+    "NMLinear": "nn",
+    "NMPattern": "pattern",
+    "register_importance": "importance",
+}
 
 register()
 install_in_peft()

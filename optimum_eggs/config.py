@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import validation as check
 from .errors import ConfigError
-from .importance import IMPORTANCE
+from .importance import IMPORTANCE, unknown_importance
 from .packing import FORMAT_VERSION
 from .pattern import NMPattern
 from .presets import METHOD, PRESETS, preset
@@ -39,8 +39,8 @@ class EGGSConfig(QuantizationConfigMixin):
             once the values are not those of a preset.
         solver: How a layer's mask is found: `"score"` (by importance), `"admm"` (together with the values) or
             `"sparsegpt"` (from left to right, with the published updates; knows no floor).
-        importance: The score of a weight: `"ria"`, `"wanda"` or `"magnitude"`. For `solver="score"`, `permutation` and
-            `allocation`.
+        importance: The score of a weight: `"ria"`, `"wanda"`, `"magnitude"`, or one that you made known with
+            `register_importance`. For `solver="score"`, `permutation` and `allocation`.
         exponent: RIA's power of the input's norm.
         selection: How the floor on the inputs' degrees is kept: `"optimal"` (the best mask there is under the floor),
             `"diagonal"` (whole wrapped diagonals of m x m tiles, as published) or `"none"`.
@@ -148,7 +148,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.n, self.m = chosen.n, chosen.m
 
         given = {key: value for key, value in locals().items() if key in METHOD and value is not None}
-        self._set_method(_preset_values(preset), given, band, chosen)
+        self._set_method(_preset_values(preset), given, band, chosen, stored=pruned_modules is not None)
 
         self.calibration = calibration
         self.split = check.text("split", split)
@@ -173,11 +173,11 @@ class EGGSConfig(QuantizationConfigMixin):
         return NMPattern(self.n, self.m)
 
     def _set_method(
-        self, base: Mapping[str, Any], given: Mapping[str, Any], band: int | None, pattern: NMPattern
+        self, base: Mapping[str, Any], given: Mapping[str, Any], band: int | None, pattern: NMPattern, stored: bool
     ) -> None:
         value = {**base, **given}
         self.solver = check.one_of("solver", value["solver"], SOLVERS)
-        self.importance = check.one_of("importance", value["importance"], IMPORTANCE)
+        self.importance = _importance(value["importance"], stored)
         self.exponent = check.number("exponent", value["exponent"], least=0)
         self.selection = check.one_of("selection", value["selection"], SELECTIONS)
         self.min_degree = _min_degree(given.get("min_degree"), base["min_degree"], self.selection, pattern)
@@ -248,6 +248,13 @@ def _pattern(pattern: str | NMPattern | None, n: int | None, m: int | None) -> N
     if pattern is not None and NMPattern.parse(pattern) != chosen:
         raise ConfigError(f"pattern={pattern!r} contradicts n={n}, m={m}; pass one of the two")
     return chosen
+
+
+def _importance(name: Any, stored: bool) -> str:
+    """The name of a score; of a model already pruned, one that was registered elsewhere too: loading needs no score."""
+    if not isinstance(name, str) or not (name in IMPORTANCE or (stored and name.isidentifier())):
+        raise ConfigError(unknown_importance(name))
+    return name
 
 
 def _possible_patterns(config: EGGSConfig) -> list[NMPattern]:

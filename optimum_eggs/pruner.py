@@ -150,12 +150,16 @@ class EGGSPruner(OptimumQuantizer):
                 self.tokenizer.save_pretrained(folder)
             self.report.save(folder / REPORT_NAME)
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> str:
+    def push_to_hub(
+        self: EGGSPruner | str | Path, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any
+    ) -> str:
         """Push the packed model, its tokenizer, its report and its card to the Hub, in one commit.
+
+        Called on the class, it pushes a model that is saved: `EGGSPruner.push_to_hub("out", "me/model-2-4")`.
 
         Args:
             repo_id: Where to; it is created if it is not there.
-            max_shard_size: As for [`save_pretrained`].
+            max_shard_size: As for [`save_pretrained`]. The files of a folder are pushed as they are.
             options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description` and `tags`, as
                 for transformers.
 
@@ -166,8 +170,11 @@ class EGGSPruner(OptimumQuantizer):
             ModelError: as [`save_pretrained`].
             HubError: the Hub refused, or could not be reached; nothing was published.
         """
-        from .sharing import save_and_push
+        from .sharing import push_folder, save_and_push
 
+        if isinstance(self, str | Path):
+            info = push_folder(self, repo_id, **options)
+            return info.pr_url or info.commit_url
         return save_and_push(partial(self.save_pretrained, max_shard_size=max_shard_size), repo_id, **options)
 
 

@@ -38,7 +38,7 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
             r"preset='slow' is unknown; use one of \['fast', 'best', 'paper', 'alps', 'sparsegpt', 'ria', .*\]",
         ),
         ({"preset": ["fast"]}, r"preset=\['fast'\] is unknown"),
-        ({"importance": "size"}, r"importance='size' is unknown; use one of \['magnitude', 'wanda', 'ria'\]"),
+        ({"importance": "size"}, r"importance='size' is unknown; use one of \['magnitude', 'ria', 'wanda'\], or make"),
         ({"selection": "best"}, r"selection='best' is unknown; use one of \['optimal', 'diagonal', 'none'\]"),
         ({"weight_update": "sgd"}, r"weight_update='sgd' is unknown; use one of \['refit', 'none'\]"),
         ({"sampling": ["random"]}, r"sampling=\['random'\] is unknown; use one of \['random', 'sequential'\]"),

@@ -46,7 +46,8 @@ def test_optimum_cli_starts_without_importing_torch(python):
 
 
 def test_exports():
-    assert set(optimum_eggs.__all__) == {"EGGSConfig", "EGGSPruner", "NMLinear", "NMPattern", "__version__"}
+    classes = {"EGGSConfig", "EGGSPruner", "NMLinear", "NMPattern"}
+    assert set(optimum_eggs.__all__) == {*classes, "register_importance", "__version__"}
     assert all(getattr(optimum_eggs, name) for name in optimum_eggs.__all__)
     assert set(optimum_eggs.__all__) <= set(dir(optimum_eggs))
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):

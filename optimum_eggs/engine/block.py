@@ -15,6 +15,7 @@ from ..calibration import DenseTwin, GramAccumulator, Walk
 from ..config import EGGSConfig
 from ..errors import NumericalError
 from ..importance import importance_score
+from ..masks import Shortfall, shortfall, topn_mask
 from ..masks.certificate import certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
@@ -26,7 +27,7 @@ from .fold import find_folds, permute_block
 from .plan import PrunePlan
 from .precision import in_float32
 from .report import DenseLayer, LayerReport
-from .solve import check_finite, solve_layer
+from .solve import Solution, check_finite, solve_layer
 from .tune import BlockTuning, tune_block
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class _Solved:
     error_without_floor: float | None
     tokens: int
     permutation_gain: float | None
+    scores_alone: Shortfall | None
 
     def mask(self) -> Tensor:
         return unpack_mask(self.mask_bits, dense_weight(self.module).shape[1])
@@ -177,6 +179,7 @@ def _prune_layer(
             )
     with meter.stage("report"):
         error = relative_error(found.target, pruned.to(torch.float32), statistics.gram)
+        scores_alone = _scores_alone(found, statistics, config, pattern)
     # Written in place, so that the rest of the block runs on it; packed when the block is done.
     stored.copy_(pruned)
     return _Solved(
@@ -189,7 +192,19 @@ def _prune_layer(
         found.error_without_floor,
         statistics.tokens,
         permutation_gain,
+        scores_alone,
     )
+
+
+def _scores_alone(
+    found: Solution, statistics: GramAccumulator, config: EGGSConfig, pattern: NMPattern
+) -> Shortfall | None:
+    """What the largest scores alone would have lacked of the layer's floor."""
+    if not found.floor.min_degree:
+        return None
+    norms = statistics.gram.diagonal().sqrt()
+    score = importance_score(config.importance, found.target, norms, config.exponent)
+    return shortfall(topn_mask(score, pattern), pattern, found.floor.min_degree, found.floor.band)
 
 
 def _pack_layer(solved: _Solved, block: nn.Module, prefix: str, index: int, meter: Meter) -> LayerReport:
@@ -215,4 +230,5 @@ def _pack_layer(solved: _Solved, block: nn.Module, prefix: str, index: int, mete
         solved.floor.band,
         solved.error_without_floor,
         solved.permutation_gain,
+        solved.scores_alone,
     )

@@ -11,10 +11,12 @@ from typing import Any
 
 from ..errors import ModelError
 from ..masks.certificate import Certificate
+from ..masks.shortfall import Shortfall
 from .tune import BlockTuning
 
 REPORT_VERSION = 1
 REPORT_NAME = "report.json"
+_MEASURED = ("evaluations", "tasks", "benchmark", "recovery")  # parts that other commands than `prune` put in
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class LayerReport:
         min_degree, band: The floor that it was pruned under; `min_degree` is 0 without one.
         error_without_floor: The relative error it would have had without the floor, if the floor was chosen by it.
         permutation_gain: Share of score that reordering its inputs won, if that was tried.
+        scores_alone: What the mask of the largest importance scores, without the floor, would have lacked of it; None
+            without a floor.
     """
 
     name: str
@@ -41,6 +45,7 @@ class LayerReport:
     band: int = 1
     error_without_floor: float | None = None
     permutation_gain: float | None = None
+    scores_alone: Shortfall | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
 def without_measurements(report: dict[str, Any]) -> dict[str, Any]:
     """The report of a model whose weights have changed since: without what was measured on the old ones."""
-    return {key: value for key, value in report.items() if key not in ("evaluations", "benchmark", "recovery")}
+    return {key: value for key, value in report.items() if key not in _MEASURED}
 
 
 def library_versions() -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""Judging a model: perplexity, two models compared, and what a model takes on disk."""
+"""Judging a model: perplexity, tasks, two models compared, and what a model takes on disk."""
 
 from .paired import Comparison, Estimate, compare
 from .perplexity import Perplexity, perplexity
 from .reading import Reading, read
 from .size import ModelSize, model_size
+from .tasks import Score, TaskRunner, TaskScore, task_differences
 
 __all__ = [
     "Comparison",
@@ -11,8 +12,12 @@ __all__ = [
     "ModelSize",
     "Perplexity",
     "Reading",
+    "Score",
+    "TaskRunner",
+    "TaskScore",
     "compare",
     "model_size",
     "perplexity",
     "read",
+    "task_differences",
 ]

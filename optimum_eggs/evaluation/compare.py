@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,27 @@ from .paired import Comparison, compare
 from .perplexity import Perplexity, perplexity_of
 from .reading import read
 from .size import ModelSize, model_size
+from .tasks import TaskRunner, TaskScore
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Perplexity and size of the model in `folder`."""
+    """What was measured of the model in `folder`: its size, and what was asked for."""
 
     folder: str
     dtype: str
-    perplexity: Perplexity
     size: ModelSize
     pruned_layers: list[str]
-    token_digest: str
+    perplexity: Perplexity | None = None
+    token_digest: str | None = None
+    tasks: list[TaskScore] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types, without the single answers of the tasks."""
+        found = asdict(self)
+        for task in found["tasks"]:
+            del task["by_document"]
+        return found
 
 
 def evaluation_windows(
@@ -68,52 +77,83 @@ def evaluation_windows(
 
 
 def evaluate(folders: Sequence[str], args: Any) -> tuple[list[Evaluation], Comparison | None]:
-    """Load one or two models, and measure them on the same windows as the command-line `args` say.
+    """Load one or two models, and measure them on the same windows and tasks as the command-line `args` say.
 
     Args:
         folders: Saved models; with two, both are in memory at once, and the first is compared with the second.
-        args: With text, split, text_column, seq_len, stride, num_windows, batch_size and dtype.
+        args: With text, split, text_column, seq_len, stride, num_windows, batch_size and dtype; with tasks,
+            include_path, num_fewshot, limit and apply_chat_template. `text` or `tasks` may be None.
 
     Raises:
-        EGGSError: a model or the text cannot be used, or the two models' tokenizers differ.
+        EGGSError: a model, the text or a task cannot be used, or the two models' tokenizers differ.
     """
-    stride = args.seq_len if args.stride is None else args.stride
+    if args.text is None and not args.tasks:
+        raise ConfigError("there is nothing to judge on; give --text, --tasks or both")
     for folder in folders:
         if not Path(folder).is_dir():
             raise ModelError(f"{folder}: there is no such folder; save the model first, its files are measured too")
         read_headers(weight_files(folder))
-    models, windows, digest, text_bytes = [], None, "", None
-    for folder in folders:
-        tokenizer = load_tokenizer(folder)
-        cut = evaluation_windows(
-            args.text, tokenizer, args.seq_len, args.num_windows, args.split, args.text_column, stride
-        )
-        if windows is None:
-            windows, digest, text_bytes = cut, windows_digest(cut), predicted_bytes(cut, tokenizer, stride)
-        elif windows_digest(cut) != digest:
-            raise ModelError(f"{folder}: its tokenizer cuts the text differently, so the two cannot be compared")
-        model = load_model(folder, dtype=args.dtype).eval()
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(context, int) and args.seq_len > context:
-            raise CalibrationError(
-                f"seq_len={args.seq_len} is more than the model's context of {context}; lower seq_len"
-            )
-        models.append(model)
-    assert windows is not None
-    reading = read(models, windows, args.batch_size, args.seq_len - stride)
+    runner = _task_runner(args) if args.tasks else None
+    tokenizers = [load_tokenizer(folder) for folder in folders]
+    windows = None if args.text is None else _common_windows(folders, tokenizers, args)
+    models = [load_model(folder, dtype=args.dtype).eval() for folder in folders]
     packed = list(packed_layers(models[0]))
     evaluations = [
         Evaluation(
             folder,
             str(model.dtype).removeprefix("torch."),
-            perplexity_of(reading, index, windows, text_bytes),
             model_size(model, folder, packed if index else None),
             list(packed_layers(model)),
-            digest,
         )
         for index, (folder, model) in enumerate(zip(folders, models, strict=True))
     ]
-    return evaluations, compare(reading) if len(models) == 2 else None
+    comparison = None
+    if windows is not None:
+        stride = args.seq_len if args.stride is None else args.stride
+        for model in models:
+            _check_context(model, args.seq_len)
+        reading = read(models, windows, args.batch_size, args.seq_len - stride)
+        text_bytes, digest = predicted_bytes(windows, tokenizers[0], stride), windows_digest(windows)
+        evaluations = [
+            replace(found, perplexity=perplexity_of(reading, index, windows, text_bytes), token_digest=digest)
+            for index, found in enumerate(evaluations)
+        ]
+        comparison = compare(reading) if len(models) == 2 else None
+    if runner is not None:
+        evaluations = [
+            replace(found, tasks=runner.run(model, tokenizer))
+            for found, model, tokenizer in zip(evaluations, models, tokenizers, strict=True)
+        ]
+    return evaluations, comparison
+
+
+def _task_runner(args: Any) -> TaskRunner:
+    return TaskRunner.create(
+        args.tasks,
+        include_path=args.include_path,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        apply_chat_template=args.apply_chat_template,
+        batch_size=args.batch_size,
+    )
+
+
+def _common_windows(folders: Sequence[str], tokenizers: Sequence[Any], args: Any) -> Tensor:
+    """The windows of the text, if all tokenizers cut it into the same."""
+    cuts = [
+        evaluation_windows(args.text, each, args.seq_len, args.num_windows, args.split, args.text_column, args.stride)
+        for each in tokenizers
+    ]
+    for folder, cut in zip(folders, cuts, strict=True):
+        if windows_digest(cut) != windows_digest(cuts[0]):
+            raise ModelError(f"{folder}: its tokenizer cuts the text differently, so the two cannot be compared")
+    return cuts[0]
+
+
+def _check_context(model: Any, seq_len: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and seq_len > context:
+        raise CalibrationError(f"seq_len={seq_len} is more than the model's context of {context}; lower seq_len")
 
 
 def predicted_bytes(windows: Tensor, tokenizer: Any, stride: int) -> int | None:

@@ -3,7 +3,16 @@
 from .diagonal import diagonal_mask
 from .expander import expander_mask
 from .permutation import channel_order
+from .shortfall import Shortfall, shortfall
 from .swap import swap_mask
 from .topn import topn_mask
 
-__all__ = ["channel_order", "diagonal_mask", "expander_mask", "swap_mask", "topn_mask"]
+__all__ = [
+    "Shortfall",
+    "channel_order",
+    "diagonal_mask",
+    "expander_mask",
+    "shortfall",
+    "swap_mask",
+    "topn_mask",
+]

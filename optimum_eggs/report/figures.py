@@ -42,11 +42,23 @@ def _by_kind(report: Report, value: Callable[[dict[str, Any]], float]) -> dict[s
     return kinds
 
 
-def _per_layer(report: Report, title: str, y: str, value: Callable[[dict[str, Any]], float]) -> tuple[Figure, Any]:
+def _per_layer(
+    report: Report,
+    title: str,
+    y: str,
+    value: Callable[[dict[str, Any]], float],
+    before: Callable[[dict[str, Any]], float] | None = None,
+) -> tuple[Figure, Any]:
+    """A line for each kind of layer; `before`, if every layer has it, is the same before the floor, dotted."""
     figure, axes = _axes(title, "block", y)
-    for index, (kind, (blocks, values)) in enumerate(_by_kind(report, value).items()):
+    kinds = _by_kind(report, value)
+    for index, (kind, (blocks, values)) in enumerate(kinds.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.plot(blocks, values, label=kind, markersize=3.5, linewidth=1, **style)
+    if before is not None and all(layer.get("scores_alone") for layer in report["layers"]):
+        for index, (blocks, values) in enumerate(_by_kind(report, before).values()):
+            label = "before the floor" if index == len(kinds) - 1 else None
+            axes.plot(blocks, values, ":", color=COLOURS[index % len(COLOURS)], linewidth=1, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", fontsize=8, ncols=4, framealpha=0)
     return figure, axes
@@ -68,6 +80,7 @@ def least_degrees(report: Report) -> Figure | None:
         "What the weakest input keeps",
         "share of its outputs, %",
         lambda layer: 100 * layer["certificate"]["input_degree_min"] / layer["out_features"],
+        lambda layer: 100 * layer["scores_alone"]["input_degree_min"] / layer["out_features"],
     )
     axes.set_ylim(bottom=0)
     floors = {(layer["min_degree"], layer["band"]) for layer in report["layers"] if "min_degree" in layer}
@@ -86,6 +99,7 @@ def spread_of_degrees(report: Report) -> Figure | None:
         "How unevenly inputs are kept",
         "deviation over mean of degrees",
         lambda layer: layer["certificate"]["input_degree_cv"],
+        lambda layer: layer["scores_alone"]["input_degree_cv"],
     )
     axes.set_ylim(bottom=0)
     return figure
@@ -132,6 +146,20 @@ def perplexities(report: Report) -> Figure | None:
     return _bars("Perplexity (less is better)", "perplexity", bars, ".2f")
 
 
+def tasks(report: Report) -> Figure | None:
+    """The score of the model, and of the dense one, in every task; of metrics that lie between 0 and 1."""
+    bars, spread = [], []
+    for entry in report.get("tasks", []):
+        for name, score in entry["metrics"].items():
+            both = [("dense", COLOURS[6], entry.get("dense", {}).get(name)), ("this model", COLOURS[0], score)]
+            if all(found is None or 0 <= found["value"] <= 1 for _, _, found in both):
+                for who, colour, found in both:
+                    if found is not None:
+                        bars.append((f"{entry['task']}, {name}: {who}", found["value"], colour))
+                        spread.append(found["stderr"] or 0.0)
+    return _bars("Tasks (more is better)", "score, ± standard error", bars, ".3f", spread)
+
+
 def seconds(report: Report) -> Figure | None:
     """What each stage of pruning took."""
     stages = report.get("measurements", {}).get("stages", {})
@@ -171,13 +199,17 @@ def layer_speed(report: Report) -> Figure | None:
     return figure
 
 
-def _bars(title: str, x: str, bars: list[tuple[str, float, str]], style: str) -> Figure | None:
-    """Horizontal bars (label, length, colour), each with its value."""
+def _bars(
+    title: str, x: str, bars: list[tuple[str, float, str]], style: str, spread: list[float] | None = None
+) -> Figure | None:
+    """Horizontal bars (label, length, colour), each with its value, and with a whisker of ± `spread`."""
     if not bars:
         return None
     figure, axes = _axes(title, x, "")
+    if len(bars) > 8:
+        figure.set_figheight(_SIZE[1] * len(bars) / 8)
     labels, values, colours = zip(*bars, strict=True)
-    drawn = axes.barh(range(len(bars)), values, color=colours, height=0.6)
+    drawn = axes.barh(range(len(bars)), values, color=colours, height=0.6, xerr=spread, ecolor="#808080", capsize=2)
     axes.set_yticks(range(len(bars)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.bar_label(drawn, [f"{value:{style}}" for value in values], padding=3, fontsize=8)
@@ -188,6 +220,7 @@ def _bars(title: str, x: str, bars: list[tuple[str, float, str]], style: str) ->
 
 FIGURES: dict[str, Callable[[Report], Figure | None]] = {
     "perplexities": perplexities,
+    "tasks": tasks,
     "errors": errors,
     "tuning": tuning,
     "least_degrees": least_degrees,

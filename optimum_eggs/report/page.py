@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.report import read_report
 from ..errors import ConfigError, ModelError
 from .figures import FIGURES
-from .tile import draw_tile, weakest_tile
+from .tile import draw_tile, shown_tile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 _INK = "#123457"  # stands for the page's text colour while matplotlib draws
 _CAPTIONS = {
     "perplexities": "exp of the mean loss over the tokens predicted.",
+    "tasks": "By lm-evaluation-harness.",
     "errors": "‖(W − Z)X‖²/‖WX‖² on the calibration inputs, before blocks were tuned.",
     "tuning": "Relative error of a block's output, on calibration windows it was not tuned on.",
     "tile": "One group of inputs and one band of outputs, with every weight kept. Without a floor, an input may lose "
     "all of its lines here; with one it keeps at least the number that the floor states.",
-    "least_degrees": "An input that keeps nothing is starved: no output sees it.",
+    "least_degrees": "An input that keeps nothing is starved: no output sees it. Before the floor: the mask of the "
+    "largest importance scores alone.",
     "spread_of_degrees": "Zero is an even share for every input.",
     "gaps": "Of D_out^-½ |Z| D_in^-½. Measured, not promised: a floor on degrees does not imply a gap.",
     "layer_speed": "Dense time over packed time, on the machine named above; above 1 is faster.",
@@ -67,7 +69,7 @@ def report_page(folder: str | Path, figures: str | Path | None = None) -> str:
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
     ink: dict[Any, Any] = dict.fromkeys(coloured, _INK) | {"svg.fonttype": "none"}
     drawn: dict[str, str] = {}
-    for name in [*list(FIGURES)[:3], "tile", *list(FIGURES)[3:]]:
+    for name in [*list(FIGURES)[:4], "tile", *list(FIGURES)[4:]]:
         with matplotlib.rc_context(ink | {"svg.hashsalt": name}):
             figure = _draw(name, folder, report)
             if figure is not None:
@@ -93,7 +95,7 @@ def report_page(folder: str | Path, figures: str | Path | None = None) -> str:
 
 
 def _draw(name: str, folder: str | Path, report: dict[str, Any]) -> Figure | None:
-    return draw_tile(*weakest_tile(folder, report)) if name == "tile" else FIGURES[name](report)
+    return draw_tile(shown_tile(folder, report)) if name == "tile" else FIGURES[name](report)
 
 
 def _svg(figure: Figure) -> str:
@@ -123,6 +125,13 @@ def _summary(report: dict[str, Any]) -> str:
         + f"alibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens"
         + (f", in {took['seconds']:,.0f} s." if took else ".")
     )
+    lacking = [layer["scores_alone"] for layer in report["layers"] if layer.get("scores_alone")]
+    if lacking:
+        short, pairs = (sum(found[key] for found in lacking) for key in ("short", "pairs"))
+        lines.append(
+            f"By the scores alone, {short:,} of {pairs:,} pairs of an input and a band of outputs would fall short of "
+            f"the floor, and {sum(found['starved_inputs'] for found in lacking):,} inputs would be starved."
+        )
     recovered = report.get("recovery")
     if recovered:
         settings = recovered["settings"]

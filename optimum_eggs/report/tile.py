@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -19,36 +21,77 @@ if TYPE_CHECKING:
 _BAND = 16
 
 
-def weakest_tile(folder: str | Path, report: dict[str, Any]) -> tuple[str, int, int, Tensor]:
-    """The tile with the input that keeps least of a band, in the layer whose weakest input keeps the smallest share.
+@dataclass(frozen=True)
+class Tile:
+    """A group of m inputs and a band of outputs of the layer `name`, from `row` and `column` on.
 
-    Returns:
-        The layer's name, its first row and first column, and the mask (rows, m) of the tile.
+    `mask` (rows, m) is what the model keeps; `scores_alone` (rows, m) what the largest scores would have kept, where
+    the report knows it.
+    """
+
+    name: str
+    row: int
+    column: int
+    mask: Tensor
+    scores_alone: Tensor | None = None
+
+
+def shown_tile(folder: str | Path, report: dict[str, Any]) -> Tile:
+    """The tile that shows best what the floor does: the worst of the layer whose scores alone lack most of it.
+
+    Without a floor: the tile with the input that keeps least of a band, in the layer whose weakest input keeps the
+    smallest share.
 
     Raises:
         CheckpointError: the folder holds no whole safetensors checkpoint.
     """
-    layer = min(report["layers"], key=lambda layer: layer["certificate"]["input_degree_min"] / layer["out_features"])
-    entries = read_headers(weight_files(folder))
-    stored = stored_names(entries, [layer["name"]])[layer["name"]]
-    with safe_open(entries[f"{stored}.weight_meta"].file, framework="pt") as file:
-        mask = unpack_mask(file.get_tensor(f"{stored}.weight_meta"), layer["in_features"])
+    layers = report["layers"]
+    known = [layer for layer in layers if layer.get("scores_alone")]
+    if known:
+        layer = max(known, key=lambda layer: layer["scores_alone"]["short"] / layer["scores_alone"]["pairs"])
+        before = layer["scores_alone"]
+        alone = torch.tensor([[kept == "1" for kept in line] for line in before["tile"]])
+        row, column = before["row"], before["column"]
+        mask = _mask(folder, layer)[row : row + len(alone), column : column + alone.shape[1]]
+        return Tile(layer["name"], row, column, mask, alone)
+    layer = min(layers, key=lambda layer: layer["certificate"]["input_degree_min"] / layer["out_features"])
+    mask = _mask(folder, layer)
     height, m = min(_BAND, len(mask)), NMPattern.parse(layer["pattern"]).m
     banded = mask[: len(mask) // height * height].unflatten(0, (-1, height)).sum(1)  # (bands, in)
     weakest = int(banded.flatten().argmin())
     row, column = weakest // mask.shape[1] * height, weakest % mask.shape[1] // m * m
-    return layer["name"], row, column, mask[row : row + height, column : column + m]
+    return Tile(layer["name"], row, column, mask[row : row + height, column : column + m])
 
 
-def draw_tile(name: str, row: int, column: int, mask: Tensor) -> Figure:
+def _mask(folder: str | Path, layer: dict[str, Any]) -> Tensor:
+    entries = read_headers(weight_files(folder))
+    stored = stored_names(entries, [layer["name"]])[layer["name"]]
+    with safe_open(entries[f"{stored}.weight_meta"].file, framework="pt") as file:
+        return unpack_mask(file.get_tensor(f"{stored}.weight_meta"), layer["in_features"])
+
+
+def draw_tile(tile: Tile) -> Figure:
     """Inputs on the left, outputs on the right, a line for every weight kept; the weakest input's lines stand out."""
     from matplotlib.figure import Figure
 
+    graphs = {"": tile.mask}
+    if tile.scores_alone is not None:
+        graphs = {"by the scores alone": tile.scores_alone, "under the floor": tile.mask}
+    weakest = int(next(iter(graphs.values())).sum(0).argmin())
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    for axes, (title, mask) in zip(figure.subplots(1, len(graphs), squeeze=False)[0], graphs.items(), strict=True):
+        _draw_graph(axes, mask, tile, weakest)
+        axes.set_title(title, fontsize=9)
+    figure.suptitle(
+        f"One tile of {tile.name}" if tile.scores_alone is not None else f"The weakest input of\n{tile.name}",
+        fontsize=10,
+    )
+    return figure
+
+
+def _draw_graph(axes: Any, mask: Tensor, tile: Tile, weakest: int) -> None:
     rows, m = mask.shape
     degrees = mask.sum(0)
-    weakest = int(degrees.argmin())
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axes = figure.subplots()
     places = [(i + 0.5) * rows / m - 0.5 for i in range(m)]
     for output, inner in mask.nonzero().tolist():
         own = inner == weakest
@@ -61,10 +104,10 @@ def draw_tile(name: str, row: int, column: int, mask: Tensor) -> Figure:
     axes.scatter([0] * m, places, s=60, color=[COLOURS[1] if i == weakest else COLOURS[0] for i in range(m)], zorder=3)
     axes.scatter([1] * rows, range(rows), s=24, color=COLOURS[2], zorder=3)
     for i, place in enumerate(places):
-        axes.text(-0.05, place, f"input {column + i}\nkeeps {int(degrees[i])}", ha="right", va="center", fontsize=8)
-    axes.text(1.05, (rows - 1) / 2, f"outputs\n{row} to\n{row + rows - 1}", ha="left", va="center", fontsize=8)
-    axes.set_xlim(-0.45, 1.3)
+        label = f"input {tile.column + i}\nkeeps {int(degrees[i])}"
+        axes.text(-0.08, place, label, ha="right", va="center", fontsize=8)
+    label = f"outputs\n{tile.row} to\n{tile.row + rows - 1}"
+    axes.text(1.08, (rows - 1) / 2, label, ha="left", va="center", fontsize=8)
+    axes.set_xlim(-0.75, 1.6)
     axes.invert_yaxis()
     axes.axis("off")
-    axes.set_title(f"The weakest input of\n{name}", fontsize=10)
-    return figure

@@ -19,7 +19,7 @@ _COMPARED = {
     "kl_divergence": "KL divergence from the dense model, nats a token",
     "top1_agreement": "tokens with the dense model's most likely next one",
 }
-_FIGURES = ("perplexities", "errors", "tile", "least_degrees")  # those of `optimum-cli eggs report --figures`
+_FIGURES = ("perplexities", "tasks", "errors", "tile", "least_degrees")  # those of `optimum-cli eggs report --figures`
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -106,6 +106,17 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
                     metric_value=round(value, 4),
                 )
             )
+    for entry in report.get("tasks", []):
+        for metric, score in entry["metrics"].items():
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=entry["task"],
+                    dataset_name=entry["task"],
+                    metric_type=metric,
+                    metric_value=round(score["value"], 4),
+                )
+            )
     return found
 
 
@@ -166,6 +177,11 @@ def _measured(report: dict[str, Any]) -> str:
             if found:
                 span = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
                 lines.append(f"| {label} | {where} | {found['value']:.3f}{span} | |")
+    for entry in report.get("tasks", []):
+        where = f"{entry['task']} (lm-evaluation-harness, version {entry['version']}), {entry['conditions']}"
+        for metric, score in entry["metrics"].items():
+            theirs = entry.get("dense", {}).get(metric)
+            lines.append(f"| {metric} | {where} | {_score(score)} | {'' if theirs is None else _score(theirs)} |")
     recovered = report.get("recovery")
     if recovered:
         change = f"{recovered['perplexity_after']:.2f} (before: {recovered['perplexity_before']:.2f})"
@@ -177,6 +193,10 @@ def _measured(report: dict[str, Any]) -> str:
         for key, label in (("decode_speed", "decode, tokens/s"), ("prefill_speed", "prefill, tokens/s")):
             lines.append(f"| {label} | {where} | {ours[key]:.1f} | {f'{rest[0][key]:.1f}' if rest else ''} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _score(score: dict[str, Any]) -> str:
+    return f"{score['value']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
 
 
 def _certificate(report: dict[str, Any]) -> str:

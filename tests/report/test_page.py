@@ -15,7 +15,7 @@ from optimum_eggs.cli.main import main
 from optimum_eggs.errors import ModelError
 from optimum_eggs.packing import pack_mask, unpack_mask
 from optimum_eggs.report import report_page
-from optimum_eggs.report.tile import weakest_tile
+from optimum_eggs.report.tile import shown_tile
 from optimum_eggs.sharing import model_card
 
 pytest.importorskip("matplotlib")
@@ -25,7 +25,7 @@ pytest.importorskip("matplotlib")
 def folder(packed_folder, tmp_path):
     shutil.copytree(packed_folder, tmp_path / "model")
     report = json.loads((tmp_path / "model" / "report.json").read_text())
-    for key in ("evaluations", "benchmark", "recovery"):
+    for key in ("evaluations", "tasks", "benchmark", "recovery"):
         report.pop(key, None)  # other tests measure the folder
     (tmp_path / "model" / "report.json").write_text(json.dumps(report))
     return tmp_path / "model"
@@ -78,20 +78,45 @@ def test_what_was_not_measured_is_not_drawn(folder):
         "metrics": {"perplexity": 12.5},
         "dense": {"perplexity": 11.25},
     }
+    score = {"value": 0.625, "stderr": 0.03125}
+    task = {"task": "choice", "version": "1", "conditions": "9 documents", "metrics": {"acc": score}}
+    ungraded = {
+        "task": "other",
+        "version": "1",
+        "conditions": "9 documents",
+        "metrics": {"words": score | {"value": 40}},
+    }
     row = {"out_features": 8, "in_features": 4, "tokens": 1, "ratio": 1.5}
     speeds = [{"decode_speed": 20.0}, {"decode_speed": 10.0}]
     machine = {"processor": "a <processor>", "threads": 2}
-    edit(folder, evaluations=[evaluation], benchmark={"machine": machine, "layers": [row], "models": speeds})
+    benchmark = {"machine": machine, "layers": [row], "models": speeds}
+    edit(folder, evaluations=[evaluation], tasks=[task, ungraded], benchmark=benchmark)
     page = report_page(folder)
-    assert len(captions(page)) == len(before) + 2
+    assert len(captions(page)) == len(before) + 3
+    assert "choice, acc: this model" in page
+    assert "0.625" in page
+    assert "other, words" not in page  # no share: it would not fit the axis
     assert "12.50" in page
     assert "some.txt: dense" in page
     assert "Decodes 20.0 tokens/s, dense 10.0, on a &lt;processor&gt;, 2 threads." in page
 
 
-def test_the_weakest_tile_is_found(folder):
+def test_the_tile_shown_is_where_the_scores_alone_lack_most_of_the_floor(folder):
     report = json.loads((folder / "report.json").read_text())
     layer = report["layers"][3]
+    mask = unpack_mask(load_file(folder / "model.safetensors")[f"{layer['name']}.weight_meta"], layer["in_features"])
+    layer["scores_alone"] |= {"short": 9, "pairs": 10, "row": 16, "column": 8, "tile": ["1100"] * 15 + ["0101"]}
+    tile = shown_tile(folder, report)
+    assert (tile.name, tile.row, tile.column) == (layer["name"], 16, 8)
+    assert torch.equal(tile.mask, mask[16:32, 8:12])
+    assert tile.scores_alone.int().tolist() == [[1, 1, 0, 0]] * 15 + [[0, 1, 0, 1]]
+
+
+def test_without_a_floor_the_tile_shown_is_the_weakest(folder):
+    report = json.loads((folder / "report.json").read_text())
+    layer = report["layers"][3]
+    for each in report["layers"]:
+        each["scores_alone"] = None
     tensors = load_file(folder / "model.safetensors")
     mask = torch.ones(layer["out_features"], layer["in_features"], dtype=torch.bool)
     mask[16:32, 9] = False
@@ -99,10 +124,14 @@ def test_the_weakest_tile_is_found(folder):
     tensors[f"{layer['name']}.weight_meta"] = pack_mask(mask)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     layer["certificate"]["input_degree_min"] = 0
-    name, row, column, tile = weakest_tile(folder, report)
-    assert (name, row, column) == (layer["name"], 16, 8)
-    assert torch.equal(tile, mask[16:32, 8:12])
-    assert unpack_mask(pack_mask(mask), layer["in_features"]).equal(mask)
+    tile = shown_tile(folder, report)
+    assert (tile.name, tile.row, tile.column) == (layer["name"], 16, 8)
+    assert torch.equal(tile.mask, mask[16:32, 8:12])
+    assert tile.scores_alone is None
+    (folder / "report.json").write_text(json.dumps(report))
+    page = report_page(folder)
+    assert "By the scores alone" not in page
+    assert "The weakest input of" in page
 
 
 def test_the_command_writes_the_page_and_pictures_for_the_card(folder, tmp_path, capsys):

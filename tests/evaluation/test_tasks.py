@@ -1,0 +1,170 @@
+"""Tasks of lm-evaluation-harness: against choices scored by hand, and into report, page and card."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from optimum_eggs.cli.main import main
+from optimum_eggs.errors import ConfigError
+from optimum_eggs.evaluation import Score, TaskRunner, TaskScore, task_differences
+from optimum_eggs.evaluation.tasks import scores
+from optimum_eggs.report import report_page
+from optimum_eggs.sharing import model_card
+
+pytest.importorskip("lm_eval")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    command = [sys.executable, EXAMPLES / "make_task.py", EXAMPLES / "data" / "judge.txt", folder]
+    subprocess.run([*command, "--context", "6", "--words", "3", "--questions", "12"], check=True)
+    return folder
+
+
+@torch.no_grad()
+def accuracy_by_hand(folder, tokenizer, questions):
+    """The share of questions whose right continuation is the likeliest."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    right = []
+    for question in questions:
+        start = tokenizer(question["context"], add_special_tokens=False)["input_ids"]
+        chances = []
+        for choice in question["choices"]:
+            whole = tokenizer(f"{question['context']} {choice}", add_special_tokens=False)["input_ids"]
+            logits = model(torch.tensor([whole])).logits[0, :-1].log_softmax(-1)
+            own = range(len(start), len(whole))
+            chances.append(sum(float(logits[place - 1, whole[place]]) for place in own))
+        right.append(chances.index(max(chances)) == question["answer"])
+    return sum(right) / len(right)
+
+
+def test_results_are_right_and_reach_report_page_and_card(
+    packed_folder, dense_folder, tokenizer, task_folder, tmp_path, capsys
+):
+    folder = shutil.copytree(packed_folder, tmp_path / "packed")
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(report | {"evaluations": [], "tasks": []}))
+    options = ["--tasks", "continuation", "--include-path", str(task_folder), "--batch-size", "4"]
+    for _ in range(2):  # the second takes the first's place
+        assert main(["evaluate", str(folder), "--against", str(dense_folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "continuation (12 documents, 0 examples each)" in printed
+    assert "perplexity" not in printed
+
+    questions = [json.loads(line) for line in (task_folder / "continuation.jsonl").read_text().splitlines()]
+    ours, theirs = (accuracy_by_hand(each, tokenizer, questions) for each in (folder, dense_folder))
+    (entry,) = json.loads((folder / "report.json").read_text())["tasks"]
+    assert entry["metrics"]["acc"]["value"] == pytest.approx(ours)
+    assert entry["dense"]["acc"]["value"] == pytest.approx(theirs)
+    assert entry["difference"]["acc"]["value"] == pytest.approx(ours - theirs)
+    assert entry["difference"]["acc"]["low"] <= ours - theirs <= entry["difference"]["acc"]["high"]
+    assert entry["metrics"]["acc"]["stderr"] > 0
+
+    card = model_card(folder, "me/tiny")
+    row = "| acc | continuation (lm-evaluation-harness, version 1.0), 12 documents, 0 examples each, float32 |"
+    assert f"{row} {ours:.3f} ± " in card.text
+    (result,) = card.data.to_dict()["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "continuation"
+    assert result["metrics"][0]["value"] == round(ours, 4)
+    page = report_page(folder)
+    assert "continuation, acc: dense" in page
+    assert "continuation, acc: this model" in page
+
+
+def test_json_and_text_and_tasks_together(packed_folder, text_file, task_folder, capsys):
+    options = ["--tasks", "continuation", "--include-path", str(task_folder), "--limit", "4", "--no-record"]
+    text = ["--text", str(text_file), "--seq-len", "16", "--num-windows", "2"]
+    before = (packed_folder / "report.json").read_text()
+    assert main(["evaluate", str(packed_folder), *options, *text, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["model"]
+    assert found["perplexity"]["tokens"] == 2 * 15
+    (task,) = found["tasks"]
+    assert (task["task"], task["documents"], task["num_fewshot"]) == ("continuation", 4, 0)
+    assert set(task["metrics"]["acc"]) == {"value", "stderr"}
+    assert (packed_folder / "report.json").read_text() == before
+
+
+def test_a_group_asked_for_is_one_row_and_its_tasks_are_not():
+    row = {"acc,none": 0.5, "acc_stderr,none": 0.25, "alias": "a", "match,strict": 0.25, "match_stderr,strict": "N/A"}
+    samples = [
+        {"doc_id": 1, "filter": "none", "acc": 0.0},
+        {"doc_id": 0, "filter": "none", "acc": 1.0},
+        {"doc_id": 0, "filter": "strict", "match": 1.0},
+        {"doc_id": 1, "filter": "strict", "match": 1.0},
+    ]
+    found = {
+        "results": {"one": row, "two": row, "three": row},
+        "groups": {"pair": row},
+        "group_subtasks": {"pair": ["one", "two"], "three": []},
+        "n-samples": {name: {"original": 9, "effective": 2} for name in ("one", "two", "three")},
+        "n-shot": {"one": 0, "two": 5, "three": 3},
+        "versions": {"pair": 2, "three": 1.0},
+        "samples": {"one": [], "two": [], "three": samples},
+    }
+    group, task = scores(found, ["pair", "three"])
+    metrics = {"acc": Score(0.5, 0.25), "match (strict)": Score(0.25, None)}
+    assert group == TaskScore("pair", "2", None, 4, metrics, {})
+    # `match` is 1 in both documents but 0.25 as a whole: no mean, so no difference can be made of it.
+    assert task == TaskScore("three", "1.0", 3, 2, metrics, {"acc": [1.0, 0.0]})
+    assert [each.task for each in scores(found, ["one", "two", "three"])] == ["one", "two", "three"]
+
+
+def test_differences_pair_the_documents():
+    def score(values):
+        return TaskScore("t", "1", 0, len(values), {}, {"acc": values})
+
+    found = task_differences(score([1.0, 1.0, 0.0, 1.0]), score([1.0, 0.0, 0.0, 0.0]))["acc"]
+    # differences 0, 1, 0, 1: mean 1/2, standard error 1/√12, t of 3 degrees of freedom 3.182
+    assert found.value == 0.5
+    assert found.high - found.value == pytest.approx(3.182446 / 12**0.5, rel=1e-5)
+    assert task_differences(score([1.0]), score([1.0, 0.0])) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to judge on; give --text, --tasks or both"),
+        (["--tasks", "arc_eazy"], "task 'arc_eazy' is unknown to lm-evaluation-harness; did you mean arc_easy"),
+        (["--tasks", "arc_easy", "--include-path", "nowhere"], "include_path='nowhere' is no folder"),
+        (["--tasks", "arc_easy", "--limit", "0"], "limit=0 must be at least 1"),
+        (["--tasks", "arc_easy", "--num-fewshot", "-1"], "num_fewshot=-1 must be at least 0"),
+    ],
+)
+def test_bad_input_is_refused(packed_folder, options, message, capsys):
+    assert main(["evaluate", str(packed_folder), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_task_whose_data_are_missing_is_refused(packed_folder, tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text(
+        "task: broken\ndataset_path: json\ndataset_kwargs:\n  data_files: {test: /nowhere/at/all.jsonl}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: [a, b]\ndoc_to_target: 0\n"
+    )
+    assert main(["evaluate", str(packed_folder), "--tasks", "broken", "--include-path", str(tmp_path)]) == 2
+    assert "tasks=['broken']: cannot be run: " in capsys.readouterr().err
+
+
+def test_without_the_harness_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(ConfigError, match=r"pip install 'optimum-eggs\[eval\]'"):
+        TaskRunner.create(["arc_easy"])
+
+
+def test_a_text_too_short_for_four_questions_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "short.txt").write_text("only a few words")
+    monkeypatch.setattr(sys, "argv", ["make_task.py", str(tmp_path / "short.txt"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "make_task.py"), run_name="__main__")
+    assert "has 4 words" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

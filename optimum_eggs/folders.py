@@ -48,12 +48,17 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         partial.chmod(0o755)  # mkdtemp makes it private
         yield partial
-        if path.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            path.rename(old / path.name)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Make the finished folder `partial` be `path`, in place of a folder that is there."""
+    if not path.is_dir():
+        partial.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    path.rename(old / path.name)
+    partial.rename(path)
+    shutil.rmtree(old)

@@ -21,7 +21,7 @@ LAYERS = [
     ["calibration"],
     ["engine"],
     ["hf"],
-    ["pruner", "inspection", "evaluation", "speed"],
+    ["pruner", "inspection", "evaluation", "speed", "streaming"],
     ["recovery", "sharing", "report"],
     ["cli"],
     ["__init__", "__main__"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +32,9 @@ class BlockProvider(Protocol):
     def release(self, index: int) -> None:
         """Block `index` is done with."""
 
+    def entered(self) -> None:
+        """All windows are before the first block: what is outside the blocks is done with."""
+
     def run(self, window: Tensor) -> None:
         """Run the whole model on windows (batch, tokens); the walk replaces what its blocks do."""
 
@@ -56,6 +59,9 @@ class InMemoryBlocks:
 
     def release(self, index: int) -> None:
         """Nothing: the block stays."""
+
+    def entered(self) -> None:
+        """Nothing: the rest of the model stays too."""
 
     def run(self, window: Tensor) -> None:
         """Run the model on windows (batch, tokens)."""
@@ -84,7 +90,7 @@ class DenseTwin:
     """A block as it was before it was pruned, the hidden states of the dense model before it, and a layer of it."""
 
     block: nn.Module
-    hidden: list[Tensor]
+    hidden: Sequence[Tensor]
     linear: nn.Module
 
 
@@ -103,6 +109,7 @@ class Walk:
         windows: Token ids (windows, tokens).
         batch_size: Windows run at a time.
         meter: Counts the seconds of `"forward"` and `"statistics"`.
+        store: Makes the lists that hidden states are held in: in memory, or on disk.
 
     Attributes:
         hidden: Hidden states before the block at hand, batch by batch, as the pruned blocks before it give them.
@@ -111,9 +118,16 @@ class Walk:
         ModelError: the model does not call each of its blocks once, in order, with the hidden states first.
     """
 
-    def __init__(self, provider: BlockProvider, windows: Tensor, batch_size: int, meter: Meter) -> None:
-        self.provider, self.meter = provider, meter
-        self.hidden: list[Tensor] = []
+    def __init__(
+        self,
+        provider: BlockProvider,
+        windows: Tensor,
+        batch_size: int,
+        meter: Meter,
+        store: Callable[[], MutableSequence[Tensor]] = list,
+    ) -> None:
+        self.provider, self.meter, self.store = provider, meter, store
+        self.hidden = store()
         self._calls: list[list[_Call]] = []  # [batch][block]
         pool: dict[tuple, list[Tensor]] = {}
         with meter.stage("forward"), torch.no_grad():
@@ -123,6 +137,7 @@ class Walk:
                 hidden, calls = _record_calls(provider, first, batch, output)
                 self.hidden.append(hidden)
                 self._calls.append([_shared(call, pool) for call in calls])
+        provider.entered()
 
     def stages(self, block: nn.Module, index: int, linears: dict[str, nn.Module]) -> list[list[str]]:
         """The linears of block `index` in the order they run, those that read the same tensor together.
@@ -202,10 +217,13 @@ class Walk:
                 self.run(block, index, batch)
         return {name: total.sqrt() for name, total in squares.items()}
 
-    def outputs(self, block: nn.Module, index: int, hidden: list[Tensor] | None = None) -> list[Tensor]:
+    def outputs(self, block: nn.Module, index: int, hidden: Sequence[Tensor] | None = None) -> MutableSequence[Tensor]:
         """What block `index` gives for all windows, without moving on. Default of `hidden`: the walk's own."""
+        found = self.store()
         with self.meter.stage("forward"), torch.no_grad():
-            return [self.run(block, index, batch, states) for batch, states in enumerate(hidden or self.hidden)]
+            for batch, states in enumerate(self.hidden if hidden is None else hidden):
+                found.append(self.run(block, index, batch, states))
+        return found
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass all windows through block `index`."""

@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
     except EGGSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted; {str(error) or 'nothing was written'}", file=sys.stderr)
         return 130
 
 

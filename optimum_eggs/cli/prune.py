@@ -6,9 +6,13 @@ import argparse
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..config import EGGSConfig
+    from ..engine import PruneReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,14 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-dtype", choices=DTYPES, default="auto", help="dtype to save in (default: as loaded)")
     parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
     parser.add_argument("--device", help="device to prune on, such as cuda (default: cpu)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="most memory that the hidden states of the calibration text may take, such as 8GiB; beyond it, they are "
+        "on disk (default: no limit)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a saved model at OUT, and what an interrupted run has left"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
     from ..config import EGGSConfig
     from ..folders import check_output
-    from ..pruner import EGGSPruner
 
     # Everything that can be refused is refused before a model is loaded.
     check_output(args.output, args.overwrite)
@@ -80,15 +91,7 @@ def run(args: argparse.Namespace) -> int:
         targets=args.targets,
         ignore=args.ignore,
     )
-    placement = {"device_map": args.device} if args.device else {}
-    pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **placement)
-    report = pruner.prune(config)
-    pruner.save_pretrained(
-        args.output,
-        overwrite=args.overwrite,
-        dtype=None if args.save_dtype == "auto" else args.save_dtype,
-        max_shard_size=args.max_shard_size,
-    )
+    report = _from_disk(args, config) if _is_on_disk(args) else _in_memory(args, config)
     if args.json:
         print(json.dumps(report.to_dict() | {"output": args.output}))
         return 0
@@ -106,6 +109,52 @@ def run(args: argparse.Namespace) -> int:
         print(f"left dense: {', '.join(layer.name for layer in report.left_dense[:6])}" + _more(report.left_dense, 6))
     print(f"saved to {args.output}")
     return 0
+
+
+def _is_on_disk(args: argparse.Namespace) -> bool:
+    """Whether the model can be read block by block; a GGUF file and pickled weights cannot."""
+    from ..hf.loading import split_gguf
+    from ..streaming import is_streamable
+
+    return split_gguf(args.model, args.gguf_file)[1] is None and is_streamable(args.model)
+
+
+def _from_disk(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
+    """One block in memory at a time."""
+    from ..streaming import prune_checkpoint
+
+    return prune_checkpoint(
+        args.model,
+        args.output,
+        config,
+        dtype=args.dtype,
+        save_dtype=None if args.save_dtype == "auto" else args.save_dtype,
+        device=args.device or "cpu",
+        memory_budget=args.memory_budget,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+
+
+def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
+    """The model as a whole in memory."""
+    from ..pruner import EGGSPruner
+
+    if args.memory_budget is not None:
+        raise ConfigError(
+            f"memory_budget={args.memory_budget!r}: {args.model} has no safetensors files to be read block by block; "
+            "leave --memory-budget out, or save the model as safetensors first"
+        )
+    placement = {"device_map": args.device} if args.device else {}
+    pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **placement)
+    report = pruner.prune(config)
+    pruner.save_pretrained(
+        args.output,
+        overwrite=args.overwrite,
+        dtype=None if args.save_dtype == "auto" else args.save_dtype,
+        max_shard_size=args.max_shard_size,
+    )
+    return report
 
 
 def degree(text: str) -> int | str:

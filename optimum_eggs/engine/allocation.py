@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..calibration import InMemoryBlocks, Walk
+from ..calibration import BlockProvider, Walk
 from ..config import EGGSConfig
 from ..importance import importance_score
 from ..masks import topn_mask
@@ -57,14 +57,13 @@ def allocate(
 
 
 def allocate_by_error(
-    model: nn.Module, plan: PrunePlan, config: EGGSConfig, windows: Tensor, meter: Meter, progress: bool | None
+    blocks: BlockProvider, plan: PrunePlan, config: EGGSConfig, windows: Tensor, meter: Meter, progress: bool | None
 ) -> dict[str, NMPattern]:
     """Patterns for all layers of the plan, by their relative errors in the dense model.
 
     One walk of the dense model; each layer is pruned by score and refitted once for every n it may have, and the sum of
     the relative errors is what is lowered. The model stays as it is.
     """
-    blocks = InMemoryBlocks(model, plan.block_list)
     walk = Walk(blocks, windows, config.batch_size, meter)
     errors: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableSequence, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -39,6 +39,7 @@ class BlockResult:
 
     layers: list[LayerReport]
     tuning: BlockTuning | None = None
+    left_dense: list[DenseLayer] = field(default_factory=list)
 
 
 @dataclass
@@ -64,9 +65,10 @@ class DenseStream:
     """The hidden states of the dense model, block by block, beside those of the pruned one."""
 
     def __init__(self, walk: Walk) -> None:
-        self.walk, self.hidden = walk, list(walk.hidden)
+        self.walk, self.hidden = walk, walk.store()
+        self.hidden.extend(walk.hidden)
 
-    def through(self, block: nn.Module, index: int) -> list[Tensor]:
+    def through(self, block: nn.Module, index: int) -> MutableSequence[Tensor]:
         """What dense block `index` gives."""
         return self.walk.outputs(block, index, self.hidden)
 
@@ -115,17 +117,18 @@ def prune_block(
     if stream is not None and dense_output is not None:
         stream.hidden = dense_output  # with error correction, what went in was needed until here
 
+    left_dense = []
     reached = {layer.name for layer in solved}
     for name in todo.keys() - reached:
         reason = "not reached by the calibration text, or run more than once in its block"
-        plan.left_dense.append(DenseLayer(name, reason, dense_weight(todo[name]).numel()))
+        left_dense.append(DenseLayer(name, reason, dense_weight(todo[name]).numel()))
         logger.warning("%s: left dense: %s", name, reason)
-    return BlockResult([_pack_layer(layer, block, prefix, index, meter) for layer in solved], tuning)
+    return BlockResult([_pack_layer(layer, block, prefix, index, meter) for layer in solved], tuning, left_dense)
 
 
 def _targets(
-    walk: Walk, block: nn.Module, index: int, config: EGGSConfig, dense_output: list[Tensor] | None
-) -> list[Tensor] | None:
+    walk: Walk, block: nn.Module, index: int, config: EGGSConfig, dense_output: MutableSequence[Tensor] | None
+) -> Sequence[Tensor] | None:
     """What the block, still dense, should give once it is pruned; None if it is not to be tuned."""
     if not config.block_tuning:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -34,8 +34,13 @@ class PrunePlan:
         return [name for block in self.layers for name in block]
 
 
-def make_plan(model: nn.Module, config: EGGSConfig) -> PrunePlan:
+def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> PrunePlan:
     """Decide which layers to prune, and check everything about them that can be known before work begins.
+
+    Args:
+        model: The model.
+        config: What to do.
+        loaded: Whether its weights are there; if not, call [`check_weights`] for each block once they are.
 
     Raises:
         ConfigError: a name pattern that matches nothing, or a floor that a layer is too small for.
@@ -64,7 +69,27 @@ def make_plan(model: nn.Module, config: EGGSConfig) -> PrunePlan:
             plan.layers[block][name] = module
             plan.patterns[name] = config.pattern
     _check_layers(plan, config)
+    for layers in plan.layers if loaded else []:
+        check_weights(layers)
     return plan
+
+
+def check_weights(layers: Mapping[str, nn.Module]) -> None:
+    """Raise unless the weights of layers, by name, can be pruned.
+
+    Raises:
+        ModelError: a weight is not in memory.
+        NumericalError: a weight is NaN or infinite.
+    """
+    for name, module in layers.items():
+        weight = dense_weight(module)
+        if weight.device.type == "meta":
+            raise ModelError(
+                f"{name}: its weight is not in memory (device meta), as with offloading to disk; load the model "
+                "without offloading"
+            )
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericalError(f"{name}: the weight holds NaN or infinite values; the checkpoint may be damaged")
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -129,16 +154,9 @@ def _check_layers(plan: PrunePlan, config: EGGSConfig) -> None:
     for layers in plan.layers:
         for name, module in layers.items():
             weight = dense_weight(module)
-            if weight.device.type == "meta":
-                raise ModelError(
-                    f"{name}: its weight is not in memory (device meta), as with offloading to disk; load the model "
-                    "without offloading"
-                )
             check_packable(name, module, config.pattern)
             try:
                 if config.min_degree != AUTO:
                     check_floor(weight.shape[0], least, int(config.min_degree), config.band)
             except ConfigError as error:
                 raise ShapeError(f"{name}: {error}") from error
-            if not bool(torch.isfinite(weight).all()):
-                raise NumericalError(f"{name}: the weight holds NaN or infinite values; the checkpoint may be damaged")

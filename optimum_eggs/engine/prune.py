@@ -1,26 +1,26 @@
-"""Pruning a model in memory."""
+"""Pruning block by block, wherever the blocks come from."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..calibration import InMemoryBlocks, Walk
+from ..calibration import BlockProvider, InMemoryBlocks, Walk
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
 from ..measure import Meter
 from .allocation import allocate_by_error
-from .block import DenseStream, prune_block
-from .plan import make_plan
-from .report import LayerReport, PruneReport
-from .tune import BlockTuning, check_tunable
+from .block import BlockResult, DenseStream, prune_block
+from .plan import PrunePlan, make_plan
+from .report import PruneReport
+from .tune import check_tunable
 
 logger = logging.getLogger(__name__)
 
@@ -51,39 +51,97 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
             NaN or infinite (the blocks before are pruned by then; load the model again).
     """
     plan = make_plan(model, config)
+    check_run(model, config, windows)
+    with Meter() as meter:
+        done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
+    return make_report(plan, config, windows, done, meter)
+
+
+class Keeper(Protocol):
+    """Keeps finished blocks, so that a run that was cut can go on behind them."""
+
+    def __len__(self) -> int:
+        """How many blocks are finished."""
+
+    @property
+    def results(self) -> list[BlockResult]:
+        """What became of them."""
+
+    def restore(self, block: nn.Module, index: int) -> None:
+        """Put what finished block `index` came to into the dense one."""
+
+    def keep(self, block: nn.Module, index: int, result: BlockResult) -> None:
+        """Block `index` is pruned and packed."""
+
+
+def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor) -> None:
+    """Raise unless the windows fit the model, and its blocks can be tuned where that is asked for."""
     _check_windows(windows, model)
     if config.block_tuning:
         check_tunable(model, -(-len(windows) // config.batch_size), config.batch_size)
-    layers: list[LayerReport] = []
-    tuning: list[BlockTuning] = []
-    with Meter() as meter, evaluation_mode(model):
+
+
+@torch.no_grad()
+def prune_blocks(
+    model: nn.Module,
+    blocks: BlockProvider,
+    plan: PrunePlan,
+    config: EGGSConfig,
+    windows: Tensor,
+    meter: Meter,
+    progress: bool | None = None,
+    store: Callable[[], MutableSequence[Tensor]] = list,
+    keeper: Keeper | None = None,
+) -> list[BlockResult]:
+    """Prune the blocks that `blocks` provides, in order, as the plan says. Returns what became of each.
+
+    Blocks that the keeper has finished are not pruned again: the windows pass through what it kept.
+    """
+    done = list(keeper.results) if keeper is not None else []
+    with evaluation_mode(model):
         if config.allocation == "error":
-            plan.patterns = allocate_by_error(model, plan, config, windows, meter, progress)
-        blocks = InMemoryBlocks(model, plan.block_list)
-        walk = Walk(blocks, windows, config.batch_size, meter)
-        stream = DenseStream(walk) if _needs_dense_stream(config) else None
+            plan.patterns = allocate_by_error(blocks, plan, config, windows, meter, progress)
+        walk = Walk(blocks, windows, config.batch_size, meter, store)
+        stream = DenseStream(walk) if needs_dense_stream(config) else None
         bar = tqdm(range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=_quiet(progress))
         for index in bar:
             block = blocks.materialise(index)
-            done = prune_block(walk, block, index, plan, config, meter, stream)
-            layers += done.layers
-            tuning += [done.tuning] if done.tuning else []
+            if keeper is not None and index < len(keeper):
+                if stream is not None:
+                    stream.hidden = stream.through(block, index)
+                keeper.restore(block, index)
+                walk.advance(block, index)
+                plan.layers[index] = {}
+            else:
+                done.append(prune_block(walk, block, index, plan, config, meter, stream))
+                if keeper is not None:
+                    keeper.keep(block, index, done[-1])
             blocks.release(index)
-            if done.layers:
-                bar.set_postfix(error=f"{sum(layer.relative_error for layer in done.layers) / len(done.layers):.4f}")
+            if done[index].layers:
+                errors = [layer.relative_error for layer in done[index].layers]
+                bar.set_postfix(error=f"{sum(errors) / len(errors):.4f}")
+    return done
+
+
+def make_report(
+    plan: PrunePlan, config: EGGSConfig, windows: Tensor, done: Sequence[BlockResult], meter: Meter
+) -> PruneReport:
+    """The report of a run, from what became of each block."""
+    layers = [layer for block in done for layer in block.layers]
     report = PruneReport(
         config=config.to_dict() | {"pruned_modules": {layer.name: layer.pattern for layer in layers}},
         layers=layers,
-        left_dense=plan.left_dense,
+        left_dense=[*plan.left_dense, *(layer for block in done for layer in block.left_dense)],
         calibration={"windows": len(windows), "seq_len": windows.shape[1], "sha256": windows_digest(windows)},
-        tuning=tuning,
+        tuning=[block.tuning for block in done if block.tuning is not None],
         measurements=meter.summary(),
     )
     logger.info("%r", report)
     return report
 
 
-def _needs_dense_stream(config: EGGSConfig) -> bool:
+def needs_dense_stream(config: EGGSConfig) -> bool:
+    """Whether the dense model's hidden states are wanted beside the pruned one's."""
     return bool(config.error_correction) or bool(config.block_tuning and config.tuning_target == "dense")
 
 

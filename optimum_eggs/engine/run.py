@@ -36,10 +36,15 @@ def calibrate_and_prune(
         text_column=config.text_column,
     )
     report = prune_model(model, config, windows, progress)
+    name_sources(report, source, model)
+    return report
+
+
+def name_sources(report: PruneReport, source: Any, model: Any) -> None:
+    """Put into the report what the calibration data and the dense model are called, as others may know them."""
     report.config = EGGSConfig.from_dict(report.config | {"calibration": public_name(source)}).to_dict()
     report.calibration["source"] = report.config["calibration"] or f"{type(source).__name__} in memory"
     report.base_model = _base_model(model)
-    return report
 
 
 def _base_model(model: Any) -> dict[str, Any] | None:

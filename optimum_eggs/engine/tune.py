@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ def tune_block(
     block: nn.Module,
     index: int,
     masks: Mapping[nn.Module, Tensor],
-    targets: list[Tensor],
+    targets: Sequence[Tensor],
     steps: int,
     learning_rate: float,
     seed: int,

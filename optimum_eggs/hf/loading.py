@@ -49,7 +49,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     """
     from transformers import AutoConfig
 
-    with _translated(str(folder), "model"):
+    with translated(str(folder), "model"):
         return AutoConfig.from_pretrained(folder).dtype or torch.float32
 
 
@@ -79,17 +79,23 @@ def load_model(
     hub = {
         key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
     }
-    with _translated(source, "model"):
+    with translated(source, "model"):
         config = transformers.AutoConfig.from_pretrained(source, **extra, **hub)
-        names = getattr(config, "architectures", None) or []
-        kind = getattr(transformers, names[0], None) if names else None
-        kind = kind if kind is not None else transformers.AutoModelForCausalLM
+        kind = model_class(config) or transformers.AutoModelForCausalLM
         model = kind.from_pretrained(source, dtype=parse_dtype(dtype), **extra, **kwargs)
     if gguf_file:
         # The weights are dense by now; transformers would still refuse to save a model that says it is GGUF.
         quantizer: Any = model.hf_quantizer
         quantizer.remove_quantization_config(model)
     return model
+
+
+def model_class(config: Any) -> Any:
+    """The class in transformers that a configuration names, or None."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], None) if names else None
 
 
 @torch.no_grad()
@@ -114,7 +120,7 @@ def load_tokenizer(model_id: str | Path, *, gguf_file: str | None = None, **kwar
 
     source, gguf_file = split_gguf(model_id, gguf_file)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    with _translated(source, "tokenizer"):
+    with translated(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, **extra, **kwargs)
 
 
@@ -133,7 +139,7 @@ def calibration_tokenizer(calibration: Any, model_id: str | Path, **kwargs: Any)
 
 
 @contextmanager
-def _translated(source: str, what: str) -> Iterator[None]:
+def translated(source: str, what: str) -> Iterator[None]:
     """Turns what transformers raises for a missing or damaged model into one of this package's errors."""
     path = Path(source)
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
@@ -149,7 +155,8 @@ def _translated(source: str, what: str) -> Iterator[None]:
         raise CheckpointError(
             f"{source}: a weight file is damaged ({_first_line(error)}); download it again"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+        # the last two are what transformers raises for JSON of other types than it expects
         raise ModelError(f"{source}: cannot load the {what}: {_first_line(error)}") from error
 
 

@@ -1,0 +1,265 @@
+"""From a dense checkpoint on disk to a packed one, with one block of it in memory, going on where a run was cut."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.modeling import convert_file_size_to_int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..calibration import token_windows
+from ..calibration.states import StatesOnDisk
+from ..config import EGGSConfig
+from ..engine.block import BlockResult
+from ..engine.plan import make_plan
+from ..engine.prune import check_run, make_report, needs_dense_stream, prune_blocks
+from ..engine.report import REPORT_NAME, PruneReport
+from ..engine.run import name_sources
+from ..errors import ConfigError, EGGSError, OutputError
+from ..folders import check_output, put_in_place
+from ..hf.attach import attach_quantizer
+from ..hf.loading import has_tokenizer, load_tokenizer, parse_dtype
+from ..measure import Meter
+from ..nn import dense_weight
+from ..packing import unpack
+from ..pattern import NMPattern
+from ..version import __version__
+from .journal import Journal, locked
+from .shards import JOINED, Shards
+from .source import DenseSource
+
+
+def prune_checkpoint(
+    folder: str | Path,
+    output: str | Path,
+    config: EGGSConfig,
+    *,
+    dtype: str | torch.dtype | None = None,
+    save_dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    memory_budget: int | str | None = None,
+    max_shard_size: int | str = "50GB",
+    overwrite: bool = False,
+    progress: bool | None = None,
+    model_id: str | None = None,
+    revision: str | None = None,
+) -> PruneReport:
+    """Prune a dense checkpoint into a packed one, without ever holding the model.
+
+    Blocks are loaded one at a time, pruned as [`EGGSPruner.prune`][optimum_eggs.EGGSPruner.prune] prunes them, and
+    written, each to a file of its own, before the next one is loaded. `output` appears when all is there. A run that
+    is cut goes on behind its last finished block when it is started again, and ends with the same weights; until then
+    the blocks are in a hidden folder beside `output`.
+
+    Memory: the largest block or what is outside the blocks, whichever is more; the buffers of its largest layer, as
+    `prune_model` says; and the windows' hidden states, unless they are on disk.
+
+    Args:
+        folder: A dense model in safetensors files.
+        output: Folder to make.
+        config: What to do, with `calibration`.
+        dtype: Dtype to load and prune in. Default: the checkpoint's own.
+        save_dtype: Dtype to save in. Default: as loaded.
+        device: Where blocks are pruned.
+        memory_budget: The most bytes that hidden states may take in memory, such as `"8GiB"`; beyond it they are on
+            disk. Default: no limit.
+        max_shard_size: As for transformers; but blocks share a file only up to 256 MiB, so that joining them takes
+            little memory.
+        overwrite: Replace a saved model at `output`, and what a run that was cut has left.
+        progress: Show a progress bar on stderr. Default: if it is a terminal.
+        model_id: What the model is called on the Hub, for the report.
+        revision: Its revision there.
+
+    Raises:
+        EGGSError: bad input, before anything is written; a run of other settings that was cut, or another process at
+            work on the same output; a disk that is full.
+        KeyboardInterrupt: with what is finished in its message.
+    """
+    output = Path(output).absolute()
+    check_output(output, overwrite)
+    target = parse_dtype(save_dtype)
+    budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
+    shard_size = _bytes("max_shard_size", max_shard_size)
+    source = DenseSource(folder, dtype, device, config.block_list)
+    if model_id is not None:
+        source.model.config.name_or_path, source.model.config._commit_hash = model_id, revision
+    tokenizer = config.tokenizer or (load_tokenizer(folder) if has_tokenizer(folder) else None)
+    windows = token_windows(
+        config.calibration,
+        tokenizer,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        sampling=config.sampling,
+        seed=config.seed,
+        split=config.split,
+        text_column=config.text_column,
+    )
+    plan = make_plan(source.model, config, loaded=False)
+    check_run(source.model, config, windows)
+
+    work = output.parent / f".{output.name}.unfinished"
+    with _written(output), locked(work):
+        if overwrite:
+            _clear(work)
+        made = work / "assembled"
+        for left in (made, *work.glob("states-*")):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        keeper = _Keeper(Journal(work, _run(source, config, windows)), source)
+        begun = len(keeper)
+        on_disk = budget is not None and _stream_bytes(source, config, windows) > budget
+        try:
+            with Meter() as meter:
+                done = prune_blocks(
+                    source.model,
+                    source,
+                    plan,
+                    config,
+                    windows,
+                    meter,
+                    progress,
+                    (lambda: StatesOnDisk(work)) if on_disk else list,
+                    keeper,
+                )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{len(keeper)} of {len(source)} blocks are finished; the same command goes on behind them"
+            ) from None
+        report = make_report(plan, config, windows, done, meter)
+        report.measurements["blocks_of_earlier_runs"] = begun
+        name_sources(report, config.calibration, source.model)
+        made.mkdir()
+        cast = target if isinstance(target, torch.dtype) else None
+        _assemble(made, source, keeper.journal, report, cast, shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        report.save(made / REPORT_NAME)
+        put_in_place(made, output)
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+class _Keeper:
+    """Writes finished blocks to files of their own, and reads them back."""
+
+    def __init__(self, journal: Journal, source: DenseSource) -> None:
+        self.journal, self.source = journal, source
+
+    def __len__(self) -> int:
+        return len(self.journal.finished)
+
+    @property
+    def results(self) -> list[BlockResult]:
+        return [block.result for block in self.journal.finished]
+
+    def keep(self, block: nn.Module, index: int, result: BlockResult) -> None:
+        prefix = f"{self.source.block_list.block_name(index)}."
+        tensors = {f"{prefix}{name}": value.detach().contiguous() for name, value in block.state_dict().items()}
+        name = f"block-{index:05d}.safetensors"
+        partial = self.journal.folder / f"{name}.partial"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(self.journal.folder / name)
+        self.journal.add(name, result)
+
+    @torch.no_grad()
+    def restore(self, block: nn.Module, index: int) -> None:
+        finished, prefix = self.journal.finished[index], f"{self.source.block_list.block_name(index)}."
+        stored = load_file(self.journal.folder / finished.file)
+        patterns = {layer.name: NMPattern.parse(layer.pattern) for layer in finished.result.layers}
+        for name, pattern in patterns.items():
+            weight = dense_weight(block.get_submodule(name.removeprefix(prefix)))
+            weight.copy_(unpack(stored.pop(f"{name}.weight"), stored.pop(f"{name}.weight_meta"), pattern))
+        own = block.state_dict()
+        for name, value in stored.items():
+            own[name.removeprefix(prefix)].copy_(value)
+
+
+def _assemble(
+    made: Path,
+    source: DenseSource,
+    journal: Journal,
+    report: PruneReport,
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+) -> None:
+    """Put the finished blocks, and what is outside them, together as a checkpoint of transformers."""
+    files = [journal.folder / block.file for block in journal.finished]
+    shards = Shards(made, min(max_shard_size, JOINED))
+    buffers = {name for name, _ in source.model.named_buffers()}
+
+    def final(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if dtype is not None:
+            cast = {key for key, value in tensors.items() if value.is_floating_point() and key not in buffers}
+            tensors = {key: value.to(dtype) if key in cast else value for key, value in tensors.items()}
+        return revert_weight_conversion(source.model, tensors)
+
+    for file in files:
+        shards.add(final(load_file(file)))
+    shards.add(final(source.outside()))
+    shards.close()
+    source.entered()
+
+    attach_quantizer(source.model, EGGSConfig.from_dict(report.config))
+    source.model.config.architectures = [type(source.model).__name__]
+    source.model.config.dtype = dtype or source.dtype
+    source.model.config.save_pretrained(made)
+    if source.model.can_generate():
+        source.model.generation_config.save_pretrained(made)
+
+
+def _run(source: DenseSource, config: EGGSConfig, windows: Tensor) -> dict[str, Any]:
+    """What decides the bytes of a finished block."""
+    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
+    text = (source.folder / "config.json").read_bytes()
+    return {
+        "model": files | {"config.json": hashlib.sha256(text).hexdigest()},
+        "dtype": str(source.dtype),
+        "device": source.device.type,
+        "config": {key: value for key, value in config.to_dict().items() if key != "calibration"},
+        "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "versions": {"optimum-eggs": __version__, "torch": torch.__version__},
+    }
+
+
+def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> int:
+    """Bytes of the hidden states that a walk holds at the most."""
+    copies = 1 + (1 + 2 * bool(config.error_correction) if needs_dense_stream(config) else 0)
+    hidden = source.model.config.get_text_config().hidden_size
+    return copies * windows.numel() * hidden * source.dtype.itemsize
+
+
+def _bytes(name: str, value: int | str) -> int:
+    if isinstance(value, int) and value >= 0:
+        return value
+    try:
+        return convert_file_size_to_int(value)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{name}={value!r} is no size; write a number of bytes, or such as '8GiB'") from error
+
+
+def _clear(work: Path) -> None:
+    for file in [*work.glob("block-*"), *work.glob("journal*")]:
+        file.unlink()
+
+
+@contextmanager
+def _written(output: Path) -> Iterator[None]:
+    """Turns a disk that is full, or may not be written, into an error that says how to go on."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except EGGSError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error}); once it can be, the same command goes on behind the last finished "
+            "block"
+        ) from error

@@ -1,0 +1,233 @@
+"""A dense checkpoint on disk, of which one block at a time is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from ..calibration import BlockList, find_block_list
+from ..config import QUANT_METHOD
+from ..errors import CheckpointError, ModelError, NumericalError
+from ..hf.loading import model_class, parse_dtype, translated
+from ..packing.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_headers, weight_files
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def is_streamable(folder: str | Path) -> bool:
+    """Whether a folder holds a model in safetensors files."""
+    return any((Path(folder) / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
+
+
+class DenseSource:
+    """A dense checkpoint as an empty model, of which blocks are loaded and let go: a provider of blocks for a walk.
+
+    Weights are read as transformers' `from_pretrained` reads them, with the same names, conversions and dtypes, only
+    later. Buffers that are not stored, such as rotary tables, are there all the time.
+
+    Args:
+        folder: Folder of a model in safetensors files.
+        dtype: Dtype to load in; default: the checkpoint's own.
+        device: Where to.
+        block_list: Dotted name of the list of blocks, if it is known.
+
+    Attributes:
+        model: The model; its weights are on the meta device, but for what is loaded at the moment.
+        block_list: Its blocks.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be built.
+        CheckpointError: a file is damaged, or a weight is missing.
+        NumericalError: once it is loaded: a weight is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        block_list: str | None = None,
+    ) -> None:
+        self.folder, self.device = Path(folder), torch.device(device)
+        self.files = weight_files(folder)
+        entries = read_headers(self.files)
+        with translated(str(folder), "model"):
+            config = AutoConfig.from_pretrained(folder)
+            self.dtype = _settled_dtype(parse_dtype(dtype), config, [entry.dtype for entry in entries.values()])
+            with torch.device("meta"):
+                self.model: Any = _empty_model(config, self.dtype)
+            if (self.folder / "generation_config.json").is_file():
+                self.model.generation_config = GenerationConfig.from_pretrained(folder)
+        quantized = getattr(config, "quantization_config", None)
+        if quantized is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+            how = "packed" if method == QUANT_METHOD else f"quantized ({method})"
+            raise ModelError(f"{folder}: is {how} already; start from the dense model")
+        self.model.config.name_or_path = str(folder)
+        self.model.eval()
+        self._conversions: list[Any] = get_model_conversion_mapping(self.model)
+        self._fill_buffers()
+        self.block_list: BlockList = find_block_list(self.model, block_list)
+        self._keys = self._by_block({key: entry.file for key, entry in entries.items()})
+
+    def __len__(self) -> int:
+        return len(self.block_list.blocks)
+
+    def skeleton(self, index: int) -> nn.Module:
+        """Block `index`, mostly without weights."""
+        return self.block_list.blocks[index]
+
+    def materialise(self, index: int) -> nn.Module:
+        """Block `index` with its weights."""
+        self._load(index)
+        return self.block_list.blocks[index]
+
+    def release(self, index: int) -> None:
+        """Let the weights of block `index` go."""
+        self.block_list.blocks[index].to("meta")
+
+    def run(self, window: Tensor) -> None:
+        """Run the model on windows (batch, tokens), what is outside the blocks being loaded where it is not yet."""
+        if any(value.is_meta for value in self._outside().values()):
+            self._load(None)
+        self.model(input_ids=window.to(self.device))
+
+    def entered(self) -> None:
+        """Let the weights outside the blocks go."""
+        blocks = {id(module) for block in self.block_list.blocks for module in block.modules()}
+        for module in self.model.modules():
+            if id(module) not in blocks:
+                for name, value in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(value.to("meta"), requires_grad=value.requires_grad))
+        self.model.tie_weights()
+
+    def outside(self) -> dict[str, Tensor]:
+        """Load what is outside the blocks: name -> weight, tied ones once."""
+        self._load(None)
+        return self._outside()
+
+    def _outside(self) -> dict[str, Tensor]:
+        prefix, tied = f"{self.block_list.name}.", self.model.all_tied_weights_keys
+        return {
+            name: value
+            for name, value in self.model.state_dict(keep_vars=True).items()
+            if not name.startswith(prefix) and name not in tied
+        }
+
+    def _inside(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.block_list.block_name(index)}."
+        return self.block_list.blocks[index].state_dict(prefix=prefix, keep_vars=True)
+
+    def _load(self, index: int | None) -> None:
+        """Load block `index`, or what is outside the blocks, into the model, in memory of its own."""
+        load = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=self._conversions,
+            device_map={"": self.device},
+        )
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(_no_progress_bar())
+                opened: dict[Path, Any] = {}
+                for file in set(self._keys[index].values()):
+                    opened[file] = stack.enter_context(safe_open(str(file), framework="pt"))
+                slices = {key: opened[file].get_slice(key) for key, file in self._keys[index].items()}
+                info, _ = convert_and_load_state_dict_in_model(self.model, slices, load)
+                bad = [*info.mismatched_keys, *info.conversion_errors]
+                if bad or info.error_msgs:
+                    raise CheckpointError(
+                        f"{self.folder}: {bad[0] if bad else info.error_msgs[0]}: does not fit the model"
+                    )
+                loaded = self._outside() if index is None else self._inside(index)
+                for name, value in loaded.items():
+                    if value.is_meta:
+                        raise CheckpointError(f"{self.folder}: {name} is missing; download the model again")
+                    value.data = value.data.clone()  # what is loaded may be a view of the file
+                    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                        raise NumericalError(
+                            f"{name}: the weight holds NaN or infinite values; the checkpoint may be damaged"
+                        )
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder}: a weight file is damaged ({error}); download it again") from error
+        if index is None:
+            self.model.tie_weights()
+
+    def _by_block(self, files: dict[str, Path]) -> dict[int | None, dict[str, Path]]:
+        """The checkpoint's keys and their files, by the block that they go to; None: outside of all."""
+        known, prefix = self.model.state_dict(), f"{self.block_list.name}."
+        found: dict[int | None, dict[str, Path]] = {index: {} for index in (None, *range(len(self)))}
+        names = {key: self._name(key, known) for key in files}
+        for key, name in names.items():
+            block = name.removeprefix(prefix).split(".")[0]
+            inside = name.startswith(prefix) and block.isdecimal() and int(block) < len(self)
+            found[int(block) if inside else None][key] = files[key]
+        missing = sorted(known.keys() - set(names.values()) - self.model.all_tied_weights_keys.keys())
+        converted = any(isinstance(entry, WeightConverter) for entry in self._conversions)
+        if missing and not converted:  # with conversions, one key may fill several weights: `_load` sees to it
+            raise CheckpointError(f"{self.folder}: {missing[0]} is missing; download the model again")
+        return found
+
+    def _name(self, key: str, known: dict[str, Tensor]) -> str:
+        """The model's name of the weight that a key of the checkpoint goes to."""
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        name, _ = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:  # as transformers does
+            name, _ = rename_source_key(key, [], [], prefix, known)
+        return name
+
+    def _fill_buffers(self) -> None:
+        """Compute the buffers that no file holds, as `from_pretrained` does."""
+        for name, buffer in self.model.named_non_persistent_buffers():
+            module, _, own = name.rpartition(".")
+            self.model.get_submodule(module).register_buffer(
+                own, torch.empty_like(buffer, device=self.device), persistent=False
+            )
+        self.model.initialize_weights()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from showing a bar for every block."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _settled_dtype(dtype: str | torch.dtype, config: Any, stored: list[str]) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    named = config.dtype
+    if isinstance(named, torch.dtype):
+        return named
+    return next((_DTYPES[name] for name in stored if name in _DTYPES), torch.float32)
+
+
+def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    kind = model_class(config)
+    if kind is None:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return kind._from_config(config, dtype=dtype)

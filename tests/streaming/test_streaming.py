@@ -1,0 +1,373 @@
+"""Pruning from disk to disk gives what pruning in memory gives, whatever cuts it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from optimum_eggs import EGGSConfig, EGGSPruner
+from optimum_eggs.errors import CheckpointError, ConfigError, ModelError, NumericalError, OutputError
+from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.streaming import prune as streaming
+from optimum_eggs.streaming import prune_checkpoint
+from optimum_eggs.streaming.journal import locked
+
+SIZE = {"num_samples": 8, "seq_len": 16, "band": 8, "batch_size": 2}
+KINDS = {
+    "fast": {},
+    "best": {"preset": "best", "block_tuning": 4},
+    "corrected": {"preset": "best", "block_tuning": 0, "error_correction": 0.5},
+    "allocated": {"allocation": "error"},
+}
+
+
+def config_for(text_file, **values):
+    return EGGSConfig("2:4", calibration=str(text_file), **SIZE | values)
+
+
+def tensors(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype, name
+        assert torch.equal(value.flatten().view(torch.uint8), other[name].flatten().view(torch.uint8)), name
+
+
+def without_time(folder):
+    report = json.loads((folder / "report.json").read_text())
+    return {key: value for key, value in report.items() if key != "measurements"}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory, tokenizer):
+    """A model of five blocks, tied, in bfloat16."""
+    folder = tmp_path_factory.mktemp("deep") / "llama"
+    kind, config = tiny.CONFIGS["llama"]()
+    config.num_hidden_layers = 5
+    torch.manual_seed(0)
+    kind._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, deep, text_file):
+    """What runs that were not cut give, by kind."""
+    root = tmp_path_factory.mktemp("whole")
+    for kind, values in KINDS.items():
+        prune_checkpoint(deep, root / kind, config_for(text_file, **values), progress=False)
+    return root
+
+
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_every_architecture_is_the_same_bit_for_bit(name, tokenizer, text_file, tmp_path):
+    tiny.make_model(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    config = config_for(text_file)
+    pruner = EGGSPruner.from_pretrained(tmp_path / "dense")
+    pruner.prune(config, progress=False)
+    pruner.save_pretrained(tmp_path / "memory")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config, progress=False)
+    same_bits(tensors(tmp_path / "memory"), tensors(tmp_path / "disk"))
+    assert {f.name for f in (tmp_path / "memory").iterdir()} == {f.name for f in (tmp_path / "disk").iterdir()}
+    for file in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "memory" / file).read_text() == (tmp_path / "disk" / file).read_text()
+    assert without_time(tmp_path / "memory") == without_time(tmp_path / "disk")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_kind_is_the_same_bit_for_bit(kind, deep, whole, text_file, tmp_path):
+    pruner = EGGSPruner.from_pretrained(deep)
+    pruner.prune(config_for(text_file, **KINDS[kind]), progress=False)
+    pruner.save_pretrained(tmp_path / "memory")
+    same_bits(tensors(tmp_path / "memory"), tensors(whole / kind))
+    assert without_time(tmp_path / "memory") == without_time(whole / kind)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_hidden_states_on_disk_make_no_difference(kind, deep, whole, text_file, tmp_path, monkeypatch):
+    made = []
+
+    class Counted(streaming.StatesOnDisk):
+        def __init__(self, parent):
+            made.append(parent)
+            super().__init__(parent)
+
+    monkeypatch.setattr(streaming, "StatesOnDisk", Counted)
+    config = config_for(text_file, **KINDS[kind])
+    prune_checkpoint(deep, tmp_path / "out", config, memory_budget="1KiB", progress=False)
+    assert made
+    same_bits(tensors(tmp_path / "out"), tensors(whole / kind))
+    made.clear()
+    prune_checkpoint(deep, tmp_path / "again", config, memory_budget="1GiB", progress=False)
+    assert not made
+
+
+def test_dtypes_and_shards(deep, text_file, tmp_path):
+    config = config_for(text_file)
+    pruner = EGGSPruner.from_pretrained(deep, dtype="float32")
+    pruner.prune(config, progress=False)
+    pruner.save_pretrained(tmp_path / "memory", dtype="float16")
+    options = {"dtype": "float32", "save_dtype": "float16", "max_shard_size": "20KB", "progress": False}
+    prune_checkpoint(deep, tmp_path / "disk", config, **options)
+    same_bits(tensors(tmp_path / "memory"), tensors(tmp_path / "disk"))
+    assert (tmp_path / "memory" / "config.json").read_text() == (tmp_path / "disk" / "config.json").read_text()
+    files = list((tmp_path / "disk").glob("model-*.safetensors"))
+    assert len(files) > 5
+    assert max(sum(value.nbytes for value in load_file(file).values()) for file in files) <= 20_000
+    assert inspect_checkpoint(tmp_path / "disk").ok
+    ids = torch.arange(8)[None]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("memory", "disk")]
+    with torch.no_grad():
+        assert torch.equal(models[0](input_ids=ids).logits, models[1](input_ids=ids).logits)
+
+
+def test_a_sharded_checkpoint_is_read(deep, whole, text_file, tmp_path):
+    AutoModelForCausalLM.from_pretrained(deep).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    for file in deep.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "out", config_for(text_file), progress=False)
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
+
+
+def cut_after(monkeypatch, blocks, error):
+    """Make a run end with `error` when that many blocks are finished."""
+    keep = streaming._Keeper.keep
+
+    def keep_or_end(self, block, index, result):
+        if index == blocks:
+            raise error
+        keep(self, block, index, result)
+
+    monkeypatch.setattr(streaming._Keeper, "keep", keep_or_end)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("blocks", [0, 1, 4])
+def test_a_run_that_is_interrupted_goes_on(kind, blocks, deep, whole, text_file, tmp_path, monkeypatch):
+    config = config_for(text_file, **KINDS[kind])
+    with monkeypatch.context() as patch:
+        cut_after(patch, blocks, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt, match=f"{blocks} of 5 blocks are finished; the same command goes on"):
+            prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    assert not (tmp_path / "out").exists()
+    report = prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == blocks
+    same_bits(tensors(tmp_path / "out"), tensors(whole / kind))
+    assert without_time(tmp_path / "out") == without_time(whole / kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("function", ["save_file", "revert_weight_conversion"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_full_disk_names_the_remedy_and_the_run_goes_on(
+    function, call, deep, whole, text_file, tmp_path, monkeypatch
+):
+    calls = []
+    real = getattr(streaming, function)
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, function, full)
+        with pytest.raises(OutputError, match=r"No space left on device.*the same command goes on"):
+            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert not (tmp_path / "out").exists()
+    report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == (call - 1 if function == "save_file" else 5)
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
+
+
+def test_a_finished_block_that_was_damaged_is_pruned_again(deep, whole, text_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_after(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    file = tmp_path / ".out.unfinished" / "block-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == 2
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
+
+
+def test_another_run_is_refused_with_what_changed_and_overwrite_starts_again(
+    deep, whole, text_file, tmp_path, monkeypatch
+):
+    config = config_for(text_file)
+    with monkeypatch.context() as patch:
+        cut_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(tiny.make_text(4000, seed=1))
+    other_model = shutil.copytree(deep, tmp_path / "model")
+    save_file(
+        {name: value * 2 for name, value in tensors(deep).items()}, other_model / "model.safetensors", {"format": "pt"}
+    )
+    for model, changed, options, message in (
+        (deep, config_for(text_file, importance="wanda"), {}, "config.importance was 'ria' and is now 'wanda'"),
+        (deep, config_for(other_text), {}, "calibration was "),
+        (deep, config, {"dtype": "float32"}, "dtype was 'torch.bfloat16' and is now 'torch.float32'"),
+        (other_model, config, {}, "model.model.safetensors was "),
+    ):
+        with pytest.raises(OutputError, match=message):
+            prune_checkpoint(model, tmp_path / "out", changed, progress=False, **options)
+    config = config_for(text_file, **KINDS["best"])
+    prune_checkpoint(deep, tmp_path / "out", config, overwrite=True, progress=False)
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "best"))
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(deep, text_file, tmp_path):
+    code = "import sys, time; from pathlib import Path; from optimum_eggs.streaming.journal import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / ".out.unfinished")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=rf"process {first.pid} of .* begun 0 minutes ago, is writing to it"):
+            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+        first.kill()
+    prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)  # the dead one holds nothing
+
+
+def test_the_lock_is_let_go(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "work"):
+            assert (tmp_path / "work" / "owner.json").exists()
+    assert not (tmp_path / "work" / "owner.json").exists()
+
+
+def test_bad_models_are_refused_before_anything_is_written(deep, packed_folder, text_file, tmp_path):
+    def changed(change):
+        folder = shutil.copytree(deep, tmp_path / f"model-{len(list(tmp_path.iterdir()))}")
+        values = tensors(folder)
+        change(values)
+        save_file(values, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    name = "model.layers.3.mlp.up_proj.weight"
+    for folder, error, message in (
+        (changed(lambda v: v.pop(name)), CheckpointError, f"{name} is missing"),
+        (changed(lambda v: v.pop("model.embed_tokens.weight")), CheckpointError, "embed_tokens.weight is missing"),
+        (packed_folder, ModelError, "is packed already"),
+        (tmp_path / "nothing", CheckpointError, "is missing"),
+    ):
+        with pytest.raises(error, match=message):
+            prune_checkpoint(folder, tmp_path / "out", config_for(text_file), progress=False)
+        assert not list(tmp_path.glob("*out*"))
+    for change, error, message in (
+        (lambda v: v[name].fill_(float("nan")), NumericalError, name),
+        (lambda v: v.update({name: v[name][:, :-4].contiguous()}), CheckpointError, name),
+    ):
+        with pytest.raises(error, match=message):
+            prune_checkpoint(changed(change), tmp_path / "out", config_for(text_file), progress=False)
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(tmp_path / ".out.unfinished")
+    with pytest.raises(ConfigError, match="memory_budget='8 apples' is no size"):
+        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), memory_budget="8 apples")
+
+
+def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):
+    seen = []
+    load = streaming.DenseSource._load
+
+    def watched(self, index):
+        load(self, index)
+        seen.append(sum(value.nbytes for value in self.model.state_dict().values() if not value.is_meta))
+
+    monkeypatch.setattr(streaming.DenseSource, "_load", watched)
+    prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    values = tensors(deep)
+    block = sum(value.nbytes for name, value in values.items() if ".layers.0." in name)
+    outside = sum(value.nbytes for name, value in values.items() if ".layers." not in name)
+    assert max(seen) <= block + 2 * outside  # the head is tied, and listed twice
+    assert sum(size <= block for size in seen) >= 5
+
+
+RUN = """
+import os, signal, sys, time, warnings
+warnings.simplefilter("ignore")
+import torch
+from transformers.utils import logging
+from optimum_eggs import EGGSConfig
+from optimum_eggs.streaming import prune_checkpoint
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+model, out, config = sys.argv[1], sys.argv[2], EGGSConfig.from_dict(__import__("json").loads(sys.argv[3]))
+print("ready", flush=True)
+for line in sys.stdin:  # a child for every line, that ends after as many seconds, or when it is done
+    child = os.fork()
+    if not child:
+        prune_checkpoint(model, out, config, progress=False)
+        os._exit(0)
+    end = time.monotonic() + float(line)
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+        time.sleep(0.001)
+    if found == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        found = os.waitpid(child, 0)
+    print(found[1], flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", ["fast", "best"])
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_files(kind, deep, whole, text_file, tmp_path):
+    kills = int(os.environ.get("OPTIMUM_EGGS_KILLS", "8"))
+    config = config_for(text_file, **KINDS[kind])
+    told = json.dumps(config.to_dict() | {"calibration": str(text_file)})
+    command = [sys.executable, "-c", RUN, str(deep), str(tmp_path / "out"), told]
+    draw = random.Random(kind)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as runs:
+        assert runs.stdin is not None
+        assert runs.stdout is not None
+        assert runs.stdout.readline() == "ready\n"
+
+        def run(seconds):
+            runs.stdin.write(f"{seconds}\n")
+            began = time.monotonic()
+            return int(runs.stdout.readline()), time.monotonic() - began
+
+        status, whole_run = run(300)
+        assert status == 0
+        killed = 0
+        while killed < kills:
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            status, _ = run(draw.uniform(0, whole_run))
+            while status == signal.SIGKILL:
+                killed += 1
+                status, _ = run(draw.uniform(0, whole_run) if killed < kills else 300)
+            assert status == 0
+            for file in (whole / kind).glob("*.safetensors"):
+                assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+            assert (tmp_path / "out" / "config.json").read_text() == (whole / kind / "config.json").read_text()
+            assert without_time(tmp_path / "out") == without_time(whole / kind)
+        runs.stdin.close()
+    leftovers = [path.name for path in Path(tmp_path).iterdir() if path.name != "out"]
+    assert not [name for name in leftovers if "unfinished" in name]

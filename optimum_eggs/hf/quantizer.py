@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from ..config import QUANT_METHOD, EGGSConfig
 from ..errors import CheckpointError, ModelError
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.dense import is_conv1d
-from ..packing.checkpoint import check_files, check_packed_tensors
+from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors
 from ..pattern import NMPattern
 from .attach import attach_quantizer, packed_layers, share_with_card, unpack_layers
 
@@ -65,10 +66,10 @@ class EGGSHfQuantizer(HfQuantizer):
                 "config.json: quantization_config.pruned_modules is missing or empty, so it is not known which layers "
                 "are packed; prune the model again"
             )
-        check_files(checkpoint_files or [], pruned)
+        stored = check_files(checkpoint_files or [], pruned)
         modules = dict(model.named_modules())
         for name, pattern in pruned.items():
-            _swap_in(model, modules, name, NMPattern.parse(pattern))
+            _swap_in(model, modules, name, NMPattern.parse(pattern), stored[name])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
@@ -121,8 +122,14 @@ class EGGSHfQuantizer(HfQuantizer):
         return False
 
 
-def _swap_in(model: PreTrainedModel, modules: dict[str, nn.Module], listed: str, pattern: NMPattern) -> None:
-    """Replace the dense layer that config.json calls `listed` by an empty packed one."""
+def _swap_in(
+    model: PreTrainedModel,
+    modules: dict[str, nn.Module],
+    listed: str,
+    pattern: NMPattern,
+    stored: Mapping[str, TensorEntry],
+) -> None:
+    """Replace the dense layer that config.json calls `listed` by an empty packed one, which `stored` must fit."""
     prefix = f"{model.base_model_prefix}."
     # A base model is loaded from the checkpoint of a model with a head, or the other way round.
     name = next((n for n in (listed, listed.removeprefix(prefix), prefix + listed) if n in modules), None)
@@ -148,6 +155,13 @@ def _swap_in(model: PreTrainedModel, modules: dict[str, nn.Module], listed: str,
         device=weight.device,
         dtype=weight.dtype,
     )
+    if stored["weight"].shape != layer.weight.shape:
+        raise CheckpointError(
+            f"{name}: weight has shape {stored['weight'].shape}; in the {type(model).__name__} of config.json it must "
+            f"be {tuple(layer.weight.shape)} at {pattern}; download the checkpoint again"
+        )
+    if layer.bias is not None and "bias" not in stored:
+        raise CheckpointError(f"{name}: its bias is missing; download the checkpoint again")
     model.set_submodule(name, layer)
 
 

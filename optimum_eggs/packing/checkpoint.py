@@ -71,14 +71,14 @@ def pruned_patterns(config: Mapping[str, Any]) -> dict[str, NMPattern]:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder.
+    """The safetensors files of a checkpoint folder: the one file or, without it, those of the index, as transformers.
 
     Raises:
         CheckpointError: there are none, the index is damaged or names a file that is not in the folder.
     """
     folder = Path(folder)
     index = folder / INDEX_NAME
-    if index.is_file():
+    if index.is_file() and not (folder / WEIGHTS_NAME).is_file():
         try:
             names = sorted({Path(name).name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
@@ -110,8 +110,11 @@ def read_headers(files: Sequence[str | Path]) -> dict[str, TensorEntry]:
     return entries
 
 
-def check_files(files: Sequence[str | Path], pruned: Mapping[str, str]) -> None:
+def check_files(files: Sequence[str | Path], pruned: Mapping[str, str]) -> dict[str, dict[str, TensorEntry]]:
     """Check the headers of a checkpoint's files against the layers that its configuration lists.
+
+    Returns:
+        Layer -> its tensors: `"weight"`, `"weight_meta"` and, if it has one, `"bias"`.
 
     Raises:
         CheckpointError: the first violation found.
@@ -123,6 +126,11 @@ def check_files(files: Sequence[str | Path], pruned: Mapping[str, str]) -> None:
     for name, pattern in pruned.items():
         for _, problem in header_problems(keys[name], NMPattern.parse(pattern), entries):
             raise CheckpointError(f"{name}: {problem}; {_PRUNE_AGAIN}")
+    parts = ("weight", "weight_meta", "bias")
+    return {
+        name: {part: entries[f"{key}.{part}"] for part in parts if f"{key}.{part}" in entries}
+        for name, key in keys.items()
+    }
 
 
 def stored_names(entries: Mapping[str, TensorEntry], names: Iterable[str]) -> dict[str, str]:
@@ -171,6 +179,9 @@ def header_problems(name: str, pattern: NMPattern, entries: Mapping[str, TensorE
             "weight_meta length",
             f"weight_meta has shape {meta.shape}; with weight {weight.shape} at {pattern} it must be {expected}",
         )
+    bias = entries.get(f"{name}.bias")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        yield "bias shape", f"bias has shape {bias.shape}; with weight {weight.shape} it must be {weight.shape[:1]}"
 
 
 def tensor_problems(weight: Tensor, meta: Tensor, pattern: NMPattern) -> Iterator[tuple[str, str]]:

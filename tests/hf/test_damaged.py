@@ -6,10 +6,15 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from tiny import make_model
 from transformers import AutoModelForCausalLM
 
+from optimum_eggs import EGGSConfig
+from optimum_eggs.engine import prune_model
 from optimum_eggs.errors import CheckpointError, ConfigError
+from optimum_eggs.hf.attach import attach_quantizer, packed_layers
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -48,6 +53,11 @@ def drop_meta(tensors):
     del tensors[f"{LAYER}.weight_meta"]
 
 
+def lose_rows(tensors):
+    for part in ("weight", "weight_meta"):
+        tensors[f"{LAYER}.{part}"] = tensors[f"{LAYER}.{part}"][:-8].contiguous()
+
+
 def spoil_value(tensors):
     tensors[f"{LAYER}.weight"][0, 0] = float("nan")
 
@@ -59,6 +69,7 @@ def spoil_value(tensors):
         (lambda f: change_tensors(f, shorten_meta), rf"{LAYER}: weight_meta has shape \(64, 3\); with weight"),
         (lambda f: change_tensors(f, keep_one_more), rf"{LAYER}: weight_meta keeps 4 of 4 in row 3, group 0"),
         (lambda f: change_tensors(f, drop_meta), rf"{LAYER}: config.json lists it as pruned, and its weight_meta is"),
+        (lambda f: change_tensors(f, lose_rows), rf"{LAYER}: weight has shape \(56, 16\); in the LlamaForCausalLM of"),
         (lambda f: change_tensors(f, spoil_value), rf"{LAYER}: weight holds NaN or infinite values"),
         (lambda f: change_config(f, lambda c: c.update(pruned_modules={})), "pruned_modules is missing or empty"),
         (lambda f: change_config(f, lambda c: c["pruned_modules"].update({LAYER: "1:4"})), rf"{LAYER}: .* it must be"),
@@ -67,7 +78,17 @@ def spoil_value(tensors):
             "x: config.json lists it as pruned",
         ),
     ],
-    ids=["truncated", "meta length", "meta popcount", "meta missing", "nan", "no list", "other pattern", "other layer"],
+    ids=[
+        "truncated",
+        "meta length",
+        "meta popcount",
+        "meta missing",
+        "rows missing",
+        "nan",
+        "no list",
+        "other pattern",
+        "other layer",
+    ],
 )
 def test_damage_is_named(folder, change, message):
     change(folder)
@@ -87,3 +108,23 @@ def test_a_configuration_that_is_not_ours_is_named(folder, change, message):
     change_config(folder, lambda config: config.update(change))
     with pytest.raises(ConfigError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_bias_that_is_missing_or_too_short_is_named(tmp_path):
+    model = make_model("opt")
+    prune_model(model, EGGSConfig("2:4", preset="magnitude"), torch.zeros(1, 8, dtype=torch.int64))
+    attach_quantizer(model, EGGSConfig("2:4", preset="magnitude"))
+    name = "model.decoder.layers.0.fc1"
+    patterns = {key: str(layer.pattern) for key, layer in packed_layers(model).items()}
+    model.config.quantization_config.pruned_modules = patterns
+    for change, message in (
+        (lambda tensors: tensors.pop(f"{name}.bias"), f"{name}: its bias is missing"),
+        (
+            lambda tensors: tensors.update({f"{name}.bias": tensors[f"{name}.bias"][:-1].contiguous()}),
+            rf"{name}: bias has shape \(63,\); with weight \(64, 16\) it must be \(64,\)",
+        ),
+    ):
+        model.save_pretrained(tmp_path)
+        change_tensors(tmp_path, change)
+        with pytest.raises(CheckpointError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path)

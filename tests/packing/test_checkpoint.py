@@ -254,7 +254,8 @@ def test_a_file_of_something_else_is_named(checkpoint):
 
 def test_a_file_that_the_index_names_and_is_not_there_is_named(checkpoint):
     folder = checkpoint.write()
-    index = {"weight_map": {UP: WEIGHTS_NAME, DOWN: "model-00002-of-00002.safetensors"}}
+    (folder / WEIGHTS_NAME).rename(folder / "first.safetensors")
+    index = {"weight_map": {UP: "first.safetensors", DOWN: "model-00002-of-00002.safetensors"}}
     (folder / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: is missing; download it again"):
         weight_files(folder)
@@ -271,6 +272,7 @@ def test_a_folder_without_weights_is_named(checkpoint):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_a_damaged_index_is_named(checkpoint, text):
     (checkpoint.write() / INDEX_NAME).write_text(text)
+    (checkpoint.folder / WEIGHTS_NAME).unlink()
     with pytest.raises(CheckpointError, match="is not a safetensors index"):
         weight_files(checkpoint.folder)
     assert not inspect_checkpoint(checkpoint.folder, progress=False).ok
@@ -278,18 +280,25 @@ def test_a_damaged_index_is_named(checkpoint, text):
 
 def test_an_index_cannot_lead_out_of_the_folder(checkpoint):
     folder = checkpoint.write()
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {UP: f"../../{WEIGHTS_NAME}"}}))
-    assert weight_files(folder) == [folder / WEIGHTS_NAME]
+    (folder / WEIGHTS_NAME).rename(folder / "first.safetensors")
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {UP: "../../first.safetensors"}}))
+    assert weight_files(folder) == [folder / "first.safetensors"]
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(checkpoint):
+    checkpoint.write()
+    (checkpoint.folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+    assert [file.name for file in weight_files(checkpoint.folder)] == ["model.safetensors"]
 
 
 def test_layers_may_be_spread_over_files(checkpoint):
     folder = checkpoint.write()
     second = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(DOWN)}
-    save_file(
-        {name: tensor for name, tensor in checkpoint.tensors.items() if name not in second}, folder / WEIGHTS_NAME
-    )
+    first = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in second}
+    (folder / WEIGHTS_NAME).unlink()
+    save_file(first, folder / "first.safetensors")
     save_file(second, folder / "second.safetensors")
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {UP: WEIGHTS_NAME, DOWN: "second.safetensors"}}))
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {UP: "first.safetensors", DOWN: "second.safetensors"}}))
     inspection = inspect_checkpoint(folder, progress=False)
     assert inspection.ok
     assert len(inspection.layers) == 2

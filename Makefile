@@ -1,4 +1,4 @@
-# make demo: prune a real model, in a virtual environment of its own.  make test: what CI runs, but for the slow test.
+# make demo: prune a real model, in a virtual environment of its own.  make test: what CI runs, but for the slow tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

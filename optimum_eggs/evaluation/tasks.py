@@ -122,7 +122,10 @@ class TaskRunner:
             )
         except (OSError, ValueError, KeyError) as error:
             said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ConfigError(f"tasks={list(self.tasks)}: cannot be run: {said}") from error
+            raise ConfigError(
+                f"tasks={list(self.tasks)}: cannot be run: {said}; see that their data can be had, or name tasks of "
+                "your own with --include-path"
+            ) from error
         assert found is not None
         return scores(found, self.tasks)
 

@@ -212,6 +212,14 @@ def _certificate(report: dict[str, Any]) -> str:
     )
 
 
+def has_own_text(readme: str) -> bool:
+    """Whether a card says anything besides its metadata, a title, and what is between our markers."""
+    text = ModelCard(readme).text
+    if BEGIN in text and END in text:
+        text = text[: text.index(BEGIN)] + text[text.index(END) + len(END) :]
+    return any(line.strip() and not line.startswith("# ") for line in text.splitlines())
+
+
 def _merged(existing: ModelCard, made: ModelCard) -> ModelCard:
     """The user's card with our part put between the markers, or behind it; and our metadata where the user has none."""
     ours = made.text[made.text.index(BEGIN) : made.text.index(END) + len(END)]

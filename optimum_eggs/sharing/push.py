@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..errors import CheckpointError, HubError
 from ..inspection import inspect_checkpoint
 from ..names import hub_id
-from .card import read_json, write_card
+from .card import has_own_text, read_json, write_card
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -39,7 +39,8 @@ def push_folder(
     Weights are uploaded first and committed last with everything else, so an upload that fails publishes nothing.
 
     Args:
-        folder: A packed model with its `report.json`; its README.md is written, see [`write_card`].
+        folder: A packed model with its `report.json`; its README.md is written, see [`write_card`]. If it has no text
+            of the user's own, that of the card on the Hub is kept.
         repo_id: Where to; it is created if it is not there.
         private: Of a new repository.
         token: As for huggingface_hub.
@@ -61,6 +62,7 @@ def push_folder(
         )
     api = HfApi(token=token)
     report = read_json(Path(folder) / "report.json")
+    _take_card(Path(folder), repo_id, revision, token)
     write_card(folder, repo_id, _base_card(hub_id((report.get("base_model") or {}).get("id")), token), tags or ())
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -98,6 +100,19 @@ def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) ->
         save(folder)
         info = push_folder(folder, repo_id, **options)
     return info.pr_url or info.commit_url
+
+
+def _take_card(folder: Path, repo_id: str, revision: str | None, token: str | bool | None) -> None:
+    """Make the card that is on the Hub the folder's, unless the folder's has text of the user's own."""
+    own = folder / "README.md"
+    if own.is_file() and has_own_text(own.read_text(encoding="utf-8")):
+        return
+    try:
+        own.write_text(
+            Path(hf_hub_download(repo_id, own.name, revision=revision, token=token)).read_text("utf-8"), "utf-8"
+        )
+    except (HfHubHTTPError, OSError, ValueError):
+        return  # there is none; if the Hub cannot be reached, the push will say so
 
 
 def _base_card(base: str | None, token: str | bool | None) -> ModelCard | None:

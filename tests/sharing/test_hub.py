@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,23 @@ print(EGGSPruner.push_to_hub(sys.argv[1], "me/tiny", commit_message="first"))
     assert hub.files("me/tiny")["model.safetensors"] == (packed_folder / "model.safetensors").read_bytes()
 
 
+def test_what_was_written_into_the_card_on_the_hub_is_kept(hub, packed_folder, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "copy")
+    client(hub, PUSH, tmp_path, folder, "me/tiny")
+    files = hub.repositories["me/tiny"].branches["main"][-1].files
+    files["README.md"] = files["README.md"].replace(b"# tiny\n", b"# tiny\n\nWritten by hand.\n")
+    edited = files["README.md"]
+    assert b"Written by hand." in edited
+    client(hub, PUSH, tmp_path, folder, "me/tiny")
+    assert hub.files("me/tiny")["README.md"] == edited
+    (folder / "README.md").write_text("# tiny\n\nOf the folder.\n")  # text of the folder's own goes before
+    client(hub, PUSH, tmp_path, folder, "me/tiny")
+    card = hub.files("me/tiny")["README.md"]
+    assert b"Of the folder." in card
+    assert b"Written by hand." not in card
+    assert b"The certificate" in card
+
+
 def test_a_plain_push_of_a_model_ends_with_our_card(hub, packed_folder, tmp_path):
     code = """
 import sys, optimum_eggs
@@ -198,8 +216,6 @@ def test_an_upload_that_fails_publishes_nothing(hub, packed_folder, tmp_path):
 
 
 def test_a_damaged_folder_is_not_pushed(hub, packed_folder, tmp_path):
-    import shutil
-
     folder = tmp_path / "damaged"
     shutil.copytree(packed_folder, folder)
     weights = folder / "model.safetensors"

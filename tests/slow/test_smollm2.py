@@ -182,10 +182,8 @@ def test_published_loaded_elsewhere_and_published_again(judged, tmp_path):
         for model in ("model", "against"):
             assert f"{found[model]['perplexity']['perplexity']:.2f}" in card
         assert "continuation" in card
-        fresh("-c", HUB, "me/model-2-4", "me/again")
-        again = hub.files("me/again")["README.md"].decode()
-        for name in ("me/again", "again"):
-            again = again.replace(name, name.replace("again", "model-2-4"))
+        fresh("-c", HUB, "me/model-2-4", "me/twin-model")
+        again = hub.files("me/twin-model")["README.md"].decode().replace("twin-model", "model-2-4")
         assert again == card
 
         edited = card + "\nI like this model.\n"

@@ -158,7 +158,8 @@ def change_tensor(found: Checkpoint, draw: random.Random) -> None:
         rows = max(1, shape[0] - 1) if draw.random() < 0.5 or len(shape) < 2 else shape[0]
         columns = [max(1, shape[1] - draw.choice((1, 2, 4)))] if len(shape) > 1 else []
         count = rows * (columns[0] if columns else 1) * SIZES.get(dtype, 1)
-        tensor[1], tensor[2] = [rows, *columns], data[:count].ljust(count, b"\0")
+        if 0 <= count <= 2**20:  # a change before may have made the shape absurd
+            tensor[1], tensor[2] = [rows, *columns], data[:count].ljust(count, b"\0")
     elif what == 5:
         del found.tensors[name]
     elif what == 6:

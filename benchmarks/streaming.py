@@ -50,10 +50,9 @@ def main() -> None:
     command += ["--preset", "fast" if args.refit else "ria"]
     began = time.monotonic()
     with psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as run:
-        status = run.as_dict(["pid"])
         peak = 0
         while run.poll() is None:
-            peak = max(peak, peak_of(status["pid"]))
+            peak = max(peak, peak_of(run.pid))
             time.sleep(0.05)
     if run.returncode:
         raise SystemExit(run.returncode)

@@ -24,7 +24,7 @@ class StatesOnDisk(MutableSequence):
     ...     states = StatesOnDisk(folder)
     ...     states.append(torch.ones(2, dtype=torch.bfloat16))
     ...     states[0] = states[0] + 1
-    ...     states[0], len(states)
+    ...     states[-1], len(states)
     (tensor([2., 2.], dtype=torch.bfloat16), 1)
     """
 
@@ -38,11 +38,11 @@ class StatesOnDisk(MutableSequence):
 
     def __getitem__(self, index: Any) -> Any:
         shape, dtype, device = self._like[index]
-        data = bytearray(self._file(index).read_bytes())
+        data = bytearray(self._file(range(len(self))[index]).read_bytes())
         return torch.frombuffer(data, dtype=dtype).reshape(shape).to(device)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._like[index] = self._write(index, value)
+        self._like[index] = self._write(range(len(self))[index], value)
 
     def insert(self, index: int, value: Tensor) -> None:
         """Append: `index` must be the length."""
@@ -59,4 +59,4 @@ class StatesOnDisk(MutableSequence):
         return value.shape, value.dtype, value.device
 
     def _file(self, index: int) -> Path:
-        return self._folder / str(range(len(self) + 1)[index])
+        return self._folder / str(index)

@@ -142,8 +142,8 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
 
     if args.memory_budget is not None:
         raise ConfigError(
-            f"memory_budget={args.memory_budget!r}: {args.model} has no safetensors files to be read block by block; "
-            "leave --memory-budget out, or save the model as safetensors first"
+            f"memory_budget={args.memory_budget!r}: {args.model} is no folder of safetensors files, which alone are "
+            "read block by block; leave --memory-budget out, or download or save the model to such a folder first"
         )
     placement = {"device_map": args.device} if args.device else {}
     pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **placement)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration import token_windows
 from ..config import EGGSConfig
@@ -25,7 +25,15 @@ def calibrate_and_prune(
         EGGSError: as `token_windows` and `prune_model`.
     """
     source = config.calibration if calibration is None else calibration
-    windows = token_windows(
+    windows = calibration_windows(source, tokenizer, config)
+    report = prune_model(model, config, windows, progress)
+    name_sources(report, source, model)
+    return report
+
+
+def calibration_windows(source: Any, tokenizer: Any, config: EGGSConfig) -> Tensor:
+    """Windows (windows, tokens) of token ids from `source`, drawn as the configuration says."""
+    return token_windows(
         source,
         tokenizer,
         num_samples=config.num_samples,
@@ -35,9 +43,6 @@ def calibrate_and_prune(
         split=config.split,
         text_column=config.text_column,
     )
-    report = prune_model(model, config, windows, progress)
-    name_sources(report, source, model)
-    return report
 
 
 def name_sources(report: PruneReport, source: Any, model: Any) -> None:

@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..calibration import token_windows
 from ..calibration.states import StatesOnDisk
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
 from ..engine.plan import make_plan
 from ..engine.prune import check_run, make_report, needs_dense_stream, prune_blocks
 from ..engine.report import REPORT_NAME, PruneReport
-from ..engine.run import name_sources
+from ..engine.run import calibration_windows, name_sources
 from ..errors import ConfigError, EGGSError, OutputError
 from ..folders import check_output, put_in_place
 from ..hf.attach import attach_quantizer
@@ -50,8 +49,6 @@ def prune_checkpoint(
     max_shard_size: int | str = "50GB",
     overwrite: bool = False,
     progress: bool | None = None,
-    model_id: str | None = None,
-    revision: str | None = None,
 ) -> PruneReport:
     """Prune a dense checkpoint into a packed one, without ever holding the model.
 
@@ -76,8 +73,6 @@ def prune_checkpoint(
             little memory.
         overwrite: Replace a saved model at `output`, and what a run that was cut has left.
         progress: Show a progress bar on stderr. Default: if it is a terminal.
-        model_id: What the model is called on the Hub, for the report.
-        revision: Its revision there.
 
     Raises:
         EGGSError: bad input, before anything is written; a run of other settings that was cut, or another process at
@@ -90,19 +85,8 @@ def prune_checkpoint(
     budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
     shard_size = _bytes("max_shard_size", max_shard_size)
     source = DenseSource(folder, dtype, device, config.block_list)
-    if model_id is not None:
-        source.model.config.name_or_path, source.model.config._commit_hash = model_id, revision
     tokenizer = config.tokenizer or (load_tokenizer(folder) if has_tokenizer(folder) else None)
-    windows = token_windows(
-        config.calibration,
-        tokenizer,
-        num_samples=config.num_samples,
-        seq_len=config.seq_len,
-        sampling=config.sampling,
-        seed=config.seed,
-        split=config.split,
-        text_column=config.text_column,
-    )
+    windows = calibration_windows(config.calibration, tokenizer, config)
     plan = make_plan(source.model, config, loaded=False)
     check_run(source.model, config, windows)
 
@@ -191,7 +175,6 @@ def _assemble(
     max_shard_size: int,
 ) -> None:
     """Put the finished blocks, and what is outside them, together as a checkpoint of transformers."""
-    files = [journal.folder / block.file for block in journal.finished]
     shards = Shards(made, min(max_shard_size, JOINED))
     buffers = {name for name, _ in source.model.named_buffers()}
 
@@ -201,8 +184,8 @@ def _assemble(
             tensors = {key: value.to(dtype) if key in cast else value for key, value in tensors.items()}
         return revert_weight_conversion(source.model, tensors)
 
-    for file in files:
-        shards.add(final(load_file(file)))
+    for block in journal.finished:
+        shards.add(final(load_file(journal.folder / block.file)))
     shards.add(final(source.outside()))
     shards.close()
     source.entered()

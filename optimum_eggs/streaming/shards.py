@@ -35,7 +35,6 @@ class Shards:
         for name, value in tensors.items():
             if self._size and self._size + value.nbytes > self.limit:
                 self._write()
-            # load_file gives views of a mapped file, which would stay until the last of them is gone
             self._held[name] = value.detach().cpu().contiguous()
             self._size += value.nbytes
 

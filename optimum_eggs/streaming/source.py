@@ -152,9 +152,8 @@ class DenseSource:
                 info, _ = convert_and_load_state_dict_in_model(self.model, slices, load)
                 bad = [*info.mismatched_keys, *info.conversion_errors]
                 if bad or info.error_msgs:
-                    raise CheckpointError(
-                        f"{self.folder}: {bad[0] if bad else info.error_msgs[0]}: does not fit the model"
-                    )
+                    what = bad[0] if bad else info.error_msgs[0]
+                    raise CheckpointError(f"{self.folder}: {what} does not fit the model; download it again")
                 loaded = self._outside() if index is None else self._inside(index)
                 for name, value in loaded.items():
                     if value.is_meta:

@@ -84,7 +84,7 @@ def main() -> None:
                 config = EGGSConfig(args.pattern, **values)  # type: ignore[arg-type]
                 with Meter() as meter:
                     start = time.perf_counter()
-                    solutions[solver] = solve_layer(weight, gram, config, config.pattern, meter)
+                    solutions[solver] = solve_layer(name, weight, gram, config, config.pattern, meter)
                     seconds[solver].append(time.perf_counter() - start)
         alps = statistics.median(seconds["ALPS"])
         for solver, found in solutions.items():

@@ -74,6 +74,8 @@ class EGGSConfig(QuantizationConfigMixin):
         seed: Seed of everything random.
         batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block
             tuning, where many small steps take less time than few large ones for the same result.
+        min_expert_tokens: Calibration tokens that an expert of a mixture must see; one that sees fewer is pruned by its
+            weights alone.
         targets: Name patterns of the linear layers to prune. Default: all within the blocks.
         ignore: Name patterns of layers to leave dense. Default: `["lm_head"]`. A pattern is a shell-style glob on the
             dotted name; it may leave out leading and trailing parts (`"down_proj"`, `"layers.0"`, `"*.mlp.*"`).
@@ -125,6 +127,7 @@ class EGGSConfig(QuantizationConfigMixin):
         sampling: str = "random",
         seed: int = 0,
         batch_size: int | None = None,
+        min_expert_tokens: int = 16,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = ("lm_head",),
         block_list: str | None = None,
@@ -159,6 +162,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.seed = check.integer("seed", seed, least=0)
         size = (1 if self.block_tuning else 4) if batch_size is None else batch_size
         self.batch_size = check.integer("batch_size", size, least=1)
+        self.min_expert_tokens = check.integer("min_expert_tokens", min_expert_tokens, least=0)
 
         self.targets = check.names("targets", targets)
         self.ignore = check.names("ignore", ignore) or []

@@ -66,6 +66,18 @@ CONFIGS = {
         ),
     ),
     "mixtral": lambda: (t.MixtralForCausalLM, t.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": lambda: (
+        t.GptOssForCausalLM,
+        t.GptOssConfig(
+            **_LLAMA,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
     "qwen3_moe": lambda: (t.Qwen3MoeForCausalLM, t.Qwen3MoeConfig(**_LLAMA, **_MOE, head_dim=8)),
 }
 

@@ -32,6 +32,11 @@ class GramAccumulator:
             self.cross = torch.zeros_like(self.gram) if self.cross is None else self.cross
             self.cross.addmm_(others.detach().reshape(rows.shape).to(rows).t(), rows)
 
+    def forget_inputs(self) -> None:
+        """Leave the weights alone to go by: as if the inputs were independent and of one size."""
+        self.gram = torch.eye(len(self.gram), device=self.gram.device)
+        self.cross = None
+
     @property
     def input_norm(self) -> Tensor:
         """‖x_j‖₂ over all tokens (in,)."""

@@ -201,6 +201,25 @@ class Walk:
             accumulator.cross = None
         return accumulator
 
+    def statistics_together(
+        self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]
+    ) -> dict[str, GramAccumulator]:
+        """The Gram matrices of the inputs of several linears of block `index`, in one pass over all windows."""
+        weights = {name: dense_weight(linear) for name, linear in linears.items()}
+        found = {name: GramAccumulator(weight.shape[1], weight.device) for name, weight in weights.items()}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                with self.meter.stage("statistics"):
+                    found[name].add(_input(args, kwargs))
+
+            return hook
+
+        with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
+            for batch in range(len(self.hidden)):
+                self.run(block, index, batch)
+        return found
+
     def input_norms(self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """‖x_j‖₂ of the inputs (in,) of each of the linears of block `index`, over all windows."""
         squares: dict[str, Tensor] = {}

@@ -99,6 +99,11 @@ def run(args: argparse.Namespace) -> int:
     took = report.measurements
     print(f"{summary['layers_pruned']} layers pruned to {summary['pattern']} in {took['seconds']:.0f} s")
     print(f"mean relative error {summary['mean_relative_error']:.4f}, starved inputs {summary['starved_inputs']}")
+    alone, least = summary["layers_by_weights_alone"], report.config["min_expert_tokens"]
+    if alone:
+        print(
+            f"pruned by their weights alone, for they saw under {least} calibration tokens: {alone} layers of experts"
+        )
     if report.tuning:
         before, after = (
             sum(getattr(block, key) for block in report.tuning) / len(report.tuning)

@@ -15,8 +15,8 @@ from ..measure import Meter
 from ..nn import dense_weight
 from ..pattern import NMPattern
 from ..update import masked_refit, relative_error
+from .inputs import layers_with_inputs
 from .plan import PrunePlan
-from .solve import check_finite
 
 _REFIT_STEPS = 5  # enough to rank layers
 
@@ -70,15 +70,13 @@ def allocate_by_error(
     quiet = None if progress is None else not progress
     for index in tqdm(range(len(blocks)), desc="Allocating", unit="block", disable=quiet):
         block, todo = blocks.materialise(index), plan.layers[index]
-        for stage in walk.stages(block, index, todo) if todo else []:
-            leader = todo[stage[0]]
-            statistics = walk.statistics(block, index, leader, dense_weight(leader).shape[1])
-            check_finite(stage[0], statistics)
+        prefix = f"{plan.block_list.block_name(index)}."
+        for alike in layers_with_inputs(walk, block, index, prefix, todo):
             with meter.stage("allocation"):
-                for name in stage:
+                for name in alike.names:
                     weight = dense_weight(todo[name]).float()
                     sizes[name] = weight.numel()
-                    errors[name] = _errors(weight, statistics.gram, config)
+                    errors[name] = _errors(weight, alike.statistics.gram, config)
         walk.advance(block, index)
         blocks.release(index)
     return dict.fromkeys(plan.names, config.pattern) | allocate(errors, sizes, config.pattern)

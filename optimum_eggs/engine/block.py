@@ -19,15 +19,17 @@ from ..masks import Shortfall, shortfall, topn_mask
 from ..masks.certificate import certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
+from ..nn.experts import SplitExperts
 from ..packing import pack_mask, unpack_mask
 from ..pattern import NMPattern
 from ..update import relative_error
 from .floor import Floor
 from .fold import find_folds, permute_block
+from .inputs import LayersAlike, check_finite, layers_with_inputs
 from .plan import PrunePlan
 from .precision import in_float32
 from .report import DenseLayer, LayerReport
-from .solve import Solution, check_finite, solve_layer
+from .solve import Solution, solve_layer
 from .tune import BlockTuning, tune_block
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class _Solved:
     tokens: int
     permutation_gain: float | None
     scores_alone: Shortfall | None
+    weights_alone: bool
+    damping: float | None
 
     def mask(self) -> Tensor:
         return unpack_mask(self.mask_bits, dense_weight(self.module).shape[1])
@@ -90,22 +94,20 @@ def prune_block(
     if stream is not None and dense_output is not None and not config.error_correction:
         stream.hidden = dense_output  # what went in is not needed again
     gains = _permute(walk, block, index, prefix, todo, plan.patterns, config, meter)
-    twin = copy.deepcopy(block) if stream is not None and config.error_correction and todo else None
+    corrected = stream is not None and config.error_correction and todo
+    twin: nn.Module | None = copy.deepcopy(block) if corrected else None
+
+    def dense_layer(name: str) -> DenseTwin | None:
+        if twin is None or stream is None:
+            return None
+        return DenseTwin(twin, stream.hidden, twin.get_submodule(name.removeprefix(prefix)))
 
     solved: list[_Solved] = []
-    for stage in walk.stages(block, index, todo) if todo else []:
-        leader = todo[stage[0]]
-        dense = None
-        if twin is not None and stream is not None:
-            dense = DenseTwin(twin, stream.hidden, twin.get_submodule(stage[0].removeprefix(prefix)))
-        statistics = walk.statistics(block, index, leader, dense_weight(leader).shape[1], dense)
-        check_finite(stage[0], statistics)
-        if dense is not None and statistics.cross is None:
-            logger.warning("%s: its error is not corrected: it gets other tokens than in the dense model", stage[0])
-        for name in stage:
+    for alike in layers_with_inputs(walk, block, index, prefix, todo, dense_layer):
+        for name in alike.names:
             pattern = plan.patterns[name]
-            solved.append(_prune_layer(name, todo[name], pattern, statistics, config, meter, gains.get(name)))
-    del twin
+            solved.append(_prune_layer(name, todo[name], pattern, alike, config, meter, gains.get(name)))
+    twin = None  # so that its memory is free
 
     tuning = None
     if targets is not None and solved:
@@ -123,7 +125,11 @@ def prune_block(
         reason = "not reached by the calibration text, or run more than once in its block"
         left_dense.append(DenseLayer(name, reason, dense_weight(todo[name]).numel()))
         logger.warning("%s: left dense: %s", name, reason)
-    return BlockResult([_pack_layer(layer, block, prefix, index, meter) for layer in solved], tuning, left_dense)
+    layers = [_pack_layer(layer, block, prefix, index, meter) for layer in solved]
+    for module in block.modules():
+        if isinstance(module, SplitExperts):
+            module.own_memory()
+    return BlockResult(layers, tuning, left_dense)
 
 
 def _targets(
@@ -150,6 +156,8 @@ def _permute(
     if not folds:
         return {}
     norms = walk.input_norms(block, index, {fold.consumer: todo[fold.consumer] for fold in folds})
+    for name, norm in norms.items():
+        check_finite(name, bool(torch.isfinite(norm).all()))
 
     def score(name: str) -> Tensor:
         weight = dense_weight(todo[name]).to(torch.float32)
@@ -165,14 +173,17 @@ def _prune_layer(
     name: str,
     module: nn.Module,
     pattern: NMPattern,
-    statistics: GramAccumulator,
+    alike: LayersAlike,
     config: EGGSConfig,
     meter: Meter,
     permutation_gain: float | None,
 ) -> _Solved:
-    stored = dense_weight(module)
+    stored, statistics = dense_weight(module), alike.statistics
+    weights_alone = alike.expert and statistics.tokens < config.min_expert_tokens
+    if weights_alone:
+        statistics.forget_inputs()
     weight = stored.to(torch.float32)
-    found = solve_layer(weight, statistics, config, pattern, meter)
+    found = solve_layer(name, weight, statistics, config, pattern, meter)
     with meter.stage("update"):
         pruned = found.weight.to(stored.dtype)
         if not bool(torch.isfinite(pruned).all()):
@@ -196,6 +207,8 @@ def _prune_layer(
         statistics.tokens,
         permutation_gain,
         scores_alone,
+        weights_alone,
+        found.damping,
     )
 
 
@@ -234,4 +247,6 @@ def _pack_layer(solved: _Solved, block: nn.Module, prefix: str, index: int, mete
         solved.error_without_floor,
         solved.permutation_gain,
         solved.scores_alone,
+        solved.weights_alone,
+        solved.damping,
     )

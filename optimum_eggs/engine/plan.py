@@ -14,6 +14,7 @@ from ..config import AUTO, EGGSConfig
 from ..errors import ConfigError, ModelError, NumericalError, ShapeError
 from ..masks.expander import check_floor
 from ..nn import NMLinear, dense_weight, is_dense_linear
+from ..nn.experts import keep_names, split_experts
 from ..nn.linear import check_packable
 from ..pattern import NMPattern
 from .report import DenseLayer
@@ -37,6 +38,8 @@ class PrunePlan:
 def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> PrunePlan:
     """Decide which layers to prune, and check everything about them that can be known before work begins.
 
+    Experts that are held as 3-D parameters are split into linear layers, in place, if any of them is to be pruned.
+
     Args:
         model: The model.
         config: What to do.
@@ -48,10 +51,25 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> Prun
         ShapeError: m does not divide a layer's inputs.
         NumericalError: a weight is NaN or infinite.
     """
-    modules = dict(model.named_modules())
-    packed = next((name for name, module in modules.items() if isinstance(module, NMLinear)), None)
+    packed = next((name for name, module in model.named_modules() if isinstance(module, NMLinear)), None)
     if packed is not None:
         raise ModelError(f"{packed}: is packed already; call model.dequantize() first, or start from the dense model")
+    fused = split_experts(model)
+    try:
+        plan = _plan(model, config, loaded)
+    except BaseException:
+        _put_back(model, fused)
+        raise
+    if any(name.startswith(f"{experts}.") for name in plan.names for experts in fused):
+        keep_names(model)
+    else:
+        _put_back(model, fused)
+        plan.left_dense = _as_fused(plan.left_dense, fused)
+    return plan
+
+
+def _plan(model: nn.Module, config: EGGSConfig, loaded: bool) -> PrunePlan:
+    modules = dict(model.named_modules())
     block_list = find_block_list(model, config.block_list)
     linears = {name: module for name, module in modules.items() if is_dense_linear(module)}
     _check_patterns(config, list(linears))
@@ -72,6 +90,21 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> Prun
     for layers in plan.layers if loaded else []:
         check_weights(layers)
     return plan
+
+
+def _put_back(model: nn.Module, fused: Mapping[str, nn.Module]) -> None:
+    for name, module in fused.items():
+        model.set_submodule(name, module)
+
+
+def _as_fused(left_dense: Sequence[DenseLayer], fused: Mapping[str, nn.Module]) -> list[DenseLayer]:
+    """What is left dense, with the experts of each of `fused` as the one module that they are."""
+    found: dict[str, DenseLayer] = {}
+    for layer in left_dense:
+        name = next((experts for experts in fused if layer.name.startswith(f"{experts}.")), layer.name)
+        before = found[name].parameters if name in found else 0
+        found[name] = DenseLayer(name, layer.reason, before + layer.parameters)
+    return list(found.values())
 
 
 def check_weights(layers: Mapping[str, nn.Module]) -> None:

@@ -50,8 +50,8 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
         EGGSError: the plan or the windows do not fit the model (the model is untouched then), or an activation is
             NaN or infinite (the blocks before are pruned by then; load the model again).
     """
-    plan = make_plan(model, config)
     check_run(model, config, windows)
+    plan = make_plan(model, config)
     with Meter() as meter:
         done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
     return make_report(plan, config, windows, done, meter)

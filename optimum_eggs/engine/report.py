@@ -31,6 +31,9 @@ class LayerReport:
         permutation_gain: Share of score that reordering its inputs won, if that was tried.
         scores_alone: What the mask of the largest importance scores, without the floor, would have lacked of it; None
             without a floor.
+        weights_alone: An expert that too few calibration tokens reached, pruned by its weights alone; its
+            `relative_error` is that of the weights.
+        damping: The damping that the solver took, where that of the configuration was too small for it; else None.
     """
 
     name: str
@@ -46,6 +49,8 @@ class LayerReport:
     error_without_floor: float | None = None
     permutation_gain: float | None = None
     scores_alone: Shortfall | None = None
+    weights_alone: bool = False
+    damping: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,10 @@ class PruneReport:
 
     @property
     def mean_relative_error(self) -> float:
-        """Mean of the layers' relative errors."""
-        return sum(layer.relative_error for layer in self.layers) / len(self.layers)
+        """Mean of the relative errors of the layers that were pruned on calibration inputs, or else of all."""
+        errors = [layer.relative_error for layer in self.layers if not layer.weights_alone]
+        errors = errors or [layer.relative_error for layer in self.layers]
+        return sum(errors) / len(errors)
 
     @property
     def starved_inputs(self) -> int:
@@ -101,6 +108,7 @@ class PruneReport:
                 "parameters_pruned": sum(layer.out_features * layer.in_features for layer in self.layers),
                 "mean_relative_error": self.mean_relative_error,
                 "starved_inputs": self.starved_inputs,
+                "layers_by_weights_alone": sum(layer.weights_alone for layer in self.layers),
             },
             "config": self.config,
             "calibration": self.calibration,

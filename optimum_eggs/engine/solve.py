@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..calibration import GramAccumulator
@@ -16,13 +18,18 @@ from ..pattern import NMPattern
 from ..update import admm, coordinate_descent, corrected_target, masked_refit, relative_error, sparsegpt
 from .floor import NO_FLOOR, Floor, strongest_floor
 
+logger = logging.getLogger(__name__)
+
+_LEAST_DAMPING = 1e-6  # what a damping of 0 is raised to: float32 rounds at 1e-7
+
 
 @dataclass(frozen=True)
 class Solution:
     """A layer solved: mask (out, in), weight (out, in) that is zero off the mask, and the floor that it keeps.
 
     `target` (out, in) is what the weight was fitted to: the layer's own, or that corrected for changed inputs.
-    `error_without_floor` is the relative error that the layer would have without a floor, where that was tried.
+    `error_without_floor` is the relative error that the layer would have without a floor, where that was tried;
+    `damping` that which it took, where it had to be raised.
     """
 
     target: Tensor
@@ -30,35 +37,50 @@ class Solution:
     weight: Tensor
     floor: Floor
     error_without_floor: float | None = None
-
-
-def check_finite(name: str, statistics: GramAccumulator) -> None:
-    """Raise unless the calibration inputs of the layer called `name` were finite.
-
-    Raises:
-        NumericalError: they were not.
-    """
-    if not statistics.is_finite():
-        raise NumericalError(
-            f"{name}: its calibration inputs hold NaN or infinite values; load the model in a wider dtype (bfloat16 or "
-            "float32), or look for the first layer that overflows"
-        )
+    damping: float | None = None
 
 
 def solve_layer(
-    weight: Tensor, statistics: GramAccumulator, config: EGGSConfig, pattern: NMPattern, meter: Meter
+    name: str, weight: Tensor, statistics: GramAccumulator, config: EGGSConfig, pattern: NMPattern, meter: Meter
 ) -> Solution:
-    """Find mask and new weight of a layer.
+    """Find mask and new weight of the layer called `name`.
 
-    weight (out, in), float32; the statistics of the layer's calibration inputs, float32.
+    weight (out, in), float32; the statistics of the layer's calibration inputs, float32; both finite. Where the Gram
+    matrix cannot be factorised with `config.damping`, or what comes out is not finite, the damping is raised tenfold.
+
+    Raises:
+        NumericalError: a damping of 1 is not enough either.
     """
+    damping = config.damping
+    while True:
+        try:
+            found = _solve_damped(weight, statistics, config, pattern, damping, meter)
+            _check_finite(found.weight, damping)
+        except NumericalError as error:
+            if damping >= 1:
+                raise NumericalError(f"{name}: {error}; add the layer to `ignore`") from error
+            raised = min(1.0, max(10 * damping, _LEAST_DAMPING))
+            logger.warning("%s: damping is raised from %g to %g: %s", name, damping, raised, error)
+            damping = raised
+        else:
+            return replace(found, damping=damping if damping != config.damping else None)
+
+
+def _solve_damped(
+    weight: Tensor,
+    statistics: GramAccumulator,
+    config: EGGSConfig,
+    pattern: NMPattern,
+    damping: float,
+    meter: Meter,
+) -> Solution:
     gram, target = statistics.gram, weight
     if statistics.cross is not None:
         with meter.stage("update"):
-            target = corrected_target(weight, gram, statistics.cross, config.error_correction, config.damping)
+            target = corrected_target(weight, gram, statistics.cross, config.error_correction, damping)
 
     def solve(floor: Floor) -> tuple[Tensor, Tensor]:
-        return _solve(target, gram, config, pattern, floor, meter)
+        return _solve(target, gram, config, pattern, floor, damping, meter)
 
     if config.min_degree != AUTO:
         floor = Floor(int(config.min_degree), config.band) if config.min_degree else NO_FLOOR
@@ -69,8 +91,19 @@ def solve_layer(
     return Solution(target, mask, values, floor, least)
 
 
+def _check_finite(weight: Tensor, damping: float) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalError(f"with damping={damping} the solution holds NaN or infinite values")
+
+
 def _solve(
-    target: Tensor, gram: Tensor, config: EGGSConfig, pattern: NMPattern, floor: Floor, meter: Meter
+    target: Tensor,
+    gram: Tensor,
+    config: EGGSConfig,
+    pattern: NMPattern,
+    floor: Floor,
+    damping: float,
+    meter: Meter,
 ) -> tuple[Tensor, Tensor]:
     """Mask and values that come near the target (out, in) on the calibration inputs."""
 
@@ -89,12 +122,12 @@ def _solve(
     else:
         with meter.stage("update"):
             if config.solver == "admm":
-                mask, values = admm(target, gram, allowed, config.damping)
+                mask, values = admm(target, gram, allowed, damping)
             else:
-                mask, values = sparsegpt(target, gram, pattern, config.damping)
+                mask, values = sparsegpt(target, gram, pattern, damping)
     with meter.stage("update"):
         if config.weight_update == "refit":
-            values = masked_refit(target, mask, gram, config.damping, config.refit_steps, values)
+            values = masked_refit(target, mask, gram, damping, config.refit_steps, values)
         if config.descent_sweeps:
             mask, values = coordinate_descent(
                 target,
@@ -104,7 +137,7 @@ def _solve(
                 pattern,
                 floor.min_degree,
                 floor.band,
-                config.damping,
+                damping,
                 config.descent_sweeps,
                 config.refit_steps if config.weight_update == "refit" else 0,
             )

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import EGGSConfig
 from ..nn import NMLinear
+from ..nn.experts import join_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,4 +56,5 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     """Replace every packed layer by the dense layer it came from, zeros in place. Changes and returns `model`."""
     for name, layer in packed_layers(model).items():
         model.set_submodule(name, layer.to_original().to(dtype or layer.weight.dtype))
+    join_experts(model)
     return model

@@ -20,6 +20,7 @@ from ..config import QUANT_METHOD, EGGSConfig
 from ..errors import CheckpointError, ModelError
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.dense import is_conv1d
+from ..nn.experts import conversions_for, is_fused_experts, split_experts
 from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors
 from ..pattern import NMPattern
 from .attach import attach_quantizer, packed_layers, share_with_card, unpack_layers
@@ -67,9 +68,17 @@ class EGGSHfQuantizer(HfQuantizer):
                 "are packed; prune the model again"
             )
         stored = check_files(checkpoint_files or [], pruned)
+        prefix = f"{model.base_model_prefix}."
+        fused = [name.removeprefix(prefix) for name, module in model.named_modules() if is_fused_experts(module)]
+        if any(f"{experts}." in name for name in pruned for experts in fused):
+            split_experts(model)
         modules = dict(model.named_modules())
         for name, pattern in pruned.items():
             _swap_in(model, modules, name, NMPattern.parse(pattern), stored[name])
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Those of transformers, but for what makes 3-D parameters of experts that are split."""
+        return conversions_for(model, super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:

@@ -2,7 +2,8 @@
 
 PEFT has no public way to add a layer type that also holds when an adapter is loaded again (`_register_custom_module`
 is not saved). So the last of its dispatchers for LoRA is wrapped, and the other adapters are refused on packed layers,
-since they would fill the zeros. Nothing happens until PEFT is imported.
+since they would fill the zeros; and what it does for experts held as 3-D parameters is left out where they are split.
+Nothing happens until PEFT is imported.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
+from ..nn.experts import conversions_for, has_split_experts
 
 _MODULE = "peft.tuners.lora.model"
 _PLAIN = ("LORA",)
@@ -64,7 +66,10 @@ def _wrap(module: Any) -> None:
     dispatch_default.knows_packed_layers = True  # type: ignore[attr-defined]
     module.dispatch_default = dispatch_default
 
+    import transformers.integrations.peft as integration
     from peft.tuners.tuners_utils import BaseTuner
+
+    _filter_conversions(integration)
 
     inject = BaseTuner.inject_adapter
 
@@ -73,9 +78,40 @@ def _wrap(module: Any) -> None:
         kind = str(getattr(self.peft_config[adapter_name].peft_type, "value", self.peft_config[adapter_name].peft_type))
         if kind not in _PLAIN:
             _refuse_packed_layers(model, kind)
+        if has_split_experts(model):
+            _leave_split_experts()
         return inject(self, model, adapter_name, *args, **kwargs)
 
     BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
+
+
+def _leave_split_experts() -> None:
+    """Keep PEFT from taking what names an expert's layer for a part of a 3-D parameter, in models where it is none."""
+    import peft.utils.transformers_weight_conversion as conversion
+
+    change_config = conversion.convert_peft_config_for_transformers
+    if getattr(change_config, "knows_split_experts", False):
+        return
+
+    @functools.wraps(change_config)
+    def convert_config(peft_config: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        if not has_split_experts(model):
+            change_config(peft_config, model, *args, **kwargs)
+
+    convert_config.knows_split_experts = True  # type: ignore[attr-defined]
+    conversion.convert_peft_config_for_transformers = convert_config
+    _filter_conversions(conversion)
+
+
+def _filter_conversions(module: Any) -> None:
+    """Have `module` find the conversions of a model as [`conversions_for`] says."""
+    find = module.get_model_conversion_mapping
+
+    @functools.wraps(find)
+    def get_model_conversion_mapping(model: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        return conversions_for(model, find(model, *args, **kwargs))
+
+    module.get_model_conversion_mapping = get_model_conversion_mapping
 
 
 def _refuse_packed_layers(model: Any, kind: str) -> None:

@@ -134,6 +134,12 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
         f"{'with the preset `' + preset + '`' if preset else 'with the configuration below'}, calibrated on {windows}"
         + (f" of `{source}`." if hub_id(source if isinstance(source, str) else None) else ".")
     ]
+    alone = summary.get("layers_by_weights_alone")
+    if alone:
+        method.append(
+            f"{alone} of the layers are of experts that fewer than {report['config']['min_expert_tokens']} calibration "
+            "tokens reached; they were pruned by their weights alone."
+        )
     if dense:
         method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{_more(dense, 6)}.")
     if recovered:

@@ -87,8 +87,8 @@ def prune_checkpoint(
     source = DenseSource(folder, dtype, device, config.block_list)
     tokenizer = config.tokenizer or (load_tokenizer(folder) if has_tokenizer(folder) else None)
     windows = calibration_windows(config.calibration, tokenizer, config)
-    plan = make_plan(source.model, config, loaded=False)
     check_run(source.model, config, windows)
+    plan = make_plan(source.model, config, loaded=False)
 
     work = output.parent / f".{output.name}.unfinished"
     with _written(output), locked(work):

@@ -25,6 +25,7 @@ from ..calibration import BlockList, find_block_list
 from ..config import QUANT_METHOD
 from ..errors import CheckpointError, ModelError, NumericalError
 from ..hf.loading import model_class, parse_dtype, translated
+from ..nn.experts import SplitExperts, keep_names
 from ..packing.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_headers, weight_files
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -145,6 +146,7 @@ class DenseSource:
         try:
             with ExitStack() as stack:
                 stack.enter_context(_no_progress_bar())
+                stack.enter_context(self._fused())
                 opened: dict[Path, Any] = {}
                 for file in set(self._keys[index].values()):
                     opened[file] = stack.enter_context(safe_open(str(file), framework="pt"))
@@ -167,6 +169,23 @@ class DenseSource:
             raise CheckpointError(f"{self.folder}: a weight file is damaged ({error}); download it again") from error
         if index is None:
             self.model.tie_weights()
+
+    @contextmanager
+    def _fused(self) -> Iterator[None]:
+        """Experts that are split, as the one module that a checkpoint is loaded into."""
+        split = {name: module for name, module in self.model.named_modules() if isinstance(module, SplitExperts)}
+        for name, module in split.items():
+            self.model.set_submodule(name, module.hollow())
+        try:
+            yield
+        finally:
+            for name, module in split.items():
+                fused = self.model.get_submodule(name)
+                if not any(value.is_meta for value in fused.parameters()):
+                    module.take(fused)
+                self.model.set_submodule(name, module)
+            if split:
+                keep_names(self.model)
 
     def _by_block(self, files: dict[str, Path]) -> dict[int | None, dict[str, Path]]:
         """The checkpoint's keys and their files, by the block that they go to; None: outside of all."""

@@ -25,7 +25,7 @@ def corrected_target(
         damping: Relative size of λ.
 
     Returns:
-        (out, in). Memory: one buffer of (out, in), three of (in, in) in float64.
+        (out, in); W if all inputs are dead. Memory: one buffer of (out, in), three of (in, in) in float64.
 
     Raises:
         ShapeError: the shapes do not belong together.
@@ -33,6 +33,8 @@ def corrected_target(
     """
     check_problem(weight, gram)
     check_problem(weight, cross)
+    if not bool(gram.diagonal().any()):
+        return weight.clone()  # all inputs are dead
     # float64: inputs that nearly repeat each other make the Gram matrix singular but for the damping.
     factor, failed = torch.linalg.cholesky_ex(damped_gram(gram.double(), damping))
     if int(failed):

@@ -61,8 +61,9 @@ EXPECTED = {
         "output.dense": ([("intermediate.dense", 0, 64)], 1, 1, 64),
         "attention.output.dense": ([("attention.self.value", 0, 8)], 4, 1, 8),
     },
-    "mixtral": GROUPED,  # its experts are no linear layers
+    "mixtral": GROUPED,  # its experts are no linear layers before they are split
     "qwen3_moe": GROUPED,
+    "gpt_oss": GROUPED,
 }
 
 _SMALL = tiny._LLAMA | {"num_hidden_layers": 1}
@@ -171,7 +172,7 @@ def test_a_fold_changes_the_weights_and_not_the_model(name):
             moved |= {f"{layer}.weight" for layer in layers}
             moved |= {f"{layer}.bias" for layer in layers[1:] if f"{layer}.bias" in before}
     assert changed(model, before) == moved
-    assert any(key.endswith("bias") for key in moved) == (name in ("opt", "gpt2", "gpt_neox", "bert"))
+    assert any(key.endswith("bias") for key in moved) == (name in ("opt", "gpt2", "gpt_neox", "bert", "gpt_oss"))
     after = logits(model)
     assert not torch.equal(after, expected)  # sums are reordered
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

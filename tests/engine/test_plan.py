@@ -22,9 +22,43 @@ def test_all_linears_of_the_blocks_are_pruned_and_the_rest_is_named():
     assert "Embedding" in reasons["model.decoder.embed_tokens.weight"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_experts_held_as_one_parameter_are_left_dense_and_named(name):
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_held_as_one_parameter_are_split(name):
     found = plan(tiny.make_model(name))
+    assert {name for name in found.names if "experts" in name} == {
+        f"model.layers.{block}.mlp.experts.{expert}.{part}"
+        for block in (0, 1)
+        for expert in range(4)
+        for part in ("gate_up_proj", "down_proj")
+    }
+    assert not any("experts" in layer.name for layer in found.left_dense)
+
+
+def test_experts_that_stay_dense_stay_one_module():
+    model = tiny.make_model("mixtral")
+    before = dict(model.named_modules())
+    found = plan(model, ignore=["experts"])
+    assert all("self_attn" in layer for layer in found.names)
+    left = {layer.name: layer for layer in found.left_dense}
+    experts = left["model.layers.1.mlp.experts"]
+    assert experts.reason == "matches `ignore`"
+    assert experts.parameters == sum(p.numel() for p in before["model.layers.1.mlp.experts"].parameters())
+    assert dict(model.named_modules()) == before
+
+
+def test_a_plan_that_fails_leaves_the_experts_as_they_were():
+    model = tiny.make_model("mixtral")
+    before = dict(model.named_modules())
+    with pytest.raises(ConfigError, match="matches no linear layer"):
+        plan(model, targets=["no_such_layer"])
+    assert dict(model.named_modules()) == before
+
+
+def test_experts_with_a_norm_of_their_own_are_left_dense_and_named():
+    model = tiny.make_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.has_post_expert_norm = True
+    found = plan(model)
     experts = [layer for layer in found.left_dense if layer.reason == "holds experts as one 3-D parameter"]
     assert [layer.name for layer in experts] == [
         f"model.layers.{block}.mlp.experts.{part}" for block in (0, 1) for part in ("gate_up_proj", "down_proj")

@@ -12,6 +12,7 @@ from optimum_eggs.engine import prune_model
 from optimum_eggs.errors import CalibrationError, NumericalError
 from optimum_eggs.masks import topn_mask
 from optimum_eggs.nn import dense_weight, is_dense_linear
+from optimum_eggs.nn.experts import split_experts
 from optimum_eggs.presets import PRESETS
 
 WINDOWS = tiny.make_windows(8, 16)
@@ -26,7 +27,9 @@ def packed(model):
 def test_every_architecture(name, dtype, config):
     model = tiny.make_model(name, dtype=dtype)
     block_list = find_block_list(model).name
-    expected = {n for n, layer in model.named_modules() if is_dense_linear(layer) and n.startswith(block_list)}
+    split = tiny.make_model(name, dtype=dtype)
+    split_experts(split)
+    expected = {n for n, layer in split.named_modules() if is_dense_linear(layer) and n.startswith(block_list)}
     report = prune_model(model, config, WINDOWS)
     layers = packed(model)
     assert set(layers) == expected == {layer.name for layer in report.layers}
@@ -84,10 +87,10 @@ def test_the_report_says_it_all_in_json(config):
     model = tiny.make_model("mixtral")
     report = json.loads(json.dumps(prune_model(model, config, WINDOWS).to_dict()))
     assert report["config"]["pruned_modules"] == dict.fromkeys(packed(model), "2:4")
-    assert report["summary"]["layers_pruned"] == len(report["layers"]) == 8
+    assert report["summary"]["layers_pruned"] == len(report["layers"]) == 24
     assert report["calibration"]["windows"] == 8
     assert report["versions"]["torch"] == torch.__version__
-    assert any("experts" in layer["name"] for layer in report["left_dense"])
+    assert any("gate" in layer["name"] for layer in report["left_dense"])
     stages = report["measurements"]["stages"]
     assert {"forward", "statistics", "mask", "update", "pack", "report"} <= set(stages)
     assert sum(stage["seconds"] for stage in stages.values()) <= report["measurements"]["seconds"]

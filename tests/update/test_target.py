@@ -54,4 +54,10 @@ def test_bad_input_is_refused():
     with pytest.raises(ShapeError, match="do not belong together"):
         corrected_target(weight, hat @ hat.T, (x @ hat.T)[1:])
     with pytest.raises(NumericalError, match=r"not positive definite; raise damping=0.0"):
-        corrected_target(weight, torch.zeros(COLUMNS, COLUMNS, dtype=torch.float64), x @ hat.T, damping=0.0)
+        corrected_target(weight, torch.ones(COLUMNS, COLUMNS, dtype=torch.float64), x @ hat.T, damping=0.0)
+
+
+def test_inputs_that_are_all_dead_change_nothing():
+    _, _, weight = streams()
+    none = torch.zeros(COLUMNS, COLUMNS, dtype=torch.float64)
+    assert torch.equal(corrected_target(weight, none, none, damping=0.0), weight)

@@ -1,0 +1,103 @@
+"""The layers of a block with the statistics of their inputs, in the order in which they run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..calibration import DenseTwin, GramAccumulator, Walk
+from ..errors import NumericalError
+from ..nn import dense_weight
+from ..nn.experts import SplitExperts
+
+logger = logging.getLogger(__name__)
+
+_WAVE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class LayersAlike:
+    """Layers that read the same tensor, and its statistics. `expert`: of an expert, which not all tokens reach."""
+
+    names: list[str]
+    statistics: GramAccumulator
+    expert: bool = False
+
+
+def layers_with_inputs(
+    walk: Walk,
+    block: nn.Module,
+    index: int,
+    prefix: str,
+    todo: Mapping[str, nn.Module],
+    dense: Callable[[str], DenseTwin | None] = lambda name: None,
+) -> Iterator[LayersAlike]:
+    """The layers `todo` of block `index`, each with statistics taken once those before it have been dealt with.
+
+    Split experts come last: those of the same matrix together, whatever they read.
+
+    Args:
+        walk: Where the hidden states come from.
+        block: The block.
+        index: Its index.
+        prefix: Its full dotted name, with a dot at the end.
+        todo: The layers, by full dotted name.
+        dense: The layer in the dense model, by full dotted name, if its inputs are wanted beside those here.
+
+    Raises:
+        NumericalError: inputs are NaN or infinite.
+    """
+    waves = _expert_waves(block, prefix, todo)
+    experts = {name for wave in waves for name in wave}
+    others = {name: module for name, module in todo.items() if name not in experts}
+    for stage in walk.stages(block, index, others) if others else []:
+        leader, twin = todo[stage[0]], dense(stage[0])
+        statistics = walk.statistics(block, index, leader, dense_weight(leader).shape[1], twin)
+        check_finite(stage[0], statistics.is_finite())
+        if twin is not None and statistics.cross is None:
+            logger.warning("%s: its error is not corrected: it gets other tokens than in the dense model", stage[0])
+        yield LayersAlike(stage, statistics)
+    for wave in waves:
+        together = walk.statistics_together(block, index, {name: todo[name] for name in wave})
+        for name in wave:
+            statistics = together.pop(name)
+            check_finite(name, statistics.is_finite())
+            yield LayersAlike([name], statistics, expert=True)
+
+
+def _expert_waves(block: nn.Module, prefix: str, todo: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The layers to prune of a block's split experts, those together whose statistics are taken in one pass.
+
+    What reads the hidden states comes before what reads its outputs; the Gram matrices of a wave take 1 GiB at the
+    most, or are one.
+    """
+    waves: list[list[str]] = []
+    for path, module in block.named_modules():
+        for together in module.waves() if isinstance(module, SplitExperts) else []:
+            size = _WAVE_BYTES
+            for name in (f"{prefix}{path}.{part}" for part in together):
+                if name not in todo:
+                    continue
+                gram = 4 * dense_weight(todo[name]).shape[1] ** 2
+                if size + gram > _WAVE_BYTES:
+                    waves.append([])
+                    size = 0
+                waves[-1].append(name)
+                size += gram
+    return waves
+
+
+def check_finite(name: str, finite: bool) -> None:
+    """Raise unless the calibration inputs of the layer called `name` are finite.
+
+    Raises:
+        NumericalError: they are not.
+    """
+    if not finite:
+        raise NumericalError(
+            f"{name}: its calibration inputs hold NaN or infinite values; load the model in a wider dtype (bfloat16 or "
+            "float32), or look for the first layer that overflows"
+        )

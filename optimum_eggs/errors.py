@@ -37,5 +37,9 @@ class OutputError(EGGSError, OSError):
     """An output folder cannot be written as asked."""
 
 
+class DistributedError(EGGSError, RuntimeError):
+    """A process of a distributed run is gone."""
+
+
 class HubError(EGGSError, RuntimeError):
     """The Hub refused, or could not be reached."""

@@ -73,6 +73,35 @@ def test_training_is_timed_packed_and_dense(packed_folder, dense_folder):
         assert f"| {kind} |" in printed
 
 
+def test_processes_are_compared(dense_folder, text_file, tmp_path):
+    sizes = ["--num-samples", 8, "--seq-len", 16, "--num-windows", 2, "--test-seq-len", 32]
+    texts = ["--calibration", text_file, "--text", text_file]
+    printed = run("ranks.py", dense_folder, tmp_path, *texts, *sizes).stdout
+    assert "the same positions in" in printed
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[-2:]] == ["1", "2"]
+
+
+def test_costs_are_counted_and_checked(dense_folder, text_file):
+    rates = ["--gflops", 100, 200, "--bandwidth", 20]
+    lines = run("cost_model.py", "--shapes", "8B", "--processes", 1, 2, *rates).stdout.splitlines()
+    # 32 blocks of 218 M weights and four passes' attention, 262144 tokens: by hand from the shapes.
+    hidden, intermediate, keys, tokens = 4096, 14336, 1024, 128 * 2048
+    attention, mlp = 2 * hidden * (hidden + keys), 3 * hidden * intermediate
+    behind = [hidden * (hidden + 2 * keys), attention, attention + 2 * hidden * intermediate, attention + mlp]
+    operations = 32 * tokens * (2 * sum(behind) + 4 * 4 * 2048 * hidden)
+    assert float(lines[-2].split("|")[3]) == pytest.approx(operations / 200e9 / 3600, abs=0.06)
+    assert float(lines[-1].split("|")[3]) == pytest.approx(operations / 400e9 / 3600, abs=0.06)
+    sizes = ["--num-samples", 4, "--seq-len", 16]
+    printed = run("cost_model.py", "--check", dense_folder, "--calibration", text_file, *sizes, *rates).stdout
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == [
+        "forward",
+        "statistics",
+        "update",
+        "report",
+        "all",
+    ]
+
+
 def test_books_are_read_from_their_package(tmp_path):
     lines = ["EMMA", "", "A line", "and another.", "", "The end — of it."]
     encoded = b"".join(struct.pack(">ii", 0x9, len(line.encode())) + line.encode() for line in lines)

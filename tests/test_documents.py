@@ -29,6 +29,8 @@ SMALLER = {  # the last of two equal options counts
     "optimum-cli eggs recover": "--steps 2 --seq-len 16",
     "python benchmarks/kernels.py": "--shapes 64x64 --tokens 1 --repeats 1",
     "python benchmarks/streaming.py": "--layers 2 --hidden 128 --vocabulary 500 --num-samples 4 --seq-len 32",
+    "python benchmarks/ranks.py": "--num-samples 8 --seq-len 16 --num-windows 2 --test-seq-len 32",
+    "python benchmarks/cost_model.py": "--num-samples 4 --seq-len 16",
     "python tests/fuzz/fuzz_checkpoints.py": "--runs 10",
     "python benchmarks/training.py": "--batch-size 1 --seq-len 16 --steps 1 --warm-up 1",
     "python benchmarks/quality.py": "--num-samples 4 --seq-len 16 --test-windows 2 --test-seq-len 32",

@@ -12,7 +12,7 @@ import optimum_eggs
 PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
     ["errors", "version"],
-    ["pattern", "measure"],
+    ["pattern", "measure", "ranks"],
     ["importance", "packing", "presets", "folders", "names", "validation"],
     ["masks"],
     ["update"],

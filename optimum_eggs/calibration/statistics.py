@@ -1,7 +1,11 @@
 """Streaming statistics of a layer's inputs."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
+
+from ..ranks import Ranks
 
 
 class GramAccumulator:
@@ -31,6 +35,17 @@ class GramAccumulator:
         if others is not None:
             self.cross = torch.zeros_like(self.gram) if self.cross is None else self.cross
             self.cross.addmm_(others.detach().reshape(rows.shape).to(rows).t(), rows)
+
+    def over_all(self, ranks: Ranks, paired: bool = False) -> GramAccumulator:
+        """Sum the statistics of all processes. `paired`: whether this one has all of its products with others."""
+        counts = torch.tensor([self.tokens, int(paired)])
+        ranks.add(self.gram, counts)
+        self.tokens = int(counts[0])
+        if int(counts[1]) < ranks.size:
+            self.cross = None
+        elif self.cross is not None:
+            ranks.add(self.cross)
+        return self
 
     def forget_inputs(self) -> None:
         """Leave the weights alone to go by: as if the inputs were independent and of one size."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..measure import Meter
 from ..nn import dense_weight
+from ..ranks import ALONE, Ranks
 from .blocks import BlockList
 from .statistics import GramAccumulator
 
@@ -110,6 +111,8 @@ class Walk:
         batch_size: Windows run at a time.
         meter: Counts the seconds of `"forward"` and `"statistics"`.
         store: Makes the lists that hidden states are held in: in memory, or on disk.
+        ranks: The processes over which the windows of every batch are shared out. Statistics are summed over them, and
+            every one of them must ask for the same.
 
     Attributes:
         hidden: Hidden states before the block at hand, batch by batch, as the pruned blocks before it give them.
@@ -125,8 +128,10 @@ class Walk:
         batch_size: int,
         meter: Meter,
         store: Callable[[], MutableSequence[Tensor]] = list,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.provider, self.meter, self.store = provider, meter, store
+        self.provider, self.meter, self.store, self.ranks = provider, meter, store, ranks
+        windows, batch_size = ranks.share(windows, batch_size), batch_size // ranks.size
         self.hidden = store()
         self._calls: list[list[_Call]] = []  # [batch][block]
         pool: dict[tuple, list[Tensor]] = {}
@@ -154,7 +159,7 @@ class Walk:
                 placed.add(name)
             if len(placed) == len(linears):
                 break
-        return list(stages.values())
+        return _united(self.ranks.gather(list(stages.values())))
 
     def _inputs_seen(
         self, block: nn.Module, index: int, batch: int, linears: dict[str, nn.Module]
@@ -197,9 +202,7 @@ class Walk:
                 if x is not None:
                     with self.meter.stage("statistics"):
                         accumulator.add(x, other if paired else None)
-        if not paired:
-            accumulator.cross = None
-        return accumulator
+        return accumulator.over_all(self.ranks, paired)
 
     def statistics_together(
         self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]
@@ -218,22 +221,27 @@ class Walk:
         with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
             for batch in range(len(self.hidden)):
                 self.run(block, index, batch)
-        return found
+        return {name: found[name].over_all(self.ranks) for name in linears}
 
     def input_norms(self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """‖x_j‖₂ of the inputs (in,) of each of the linears of block `index`, over all windows."""
-        squares: dict[str, Tensor] = {}
+        weights = {name: dense_weight(linear) for name, linear in linears.items()}
+        squares = {
+            name: torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
+            for name, weight in weights.items()
+        }
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 x = _input(args, kwargs).flatten(0, -2).to(torch.float32)
-                squares[name] = squares.get(name, 0) + x.square().sum(0)
+                squares[name] += x.square().sum(0)
 
             return hook
 
         with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
             for batch in range(len(self.hidden)):
                 self.run(block, index, batch)
+        self.ranks.add(*squares.values())
         return {name: total.sqrt() for name, total in squares.items()}
 
     def outputs(self, block: nn.Module, index: int, hidden: Sequence[Tensor] | None = None) -> MutableSequence[Tensor]:
@@ -277,6 +285,18 @@ class Walk:
         with _hooked({linear: hook}), suppress(_Stop):
             self.run(block, index, batch, hidden)
         return seen[0] if seen else None
+
+
+def _united(found: Sequence[list[list[str]]]) -> list[list[str]]:
+    """The stages of all processes as one list: those of the first, and what only others reached."""
+    placed: set[str] = set()
+    united: list[list[str]] = []
+    for stages in found:
+        for stage in stages:
+            fresh = [name for name in stage if name not in placed]
+            united += [fresh] if fresh else []
+            placed.update(fresh)
+    return united
 
 
 _DONE = _Call((), {}, False)

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..config import EGGSConfig
     from ..engine import PruneReport
+    from ..ranks import Ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
     from ..config import EGGSConfig
     from ..folders import check_output
+    from ..ranks import join_ranks
 
+    ranks = join_ranks()
     # Everything that can be refused is refused before a model is loaded.
     check_output(args.output, args.overwrite)
     config = EGGSConfig(
@@ -91,7 +94,17 @@ def run(args: argparse.Namespace) -> int:
         targets=args.targets,
         ignore=args.ignore,
     )
-    report = _from_disk(args, config) if _is_on_disk(args) else _in_memory(args, config)
+    if _is_on_disk(args):
+        report = _from_disk(args, config, ranks)
+    elif ranks.size == 1:
+        report = _in_memory(args, config)
+    else:
+        raise ConfigError(
+            f"{args.model}: {ranks.size} processes prune a folder of safetensors files together, and this is none; "
+            "download or save the model to such a folder first"
+        )
+    if not ranks.first:
+        return 0
     if args.json:
         print(json.dumps(report.to_dict() | {"output": args.output}))
         return 0
@@ -101,9 +114,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"mean relative error {summary['mean_relative_error']:.4f}, starved inputs {summary['starved_inputs']}")
     alone, least = summary["layers_by_weights_alone"], report.config["min_expert_tokens"]
     if alone:
-        print(
-            f"pruned by their weights alone, for they saw under {least} calibration tokens: {alone} layers of experts"
-        )
+        print(f"layers of experts that saw under {least} tokens, pruned by their weights alone: {alone}")
     if report.tuning:
         before, after = (
             sum(getattr(block, key) for block in report.tuning) / len(report.tuning)
@@ -124,7 +135,7 @@ def _is_on_disk(args: argparse.Namespace) -> bool:
     return split_gguf(args.model, args.gguf_file)[1] is None and is_streamable(args.model)
 
 
-def _from_disk(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
+def _from_disk(args: argparse.Namespace, config: EGGSConfig, ranks: Ranks) -> PruneReport:
     """One block in memory at a time."""
     from ..streaming import prune_checkpoint
 
@@ -134,10 +145,11 @@ def _from_disk(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
         config,
         dtype=args.dtype,
         save_dtype=None if args.save_dtype == "auto" else args.save_dtype,
-        device=args.device or "cpu",
+        device=args.device or (ranks.device if ranks.size > 1 else "cpu"),
         memory_budget=args.memory_budget,
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
+        ranks=ranks,
     )
 
 

@@ -14,6 +14,7 @@ from ..masks import topn_mask
 from ..measure import Meter
 from ..nn import dense_weight
 from ..pattern import NMPattern
+from ..ranks import ALONE, Ranks
 from ..update import masked_refit, relative_error
 from .inputs import layers_with_inputs
 from .plan import PrunePlan
@@ -57,26 +58,32 @@ def allocate(
 
 
 def allocate_by_error(
-    blocks: BlockProvider, plan: PrunePlan, config: EGGSConfig, windows: Tensor, meter: Meter, progress: bool | None
+    blocks: BlockProvider,
+    plan: PrunePlan,
+    config: EGGSConfig,
+    windows: Tensor,
+    meter: Meter,
+    progress: bool | None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, NMPattern]:
     """Patterns for all layers of the plan, by their relative errors in the dense model.
 
     One walk of the dense model; each layer is pruned by score and refitted once for every n it may have, and the sum of
     the relative errors is what is lowered. The model stays as it is.
     """
-    walk = Walk(blocks, windows, config.batch_size, meter)
+    walk = Walk(blocks, windows, config.batch_size, meter, ranks=ranks)
     errors: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
-    quiet = None if progress is None else not progress
+    quiet = True if not ranks.first else None if progress is None else not progress
     for index in tqdm(range(len(blocks)), desc="Allocating", unit="block", disable=quiet):
         block, todo = blocks.materialise(index), plan.layers[index]
         prefix = f"{plan.block_list.block_name(index)}."
-        for alike in layers_with_inputs(walk, block, index, prefix, todo):
+        for wave in layers_with_inputs(walk, block, index, prefix, todo):
+            grams = {name: alike.statistics.gram for alike in wave for name in alike.names}
+            sizes |= {name: dense_weight(todo[name]).numel() for name in grams}
             with meter.stage("allocation"):
-                for name in alike.names:
-                    weight = dense_weight(todo[name]).float()
-                    sizes[name] = weight.numel()
-                    errors[name] = _errors(weight, alike.statistics.gram, config)
+                mine = ranks.mine({name: sizes[name] for name in grams})
+                errors |= ranks.merge({k: _errors(dense_weight(todo[k]).float(), grams[k], config) for k in mine})
         walk.advance(block, index)
         blocks.release(index)
     return dict.fromkeys(plan.names, config.pattern) | allocate(errors, sizes, config.pattern)

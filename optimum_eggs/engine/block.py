@@ -16,12 +16,13 @@ from ..config import EGGSConfig
 from ..errors import NumericalError
 from ..importance import importance_score
 from ..masks import Shortfall, shortfall, topn_mask
-from ..masks.certificate import certify
+from ..masks.certificate import Certificate, certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
 from ..nn.experts import SplitExperts
 from ..packing import pack_mask, unpack_mask
 from ..pattern import NMPattern
+from ..ranks import Ranks
 from ..update import relative_error
 from .floor import Floor
 from .fold import find_folds, permute_block
@@ -46,10 +47,10 @@ class BlockResult:
 
 @dataclass
 class _Solved:
-    """A layer that is pruned but not packed yet: its module holds the dense weight with zeros in place."""
+    """What is known of a layer that is pruned but not packed yet: its module holds the dense weight, zeros in place."""
 
     name: str
-    module: nn.Module
+    in_features: int
     pattern: NMPattern
     mask_bits: Tensor
     floor: Floor
@@ -62,7 +63,7 @@ class _Solved:
     damping: float | None
 
     def mask(self) -> Tensor:
-        return unpack_mask(self.mask_bits, dense_weight(self.module).shape[1])
+        return unpack_mask(self.mask_bits, self.in_features)
 
 
 class DenseStream:
@@ -103,16 +104,14 @@ def prune_block(
         return DenseTwin(twin, stream.hidden, twin.get_submodule(name.removeprefix(prefix)))
 
     solved: list[_Solved] = []
-    for alike in layers_with_inputs(walk, block, index, prefix, todo, dense_layer):
-        for name in alike.names:
-            pattern = plan.patterns[name]
-            solved.append(_prune_layer(name, todo[name], pattern, alike, config, meter, gains.get(name)))
+    for wave in layers_with_inputs(walk, block, index, prefix, todo, dense_layer):
+        solved += _prune_wave(wave, todo, plan.patterns, gains, config, meter, walk.ranks)
     twin = None  # so that its memory is free
 
     tuning = None
     if targets is not None and solved:
         with meter.stage("tuning"):
-            masks = {layer.module: layer.mask() for layer in solved}
+            masks = {todo[layer.name]: layer.mask() for layer in solved}
             tuning = tune_block(walk, block, index, masks, targets, config.block_tuning, config.tuning_lr, config.seed)
     del targets
     walk.advance(block, index)
@@ -125,7 +124,7 @@ def prune_block(
         reason = "not reached by the calibration text, or run more than once in its block"
         left_dense.append(DenseLayer(name, reason, dense_weight(todo[name]).numel()))
         logger.warning("%s: left dense: %s", name, reason)
-    layers = [_pack_layer(layer, block, prefix, index, meter) for layer in solved]
+    layers = _pack(solved, block, prefix, index, meter, walk.ranks)
     for module in block.modules():
         if isinstance(module, SplitExperts):
             module.own_memory()
@@ -165,8 +164,42 @@ def _permute(
 
     # In float32, where a fold that is wrong by little shows.
     run = partial(walk.run, block, index, 0, dtype=torch.float32)
-    with meter.stage("permutation"), in_float32(block):
-        return permute_block(block, prefix, folds, score, patterns, run)
+    with meter.stage("permutation"):
+        gains: dict[str, float] = {}
+        if walk.ranks.first:  # a fold is checked on the windows at hand, so one process decides
+            with in_float32(block):
+                gains = permute_block(block, prefix, folds, score, patterns, run)
+        walk.ranks.copy_from(0, *(parameter.data for parameter in block.parameters()))
+        return walk.ranks.gather(gains)[0]
+
+
+def _prune_wave(
+    wave: Sequence[LayersAlike],
+    todo: Mapping[str, nn.Module],
+    patterns: Mapping[str, NMPattern],
+    gains: Mapping[str, float],
+    config: EGGSConfig,
+    meter: Meter,
+    ranks: Ranks,
+) -> list[_Solved]:
+    """Prune layers that do not hang on one another, shared out over the processes."""
+    alike = {name: layers for layers in wave for name in layers.names}
+    owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in alike})
+    solved: dict[str, _Solved] = {}
+    error: NumericalError | None = None
+    try:
+        for name in alike:
+            if owners[name] == ranks.rank:
+                module, gain = todo[name], gains.get(name)
+                solved[name] = _prune_layer(name, module, patterns[name], alike[name], config, meter, gain)
+    except NumericalError as found:
+        error = found
+    ranks.raise_together(error)
+    with meter.stage("exchange"):
+        for name in alike:
+            ranks.copy_from(owners[name], dense_weight(todo[name]))
+        solved = ranks.merge(solved)
+    return [solved[name] for name in alike]
 
 
 def _prune_layer(
@@ -198,7 +231,7 @@ def _prune_layer(
     stored.copy_(pruned)
     return _Solved(
         name,
-        module,
+        weight.shape[1],
         pattern,
         pack_mask(found.mask),
         found.floor,
@@ -223,30 +256,42 @@ def _scores_alone(
     return shortfall(topn_mask(score, pattern), pattern, found.floor.min_degree, found.floor.band)
 
 
-def _pack_layer(solved: _Solved, block: nn.Module, prefix: str, index: int, meter: Meter) -> LayerReport:
-    weight = dense_weight(solved.module)
-    with meter.stage("pack"):
-        mask = solved.mask()
-        packed = NMLinear.from_linear(solved.module, solved.pattern, mask)
-        block.set_submodule(solved.name.removeprefix(prefix), packed)
-    with meter.stage("report"):
-        extra = (solved.floor.band,) if solved.floor.min_degree else ()
-        certificate = certify(mask, weight, solved.pattern, extra_bands=extra)
-    out_features, in_features = weight.shape
+def _pack(
+    solved: Sequence[_Solved], block: nn.Module, prefix: str, index: int, meter: Meter, ranks: Ranks
+) -> list[LayerReport]:
+    """Put packed layers in place of the dense ones. The certificates are shared out over the processes."""
+    weights = {layer.name: dense_weight(block.get_submodule(layer.name.removeprefix(prefix))) for layer in solved}
+    mine = set(ranks.mine({name: weight.numel() for name, weight in weights.items()}))
+    certificates: dict[str, Certificate] = {}
+    for layer in solved:
+        path = layer.name.removeprefix(prefix)
+        with meter.stage("pack"):
+            mask = layer.mask()
+            block.set_submodule(path, NMLinear.from_linear(block.get_submodule(path), layer.pattern, mask))
+        with meter.stage("report"):
+            weight = weights.pop(layer.name)
+            if layer.name in mine:
+                extra = (layer.floor.band,) if layer.floor.min_degree else ()
+                certificates[layer.name] = certify(mask, weight, layer.pattern, extra_bands=extra)
+    certificates = ranks.merge(certificates)
+    return [_report(layer, index, certificates[layer.name]) for layer in solved]
+
+
+def _report(layer: _Solved, index: int, certificate: Certificate) -> LayerReport:
     return LayerReport(
-        solved.name,
+        layer.name,
         index,
-        out_features,
-        in_features,
-        str(solved.pattern),
-        solved.relative_error,
-        solved.tokens,
+        len(layer.mask_bits),
+        layer.in_features,
+        str(layer.pattern),
+        layer.relative_error,
+        layer.tokens,
         certificate,
-        solved.floor.min_degree,
-        solved.floor.band,
-        solved.error_without_floor,
-        solved.permutation_gain,
-        solved.scores_alone,
-        solved.weights_alone,
-        solved.damping,
+        layer.floor.min_degree,
+        layer.floor.band,
+        layer.error_without_floor,
+        layer.permutation_gain,
+        layer.scores_alone,
+        layer.weights_alone,
+        layer.damping,
     )

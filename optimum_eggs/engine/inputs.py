@@ -34,10 +34,10 @@ def layers_with_inputs(
     prefix: str,
     todo: Mapping[str, nn.Module],
     dense: Callable[[str], DenseTwin | None] = lambda name: None,
-) -> Iterator[LayersAlike]:
-    """The layers `todo` of block `index`, each with statistics taken once those before it have been dealt with.
+) -> Iterator[list[LayersAlike]]:
+    """The layers `todo` of block `index`, with statistics taken once those before them have been dealt with.
 
-    Split experts come last: those of the same matrix together, whatever they read.
+    Layers that come together do not hang on one another. Split experts come last, those of the same matrix together.
 
     Args:
         walk: Where the hidden states come from.
@@ -59,13 +59,12 @@ def layers_with_inputs(
         check_finite(stage[0], statistics.is_finite())
         if twin is not None and statistics.cross is None:
             logger.warning("%s: its error is not corrected: it gets other tokens than in the dense model", stage[0])
-        yield LayersAlike(stage, statistics)
+        yield [LayersAlike(stage, statistics)]
     for wave in waves:
         together = walk.statistics_together(block, index, {name: todo[name] for name in wave})
-        for name in wave:
-            statistics = together.pop(name)
+        for name, statistics in together.items():
             check_finite(name, statistics.is_finite())
-            yield LayersAlike([name], statistics, expert=True)
+        yield [LayersAlike([name], statistics, expert=True) for name, statistics in together.items()]
 
 
 def _expert_waves(block: nn.Module, prefix: str, todo: Mapping[str, nn.Module]) -> list[list[str]]:

@@ -16,6 +16,7 @@ from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
 from ..measure import Meter
+from ..ranks import ALONE, Ranks
 from .allocation import allocate_by_error
 from .block import BlockResult, DenseStream, prune_block
 from .plan import PrunePlan, make_plan
@@ -74,8 +75,9 @@ class Keeper(Protocol):
         """Block `index` is pruned and packed."""
 
 
-def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor) -> None:
-    """Raise unless the windows fit the model, and its blocks can be tuned where that is asked for."""
+def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Ranks = ALONE) -> None:
+    """Raise unless the windows fit the model and the processes, and blocks can be tuned where that is asked for."""
+    ranks.check(len(windows), config.batch_size)
     _check_windows(windows, model)
     if config.block_tuning:
         check_tunable(model, -(-len(windows) // config.batch_size), config.batch_size)
@@ -92,18 +94,23 @@ def prune_blocks(
     progress: bool | None = None,
     store: Callable[[], MutableSequence[Tensor]] = list,
     keeper: Keeper | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[BlockResult]:
     """Prune the blocks that `blocks` provides, in order, as the plan says. Returns what became of each.
+
+    With several `ranks`, all of them call this with the same arguments and get the same result.
 
     Blocks that the keeper has finished are not pruned again: the windows pass through what it kept.
     """
     done = list(keeper.results) if keeper is not None else []
     with evaluation_mode(model):
         if config.allocation == "error":
-            plan.patterns = allocate_by_error(blocks, plan, config, windows, meter, progress)
-        walk = Walk(blocks, windows, config.batch_size, meter, store)
+            plan.patterns = allocate_by_error(blocks, plan, config, windows, meter, progress, ranks)
+        walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
         stream = DenseStream(walk) if needs_dense_stream(config) else None
-        bar = tqdm(range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=_quiet(progress))
+        bar = tqdm(
+            range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=_quiet(progress, ranks)
+        )
         for index in bar:
             block = blocks.materialise(index)
             if keeper is not None and index < len(keeper):
@@ -165,7 +172,9 @@ def _check_windows(windows: Tensor, model: nn.Module) -> None:
         )
 
 
-def _quiet(progress: bool | None) -> bool | None:
+def _quiet(progress: bool | None, ranks: Ranks = ALONE) -> bool | None:
+    if not ranks.first:
+        return True
     # None lets tqdm decide: no bar where stderr is no terminal
     return None if progress is None else not progress
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calibration import Walk
 from ..errors import CalibrationError, ModelError
 from ..nn.dense import is_conv1d, is_dense_linear
+from ..ranks import Ranks
 from .precision import in_float32
 
 HELD_OUT = 1 / 8
@@ -115,7 +116,9 @@ def tune_block(
 
     def held_out_error() -> float:
         with torch.no_grad():
-            return sum(float(error(batch)) for batch in judging) / len(judging)
+            total = torch.tensor(sum(float(error(batch)) for batch in judging), dtype=torch.float64)
+        walk.ranks.add(total)
+        return float(total) / len(judging) / walk.ranks.size
 
     with _trainable(block, masks) as (parameters, kept):
         before = best = held_out_error()
@@ -127,7 +130,8 @@ def tune_block(
                 rate = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
                 optimizer.param_groups[0]["lr"] = learning_rate * rate
                 with torch.enable_grad():
-                    gradients = torch.autograd.grad(error(batch), parameters, allow_unused=True)
+                    own = torch.autograd.grad(error(batch), parameters, allow_unused=True)
+                gradients = _mean_over(walk.ranks, own, parameters)
                 for parameter, gradient, mask in zip(parameters, gradients, kept, strict=True):
                     # Adam leaves alone what never had a gradient, so what is pruned stays zero.
                     parameter.grad = gradient if gradient is None or mask is None else gradient.mul_(mask)
@@ -140,7 +144,27 @@ def tune_block(
                     value.copy_(parameter.data)
         for parameter, value in zip(parameters, best_values, strict=True):
             parameter.data.copy_(value)
+            walk.ranks.copy_from(0, parameter.data)  # processors of several kinds round otherwise
     return BlockTuning(index, before, best, steps, best_step)
+
+
+def _mean_over(
+    ranks: Ranks, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The gradients of the whole batch, from those of every process's part of it."""
+    if ranks.size == 1:
+        return gradients
+    used = torch.tensor([gradient is not None for gradient in gradients], dtype=torch.float32)
+    ranks.add(used)  # as an expert, that only some parts of the batch reach
+    found: list[Tensor | None] = []
+    for gradient, parameter, count in zip(gradients, parameters, used.tolist(), strict=True):
+        mean = None
+        if count:
+            mean = torch.zeros_like(parameter) if gradient is None else gradient
+            ranks.add(mean)
+            mean /= ranks.size
+        found.append(mean)
+    return found
 
 
 @contextmanager

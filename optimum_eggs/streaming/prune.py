@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ from ..measure import Meter
 from ..nn import dense_weight
 from ..packing import unpack
 from ..pattern import NMPattern
+from ..ranks import ALONE, Ranks
 from ..version import __version__
 from .journal import Journal, locked
 from .shards import JOINED, Shards
 from .source import DenseSource
+
+_ASSEMBLED = "assembled"
 
 
 def prune_checkpoint(
@@ -49,6 +52,7 @@ def prune_checkpoint(
     max_shard_size: int | str = "50GB",
     overwrite: bool = False,
     progress: bool | None = None,
+    ranks: Ranks = ALONE,
 ) -> PruneReport:
     """Prune a dense checkpoint into a packed one, without ever holding the model.
 
@@ -73,6 +77,8 @@ def prune_checkpoint(
             little memory.
         overwrite: Replace a saved model at `output`, and what a run that was cut has left.
         progress: Show a progress bar on stderr. Default: if it is a terminal.
+        ranks: The processes that do it together, of `optimum_eggs.ranks.join_ranks()`. All of them call this with the
+            same arguments, and must see the same files at `folder` and beside `output`; the first of them writes.
 
     Raises:
         EGGSError: bad input, before anything is written; a run of other settings that was cut, or another process at
@@ -87,19 +93,27 @@ def prune_checkpoint(
     source = DenseSource(folder, dtype, device, config.block_list)
     tokenizer = config.tokenizer or (load_tokenizer(folder) if has_tokenizer(folder) else None)
     windows = calibration_windows(config.calibration, tokenizer, config)
-    check_run(source.model, config, windows)
+    check_run(source.model, config, windows, ranks)
     plan = make_plan(source.model, config, loaded=False)
 
     work = output.parent / f".{output.name}.unfinished"
-    with _written(output), locked(work):
-        if overwrite:
-            _clear(work)
-        made = work / "assembled"
-        for left in (made, *work.glob("states-*")):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        keeper = _Keeper(Journal(work, _run(source, config, windows)), source)
-        begun = len(keeper)
-        on_disk = budget is not None and _stream_bytes(source, config, windows) > budget
+    with ExitStack() as stack:
+        stack.enter_context(_written(output))
+        error: EGGSError | None = None
+        try:
+            if ranks.first:
+                stack.enter_context(locked(work))
+                _clear(work, all_of_it=overwrite)
+        except EGGSError as found:
+            error = found
+        ranks.raise_together(error)
+        keeper = _Keeper(Journal(work, _run(source, config, windows, ranks)), source, ranks)
+        begun = ranks.gather(len(keeper))
+        if len(set(begun)) > 1:
+            raise OutputError(
+                f"{work}: processes see {begun} finished blocks in it; it must be on a disk they all share"
+            )
+        on_disk = budget is not None and _stream_bytes(source, config, windows) > budget * ranks.size
         try:
             with Meter() as meter:
                 done = prune_blocks(
@@ -112,30 +126,34 @@ def prune_checkpoint(
                     progress,
                     (lambda: StatesOnDisk(work)) if on_disk else list,
                     keeper,
+                    ranks,
                 )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{len(keeper)} of {len(source)} blocks are finished; the same command goes on behind them"
             ) from None
         report = make_report(plan, config, windows, done, meter)
-        report.measurements["blocks_of_earlier_runs"] = begun
+        report.measurements |= {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
         name_sources(report, config.calibration, source.model)
-        made.mkdir()
-        cast = target if isinstance(target, torch.dtype) else None
-        _assemble(made, source, keeper.journal, report, cast, shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(made)
-        report.save(made / REPORT_NAME)
-        put_in_place(made, output)
-        shutil.rmtree(work, ignore_errors=True)
+        if ranks.first:
+            made = work / _ASSEMBLED
+            made.mkdir()
+            cast = target if isinstance(target, torch.dtype) else None
+            _assemble(made, source, keeper.journal, report, cast, shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(made)
+            report.save(made / REPORT_NAME)
+            put_in_place(made, output)
+            shutil.rmtree(work, ignore_errors=True)
+        ranks.gather(None)  # the others end when the output is there
     return report
 
 
 class _Keeper:
     """Writes finished blocks to files of their own, and reads them back."""
 
-    def __init__(self, journal: Journal, source: DenseSource) -> None:
-        self.journal, self.source = journal, source
+    def __init__(self, journal: Journal, source: DenseSource, ranks: Ranks) -> None:
+        self.journal, self.source, self.ranks = journal, source, ranks
 
     def __len__(self) -> int:
         return len(self.journal.finished)
@@ -145,6 +163,8 @@ class _Keeper:
         return [block.result for block in self.journal.finished]
 
     def keep(self, block: nn.Module, index: int, result: BlockResult) -> None:
+        if not self.ranks.first:
+            return
         prefix = f"{self.source.block_list.block_name(index)}."
         tensors = {f"{prefix}{name}": value.detach().contiguous() for name, value in block.state_dict().items()}
         name = f"block-{index:05d}.safetensors"
@@ -198,7 +218,7 @@ def _assemble(
         source.model.generation_config.save_pretrained(made)
 
 
-def _run(source: DenseSource, config: EGGSConfig, windows: Tensor) -> dict[str, Any]:
+def _run(source: DenseSource, config: EGGSConfig, windows: Tensor, ranks: Ranks) -> dict[str, Any]:
     """What decides the bytes of a finished block."""
     files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
     text = (source.folder / "config.json").read_bytes()
@@ -209,7 +229,7 @@ def _run(source: DenseSource, config: EGGSConfig, windows: Tensor) -> dict[str, 
         "config": {key: value for key, value in config.to_dict().items() if key != "calibration"},
         "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "versions": {"optimum-eggs": __version__, "torch": torch.__version__},
-    }
+    } | ({"processes": ranks.size} if ranks.size > 1 else {})
 
 
 def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> int:
@@ -228,8 +248,11 @@ def _bytes(name: str, value: int | str) -> int:
         raise ConfigError(f"{name}={value!r} is no size; write a number of bytes, or such as '8GiB'") from error
 
 
-def _clear(work: Path) -> None:
-    for file in [*work.glob("block-*"), *work.glob("journal*")]:
+def _clear(work: Path, all_of_it: bool) -> None:
+    """Remove what a run that was killed has left over; with `all_of_it`, its finished blocks too."""
+    for folder in (work / _ASSEMBLED, *work.glob("states-*")):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in [*work.glob("block-*"), *work.glob("journal*")] if all_of_it else ():
         file.unlink()
 
 

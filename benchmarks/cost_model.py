@@ -1,0 +1,206 @@
+"""What pruning with the preset `fast` costs: seconds, bytes sent and memory, by size of the model and processes.
+
+    OMP_NUM_THREADS=2 python benchmarks/cost_model.py --check MODEL --calibration TEXT
+    python benchmarks/cost_model.py --shapes 8B 70B 405B --processes 1 8
+
+The model counts operations and divides by rates: `--gflops` of matrix products in float32 and in the model's dtype, and
+`--bandwidth` of memory. Rates that are not given are measured here first. With `--check` MODEL is pruned, and what was
+counted is printed beside what it took. For a block whose stages (layers that read the same tensor) have d inputs:
+
+- forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens;
+- statistics: 2 d² operations for each of T/R tokens and each stage;
+- update: 18 products of a layer (out, d) with (d, d): 15 steps of the refit, its start, the error; shared out over R;
+- report: two singular values of each layer, some 100 passes over a float32 copy of it each; shared out over R;
+- sent: 4 d² bytes for each stage, twice over if R > 1, and the block's pruned weights;
+- memory: the block, the largest layer's eight float32 copies and four (d, d) ones in float32, and the hidden states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from optimum_eggs.measure import processor
+
+UPDATE_PRODUCTS = 18
+REPORT_PASSES = 200
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: blocks, hidden size, intermediate size, size of all key heads, bytes of a weight."""
+
+    blocks: int
+    hidden: int
+    intermediate: int
+    keys: int
+    itemsize: int = 2
+
+    @property
+    def stages(self) -> list[tuple[int, list[int]]]:
+        """Inputs of each stage, and the outputs of its layers, in the order they run."""
+        h, i = self.hidden, self.intermediate
+        return [(h, [h, self.keys, self.keys]), (h, [h]), (h, [i, i]), (i, [h])]
+
+    @property
+    def weights(self) -> int:
+        """Of a block."""
+        return sum(inputs * sum(outputs) for inputs, outputs in self.stages)
+
+
+SHAPES = {
+    "8B": Shape(32, 4096, 14336, 1024),
+    "70B": Shape(80, 8192, 28672, 1024),
+    "405B": Shape(126, 16384, 53248, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second in float32 and in the model's dtype; bytes of memory read a second."""
+
+    float32: float
+    dtype: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds by stage; bytes sent and held by a process."""
+
+    seconds: dict[str, float]
+    sent: float
+    held: float
+
+
+def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) -> Cost:
+    """Of a model, for one of several processes."""
+    share = tokens / processes
+    before, passes, statistics, update, report, sent = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for number, (inputs, outputs) in enumerate(shape.stages):
+        attention = 4 * seq_len * shape.hidden if number else 0
+        passes += 2 * before + attention
+        before += inputs * sum(outputs)
+        statistics += 2 * inputs**2
+        update += UPDATE_PRODUCTS * 2 * sum(outputs) * inputs**2
+        report += REPORT_PASSES * 4 * sum(outputs) * inputs
+        sent += 4 * inputs**2 * 2 + shape.itemsize * sum(outputs) * inputs
+    passes += 2 * before + 4 * seq_len * shape.hidden
+    largest = max(inputs * max(outputs) for inputs, outputs in shape.stages)
+    widest = max(inputs for inputs, _ in shape.stages)
+    seconds = {
+        "forward": share * passes / rates.dtype,
+        "statistics": share * statistics / rates.float32,
+        "update": update / processes / rates.float32,
+        "report": report / processes / rates.memory,
+    }
+    held = shape.itemsize * shape.weights + 32 * largest + 16 * widest**2 + share * shape.hidden * shape.itemsize
+    return Cost(
+        {stage: value * shape.blocks for stage, value in seconds.items()},
+        sent * shape.blocks * (processes > 1),
+        held,
+    )
+
+
+def measured_rates(dtype: torch.dtype) -> Rates:
+    """Of this machine, with as many threads as torch has."""
+
+    def operations(kind: torch.dtype) -> float:
+        x, y = torch.randn(1024, 2048, dtype=kind), torch.randn(2048, 2048, dtype=kind)
+        return 2 * x.numel() * 2048 / least(lambda: x @ y)
+
+    block = torch.randn(2**26)  # 256 MiB, more than a cache holds
+    ones = torch.ones(2**13)
+    return Rates(operations(torch.float32), operations(dtype), 2**28 / least(lambda: block.view(-1, 2**13) @ ones))
+
+
+def least(work: Callable[[], object]) -> float:
+    """Least seconds of several runs."""
+    seconds = []
+    for _ in range(7):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Prune a model, and print what was counted beside what it took."""
+    config = json.loads((Path(args.check) / "config.json").read_text())
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    shape = Shape(
+        config["num_hidden_layers"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_key_value_heads"] * head,
+        dtype.itemsize,
+    )
+    rates = given_or_measured(args, dtype)
+    counted = cost(shape, args.num_samples * args.seq_len, args.seq_len, 1, rates)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out"
+        command = [sys.executable, "-m", "optimum_eggs", "prune", args.check, str(output), "--json"]
+        command += ["--calibration", args.calibration, "--preset", "fast"]
+        command += ["--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len)]
+        report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    stages = report["measurements"]["stages"]
+    print("| stage | counted, s | took, s |")
+    print("|---|---:|---:|")
+    for stage, seconds in counted.seconds.items():
+        print(f"| {stage} | {seconds:.1f} | {stages[stage]['seconds']:.1f} |")
+    print(f"| all | {sum(counted.seconds.values()):.1f} | {report['measurements']['seconds']:.1f} |")
+
+
+def given_or_measured(args: argparse.Namespace, dtype: torch.dtype) -> Rates:
+    """The rates to divide by."""
+    if args.gflops and args.bandwidth:
+        return Rates(args.gflops[0] * 1e9, args.gflops[-1] * 1e9, args.bandwidth * 1e9)
+    rates = measured_rates(dtype)
+    name = str(dtype).removeprefix("torch.")
+    print(
+        f"{processor()}, {torch.get_num_threads()} threads: {rates.float32 / 1e9:.0f} GFLOP/s in float32, "
+        f"{rates.dtype / 1e9:.0f} in {name}, {rates.memory / 1e9:.0f} GB/s"
+    )
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", metavar="MODEL", help="folder of a Llama to prune")
+    parser.add_argument("--calibration", help="text file to calibrate on, with --check")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--gflops", nargs=2, type=float, metavar=("FLOAT32", "DTYPE"), help="rates of products")
+    parser.add_argument("--bandwidth", type=float, help="GB/s of memory")
+    args = parser.parse_args()
+    if args.check:
+        check(args)
+        return
+    rates = given_or_measured(args, torch.bfloat16)
+    print(f"{args.num_samples} x {args.seq_len} tokens; GiB sent and held by a process")
+    print(
+        "| model | processes | forward, h | statistics, h | update, h | report, h | all, h | sent, GiB | memory, GiB |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name in args.shapes:
+        for count in args.processes:
+            found = cost(SHAPES[name], args.num_samples * args.seq_len, args.seq_len, count, rates)
+            hours = [*found.seconds.values(), sum(found.seconds.values())]
+            cells = [f"{value / 3600:.1f}" for value in hours] + [f"{x / 2**30:.1f}" for x in (found.sent, found.held)]
+            print(f"| {name} | {count} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Several processes that prune one model together: the calibration windows shared out, and the layers to be solved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import ConfigError, DistributedError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as one of them sees them; one alone by default, for which nothing here costs anything.
+
+    Attributes:
+        rank: The number of this process.
+        size: How many there are.
+        device: Where tensors that are sent must be; the CPU for gloo, the process's GPU for NCCL.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str | torch.device = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def check(self, windows: int, batch_size: int) -> None:
+        """Raise unless every process gets the same number of windows of every batch.
+
+        Raises:
+            ConfigError: they cannot be shared out evenly.
+        """
+        for name, value in (("batch_size", batch_size), ("num_samples", windows)):
+            if value % self.size:
+                raise ConfigError(
+                    f"{name}={value} cannot be shared out evenly over {self.size} processes; use a multiple of them"
+                )
+
+    def share(self, windows: Tensor, batch_size: int) -> Tensor:
+        """This process's windows: an equal part of every batch, so that a step of block tuning sees the same batch.
+
+        >>> Ranks(1, 2).share(torch.arange(12).view(6, 2), 4)[:, 0]
+        tensor([ 4,  6, 10])
+        """
+        parts = [batch.chunk(self.size)[self.rank] for batch in windows.split(batch_size)]
+        return torch.cat(parts)
+
+    def deal(self, costs: Mapping[str, int]) -> dict[str, int]:
+        """Who does each of several pieces of work, so that no one has much more than the others.
+
+        >>> Ranks(0, 2).deal({"q": 4, "k": 1, "v": 1, "o": 4})
+        {'q': 0, 'o': 1, 'k': 0, 'v': 1}
+        """
+        load, owner = [0] * self.size, {}
+        for name in sorted(costs, key=lambda name: -costs[name]):
+            owner[name] = load.index(min(load))
+            load[owner[name]] += costs[name]
+        return owner
+
+    def mine(self, costs: Mapping[str, int]) -> list[str]:
+        """What of it this process does."""
+        return [name for name, owner in self.deal(costs).items() if owner == self.rank]
+
+    def add(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all processes. Its bits are the same in all of them."""
+        for tensor in tensors if self.size > 1 else ():
+            with _lost():
+                sent = tensor.to(self.device).contiguous()
+                dist.all_reduce(sent)
+                tensor.copy_(sent)
+
+    def copy_from(self, rank: int, *tensors: Tensor) -> None:
+        """Replace each tensor by that of one process."""
+        for tensor in tensors if self.size > 1 else ():
+            with _lost():
+                sent = tensor.to(self.device).contiguous()
+                dist.broadcast(sent, rank)
+                tensor.copy_(sent)
+
+    def gather(self, value: T) -> list[T]:
+        """The value that each process has, in the order of their numbers."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _lost():
+            dist.all_gather_object(found, value)
+        return found
+
+    def merge(self, parts: Mapping[str, T]) -> dict[str, T]:
+        """The entries of all processes' mappings."""
+        return {key: value for part in self.gather(dict(parts)) for key, value in part.items()}
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise the error of the first process that has one, in all of them."""
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+
+
+ALONE = Ranks()
+
+
+def join_ranks() -> Ranks:
+    """The processes that `torchrun` or `accelerate launch` started, this one among them; itself, if it is alone."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes == 1:
+        return ALONE
+    return Ranks(state.process_index, state.num_processes, state.device)
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise DistributedError(
+            f"another process of this run is gone ({str(error).splitlines()[0]}); see what it printed; the same "
+            "command goes on behind the last finished block"
+        ) from error

@@ -1,0 +1,217 @@
+"""Several processes that prune one checkpoint give what one gives, up to the order of sums, or end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from optimum_eggs import EGGSConfig
+from optimum_eggs.cli.main import main
+from optimum_eggs.errors import ConfigError
+from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.packing.pack import unpack_mask
+from optimum_eggs.ranks import Ranks
+from optimum_eggs.streaming import prune_checkpoint
+
+SIZE = {"num_samples": 16, "seq_len": 32, "band": 8, "batch_size": 4}
+KINDS = {
+    "fast": {},
+    "best": {"preset": "best", "block_tuning": 6},
+    "corrected": {"preset": "best", "block_tuning": 0, "error_correction": 0.5},
+    "permuted": {"preset": "ria", "permutation": True},
+    "allocated": {"allocation": "error"},
+    "paper": {"preset": "paper", "band": 4},
+}
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "text.txt").write_text(tiny.make_text(4000))
+    for name in ("llama", "qwen3_moe"):
+        tiny.make_model(name).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def jobs():
+    made = {f"{kind}-2": {"model": "llama", "config": SIZE | values} for kind, values in KINDS.items()}
+    made["moe-2"] = {"model": "qwen3_moe", "config": SIZE}
+    made["tuned-moe-2"] = {"model": "qwen3_moe", "config": SIZE | {"preset": "best", "block_tuning": 4}}
+    made["disk-2"] = {"model": "llama", "config": SIZE, "options": {"memory_budget": 0}}
+    made["uneven"] = {"model": "llama", "config": SIZE | {"num_samples": 15}}
+    made["missing"] = {"model": "llama", "config": SIZE | {"targets": ["nothing"]}}
+    made["again"] = {"model": "llama", "config": SIZE}
+    return made
+
+
+@pytest.fixture(scope="module")
+def together(root):
+    """All jobs, done by two processes."""
+    (root / "jobs.json").write_text(json.dumps(jobs()))
+    (root / "again").mkdir()
+    (root / "again" / "file").write_text("not ours")
+    script = Path(__file__).with_name("together.py")
+    command = [*LAUNCH, str(script), str(root), str(root / "jobs.json")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def groups_agree(one, other):
+    """The share of groups of four that keep the same positions."""
+    same = total = 0
+    for key, meta in one.items():
+        if key.endswith(".weight_meta"):
+            width = one[key.removesuffix("_meta")].shape[1] * 2
+            kept = [unpack_mask(bits, width).unflatten(1, (-1, 4)) for bits in (meta, other[key])]
+            agree = (kept[0] == kept[1]).all(-1)
+            same, total = same + int(agree.sum()), total + agree.numel()
+    return same / total
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", [name.removesuffix("-2") for name in jobs() if name.endswith("-2")])
+def test_two_processes_give_what_one_gives(kind, together):
+    job = jobs()[f"{kind}-2"]
+    config = EGGSConfig("2:4", calibration=str(together / "text.txt"), **job["config"])
+    prune_checkpoint(together / job["model"], together / f"{kind}-1", config, progress=False)
+    one, two = tensors(together / f"{kind}-1"), tensors(together / f"{kind}-2")
+    assert one.keys() == two.keys()
+    assert groups_agree(one, two) > 0.999
+    assert inspect_checkpoint(together / f"{kind}-2").ok
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(together / f"{kind}-{count}")(tiny.make_windows()).logits
+            for count in (1, 2)
+        ]
+    difference = (logits[0] - logits[1]).norm() / logits[0].norm()
+    assert difference < 1e-2
+    first, second = (json.loads((together / f"{kind}-{n}" / "report.json").read_text()) for n in (1, 2))
+    assert second["measurements"]["processes"] == 2
+    assert first["calibration"] == second["calibration"]
+    assert [layer["name"] for layer in first["layers"]] == [layer["name"] for layer in second["layers"]]
+    tokens = [[layer["tokens"] for layer in report["layers"]] for report in (first, second)]
+    assert sum(tokens[0]) == sum(tokens[1])
+    for before, after in zip(first["layers"], second["layers"], strict=True):
+        assert after["relative_error"] == pytest.approx(before["relative_error"], rel=0.05, abs=1e-4)
+    for before, after in zip(first["tuning"], second["tuning"], strict=True):
+        assert after["error_after"] == pytest.approx(before["error_after"], rel=0.05)
+
+
+def test_bad_input_ends_all_processes_alike(together):
+    for name, error in {
+        "uneven": "ConfigError: num_samples=15 cannot be shared out evenly over 2 processes",
+        "missing": "ConfigError: targets: the pattern 'nothing' matches no linear layer",
+        "again": "OutputError",
+    }.items():
+        for rank in (0, 1):
+            assert (together / f"{name}-{rank}.txt").read_text().startswith(error)
+        assert not (together / name / "config.json").exists()
+
+
+def test_windows_are_shared_out_batch_by_batch():
+    windows = torch.arange(20).view(10, 2)
+    parts = [Ranks(rank, 2).share(windows, 4) for rank in (0, 1)]
+    assert [part[:, 0].tolist() for part in parts] == [[0, 2, 8, 10, 16], [4, 6, 12, 14, 18]]
+    assert torch.equal(Ranks().share(windows, 4), windows)
+    with pytest.raises(ConfigError, match=r"batch_size=3 cannot be shared out evenly over 2 processes"):
+        Ranks(0, 2).check(10, 3)
+
+
+def test_work_is_shared_out_evenly():
+    costs = {str(i): cost for i, cost in enumerate([9, 1, 5, 5, 3, 7, 2, 8])}
+    owners = Ranks(0, 3).deal(costs)
+    loads = [sum(costs[name] for name, owner in owners.items() if owner == rank) for rank in range(3)]
+    assert max(loads) - min(loads) <= max(costs.values()) // 3
+    assert sorted(name for rank in range(3) for name in Ranks(rank, 3).mine(costs)) == sorted(costs)
+
+
+def test_only_a_folder_is_pruned_by_several(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("optimum_eggs.ranks.join_ranks", lambda: Ranks(0, 2))
+    assert main(["prune", "an/id", str(tmp_path / "out"), "--calibration", "text.txt"]) == 2
+    assert "2 processes prune a folder of safetensors files together, and this is none" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory, tokenizer):
+    """A model of ten blocks."""
+    folder = tmp_path_factory.mktemp("deep")
+    kind, config = tiny.CONFIGS["llama"]()
+    config.num_hidden_layers = 10
+    torch.manual_seed(0)
+    kind._from_config(config).save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    (folder / "text.txt").write_text(tiny.make_text(4000))
+    return folder
+
+
+def command(folder, output):
+    sizes = ["--num-samples", "16", "--seq-len", "32", "--band", "8", "--batch-size", "4", "--preset", "best"]
+    sizes += ["--block-tuning", "4"]
+    given = [str(folder / "llama"), str(output), "--calibration", str(folder / "text.txt"), *sizes]
+    return [*LAUNCH, "-m", "optimum_eggs", "prune", *given]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(victim, deep, tmp_path):
+    whole, output = deep / "whole", tmp_path / "out"
+    if not whole.exists():
+        subprocess.run(command(deep, whole), env=ENVIRONMENT, capture_output=True, check=True, timeout=300)
+    running = subprocess.Popen(command(deep, output), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / ".out.unfinished" / "journal.json"
+    deadline = time.monotonic() + 200
+    while not journal.exists():
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = {int(child.environ()["RANK"]): child for child in psutil.Process(running.pid).children()}
+    os.kill(workers[victim].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    _, stderr = running.communicate(timeout=100)
+    assert time.monotonic() - killed < 60
+    assert running.returncode != 0
+    assert "Signal 9 (SIGKILL)" in stderr or "another process of this run is gone" in stderr
+    assert not output.exists()
+
+    done = subprocess.run(command(deep, output), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, other = tensors(whole), tensors(output)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    report = json.loads((output / "report.json").read_text())
+    assert report["measurements"]["blocks_of_earlier_runs"] >= 1
+    assert len(report["layers"]) == 70
+
+
+def test_a_run_of_two_processes_is_not_continued_by_one(deep, tmp_path, capsys):
+    running = subprocess.Popen(command(deep, tmp_path / "out"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / ".out.unfinished" / "journal.json").exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.kill()
+    for child in psutil.Process().children(recursive=True):
+        if child.pid != running.pid and "RANK" in child.environ():
+            child.kill()
+    running.wait()
+    time.sleep(1)
+    arguments = command(deep, tmp_path / "out")
+    assert main(arguments[arguments.index("prune") :]) == 2
+    assert "processes was 2 and is now None" in capsys.readouterr().err

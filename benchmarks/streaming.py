@@ -3,6 +3,8 @@
     python benchmarks/streaming.py FOLDER --layers 36 --hidden 2560 --intermediate 8192
 
 Prints the dense bytes, the peak resident memory of the command, its seconds, and whether the result inspects clean.
+Resident memory counts the pages of the checkpoint's files that are mapped, which the kernel takes back when it needs
+them; `--limit` is for what the command allocates.
 FOLDER needs room for the dense model and the packed one. Without `--refit` weights stay as they are, since values
 that mean nothing need no fitting; memory is then that of the mask.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -36,6 +40,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--memory-budget", default="8GiB", help="for hidden states")
+    parser.add_argument("--limit", metavar="SIZE", help="most memory of its own that the command can get (RLIMIT_DATA)")
     parser.add_argument("--refit", action="store_true", help="fit the weights that stay, as `fast` does")
     args = parser.parse_args()
 
@@ -48,8 +53,13 @@ def main() -> None:
     command = [sys.executable, "-m", "optimum_eggs", "prune", dense, packed, "--calibration", text, "--overwrite"]
     command += ["--num-samples", args.num_samples, "--seq-len", args.seq_len, "--memory-budget", args.memory_budget]
     command += ["--preset", "fast" if args.refit else "ria"]
+    limit = convert_file_size_to_int(args.limit) if args.limit else resource.RLIM_INFINITY
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
     began = time.monotonic()
-    with psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as run:
+    with psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, preexec_fn=limited) as run:
         peak = 0
         while run.poll() is None:
             peak = max(peak, peak_of(run.pid))
@@ -62,10 +72,11 @@ def main() -> None:
         raise SystemExit(f"the result is damaged: {found.violations[0]}")
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (dense, packed)]
     print(f"{processor()}, {args.layers} blocks of hidden size {args.hidden}, {'fast' if args.refit else 'ria'}")
-    print("| dense | packed | peak memory | dense / peak | seconds | layers, inspected clean |")
-    print("|---:|---:|---:|---:|---:|---:|")
-    row = [f"{size / 2**30:.2f} GiB" for size in (*sizes, peak)]
-    print(f"| {' | '.join(row)} | {sizes[0] / peak:.1f} | {seconds:.0f} | {len(found.layers)} |")
+    print("| dense | packed | limit | peak memory | dense / peak | seconds | layers, inspected clean |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    dense_size, packed_size, peak_size = (f"{size / 2**30:.2f} GiB" for size in (*sizes, peak))
+    row = [dense_size, packed_size, args.limit or "none", peak_size, f"{sizes[0] / peak:.1f}", f"{seconds:.0f}"]
+    print(f"| {' | '.join(row)} | {len(found.layers)} |")
 
 
 def peak_of(pid: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,6 +144,10 @@ class Walk:
                 self._calls.append([_shared(call, pool) for call in calls])
         provider.entered()
 
+    def exchange(self) -> AbstractContextManager[None]:
+        """Counts what happens within as exchange with other processes, if there are any."""
+        return self.meter.stage("exchange") if self.ranks.size > 1 else nullcontext()
+
     def stages(self, block: nn.Module, index: int, linears: dict[str, nn.Module]) -> list[list[str]]:
         """The linears of block `index` in the order they run, those that read the same tensor together.
 
@@ -159,7 +163,8 @@ class Walk:
                 placed.add(name)
             if len(placed) == len(linears):
                 break
-        return _united(self.ranks.gather(list(stages.values())))
+        with self.exchange():
+            return _united(self.ranks.gather(list(stages.values())))
 
     def _inputs_seen(
         self, block: nn.Module, index: int, batch: int, linears: dict[str, nn.Module]
@@ -202,7 +207,8 @@ class Walk:
                 if x is not None:
                     with self.meter.stage("statistics"):
                         accumulator.add(x, other if paired else None)
-        return accumulator.over_all(self.ranks, paired)
+        with self.exchange():
+            return accumulator.over_all(self.ranks, paired)
 
     def statistics_together(
         self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]
@@ -221,7 +227,8 @@ class Walk:
         with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
             for batch in range(len(self.hidden)):
                 self.run(block, index, batch)
-        return {name: found[name].over_all(self.ranks) for name in linears}
+        with self.exchange():
+            return {name: found[name].over_all(self.ranks) for name in linears}
 
     def input_norms(self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """‖x_j‖₂ of the inputs (in,) of each of the linears of block `index`, over all windows."""
@@ -241,7 +248,8 @@ class Walk:
         with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
             for batch in range(len(self.hidden)):
                 self.run(block, index, batch)
-        self.ranks.add(*squares.values())
+        with self.exchange():
+            self.ranks.add(*squares.values())
         return {name: total.sqrt() for name, total in squares.items()}
 
     def outputs(self, block: nn.Module, index: int, hidden: Sequence[Tensor] | None = None) -> MutableSequence[Tensor]:

@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
         report = _in_memory(args, config)
     else:
         raise ConfigError(
-            f"{args.model}: {ranks.size} processes prune a folder of safetensors files together, and this is none; "
-            "download or save the model to such a folder first"
+            f"{args.model}: is not in safetensors files, which alone {ranks.size} processes can prune together; save "
+            "the model to a folder first"
         )
     if not ranks.first:
         return 0
@@ -159,8 +159,8 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
 
     if args.memory_budget is not None:
         raise ConfigError(
-            f"memory_budget={args.memory_budget!r}: {args.model} is no folder of safetensors files, which alone are "
-            "read block by block; leave --memory-budget out, or download or save the model to such a folder first"
+            f"memory_budget={args.memory_budget!r}: {args.model} is not in safetensors files, which alone are read "
+            "block by block; leave --memory-budget out, or save the model to a folder first"
         )
     placement = {"device_map": args.device} if args.device else {}
     pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **placement)

@@ -22,7 +22,6 @@ from ..nn import NMLinear, dense_weight
 from ..nn.experts import SplitExperts
 from ..packing import pack_mask, unpack_mask
 from ..pattern import NMPattern
-from ..ranks import Ranks
 from ..update import relative_error
 from .floor import Floor
 from .fold import find_folds, permute_block
@@ -105,7 +104,7 @@ def prune_block(
 
     solved: list[_Solved] = []
     for wave in layers_with_inputs(walk, block, index, prefix, todo, dense_layer):
-        solved += _prune_wave(wave, todo, plan.patterns, gains, config, meter, walk.ranks)
+        solved += _prune_wave(walk, wave, todo, plan.patterns, gains, config)
     twin = None  # so that its memory is free
 
     tuning = None
@@ -120,11 +119,11 @@ def prune_block(
 
     left_dense = []
     reached = {layer.name for layer in solved}
-    for name in todo.keys() - reached:
+    for name in (name for name in todo if name not in reached):
         reason = "not reached by the calibration text, or run more than once in its block"
         left_dense.append(DenseLayer(name, reason, dense_weight(todo[name]).numel()))
         logger.warning("%s: left dense: %s", name, reason)
-    layers = _pack(solved, block, prefix, index, meter, walk.ranks)
+    layers = _pack(walk, solved, block, prefix, index)
     for module in block.modules():
         if isinstance(module, SplitExperts):
             module.own_memory()
@@ -174,15 +173,15 @@ def _permute(
 
 
 def _prune_wave(
+    walk: Walk,
     wave: Sequence[LayersAlike],
     todo: Mapping[str, nn.Module],
     patterns: Mapping[str, NMPattern],
     gains: Mapping[str, float],
     config: EGGSConfig,
-    meter: Meter,
-    ranks: Ranks,
 ) -> list[_Solved]:
     """Prune layers that do not hang on one another, shared out over the processes."""
+    ranks = walk.ranks
     alike = {name: layers for layers in wave for name in layers.names}
     owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in alike})
     solved: dict[str, _Solved] = {}
@@ -191,11 +190,11 @@ def _prune_wave(
         for name in alike:
             if owners[name] == ranks.rank:
                 module, gain = todo[name], gains.get(name)
-                solved[name] = _prune_layer(name, module, patterns[name], alike[name], config, meter, gain)
+                solved[name] = _prune_layer(name, module, patterns[name], alike[name], config, walk.meter, gain)
     except NumericalError as found:
         error = found
     ranks.raise_together(error)
-    with meter.stage("exchange"):
+    with walk.exchange():
         for name in alike:
             ranks.copy_from(owners[name], dense_weight(todo[name]))
         solved = ranks.merge(solved)
@@ -256,11 +255,10 @@ def _scores_alone(
     return shortfall(topn_mask(score, pattern), pattern, found.floor.min_degree, found.floor.band)
 
 
-def _pack(
-    solved: Sequence[_Solved], block: nn.Module, prefix: str, index: int, meter: Meter, ranks: Ranks
-) -> list[LayerReport]:
+def _pack(walk: Walk, solved: Sequence[_Solved], block: nn.Module, prefix: str, index: int) -> list[LayerReport]:
     """Put packed layers in place of the dense ones. The certificates are shared out over the processes."""
     weights = {layer.name: dense_weight(block.get_submodule(layer.name.removeprefix(prefix))) for layer in solved}
+    meter, ranks = walk.meter, walk.ranks
     mine = set(ranks.mine({name: weight.numel() for name, weight in weights.items()}))
     certificates: dict[str, Certificate] = {}
     for layer in solved:
@@ -273,7 +271,8 @@ def _pack(
             if layer.name in mine:
                 extra = (layer.floor.band,) if layer.floor.min_degree else ()
                 certificates[layer.name] = certify(mask, weight, layer.pattern, extra_bands=extra)
-    certificates = ranks.merge(certificates)
+    with walk.exchange():
+        certificates = ranks.merge(certificates)
     return [_report(layer, index, certificates[layer.name]) for layer in solved]
 
 

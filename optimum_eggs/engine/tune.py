@@ -117,7 +117,8 @@ def tune_block(
     def held_out_error() -> float:
         with torch.no_grad():
             total = torch.tensor(sum(float(error(batch)) for batch in judging), dtype=torch.float64)
-        walk.ranks.add(total)
+        with walk.exchange():
+            walk.ranks.add(total)
         return float(total) / len(judging) / walk.ranks.size
 
     with _trainable(block, masks) as (parameters, kept):
@@ -131,7 +132,8 @@ def tune_block(
                 optimizer.param_groups[0]["lr"] = learning_rate * rate
                 with torch.enable_grad():
                     own = torch.autograd.grad(error(batch), parameters, allow_unused=True)
-                gradients = _mean_over(walk.ranks, own, parameters)
+                with walk.exchange():
+                    gradients = _mean_over(walk.ranks, own, parameters)
                 for parameter, gradient, mask in zip(parameters, gradients, kept, strict=True):
                     # Adam leaves alone what never had a gradient, so what is pruned stays zero.
                     parameter.grad = gradient if gradient is None or mask is None else gradient.mul_(mask)

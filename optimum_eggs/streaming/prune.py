@@ -41,7 +41,7 @@ _ASSEMBLED = "assembled"
 
 
 def prune_checkpoint(
-    folder: str | Path,
+    model: str | Path,
     output: str | Path,
     config: EGGSConfig,
     *,
@@ -65,7 +65,7 @@ def prune_checkpoint(
     `prune_model` says; and the windows' hidden states, unless they are on disk.
 
     Args:
-        folder: A dense model in safetensors files.
+        model: A dense model in safetensors files: a folder, or an id on the Hub.
         output: Folder to make.
         config: What to do, with `calibration`.
         dtype: Dtype to load and prune in. Default: the checkpoint's own.
@@ -78,7 +78,7 @@ def prune_checkpoint(
         overwrite: Replace a saved model at `output`, and what a run that was cut has left.
         progress: Show a progress bar on stderr. Default: if it is a terminal.
         ranks: The processes that do it together, of `optimum_eggs.ranks.join_ranks()`. All of them call this with the
-            same arguments, and must see the same files at `folder` and beside `output`; the first of them writes.
+            same arguments, and must see the same files of `model` and beside `output`; the first of them writes.
 
     Raises:
         EGGSError: bad input, before anything is written; a run of other settings that was cut, or another process at
@@ -90,8 +90,8 @@ def prune_checkpoint(
     target = parse_dtype(save_dtype)
     budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
     shard_size = _bytes("max_shard_size", max_shard_size)
-    source = DenseSource(folder, dtype, device, config.block_list)
-    tokenizer = config.tokenizer or (load_tokenizer(folder) if has_tokenizer(folder) else None)
+    source = DenseSource(model, dtype, device, config.block_list)
+    tokenizer = config.tokenizer or (load_tokenizer(source.folder) if has_tokenizer(source.folder) else None)
     windows = calibration_windows(config.calibration, tokenizer, config)
     check_run(source.model, config, windows, ranks)
     plan = make_plan(source.model, config, loaded=False)

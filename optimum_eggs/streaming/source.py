@@ -25,15 +25,12 @@ from ..calibration import BlockList, find_block_list
 from ..config import QUANT_METHOD
 from ..errors import CheckpointError, ModelError, NumericalError
 from ..hf.loading import model_class, parse_dtype, translated
+from ..names import hub_id
 from ..nn.experts import SplitExperts, keep_names
-from ..packing.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_headers, weight_files
+from ..packing.checkpoint import read_headers, weight_files
+from .fetch import fetch
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def is_streamable(folder: str | Path) -> bool:
-    """Whether a folder holds a model in safetensors files."""
-    return any((Path(folder) / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
 
 
 class DenseSource:
@@ -43,7 +40,7 @@ class DenseSource:
     later. Buffers that are not stored, such as rotary tables, are there all the time.
 
     Args:
-        folder: Folder of a model in safetensors files.
+        model: Folder, or id on the Hub, of a model in safetensors files.
         dtype: Dtype to load in; default: the checkpoint's own.
         device: Where to.
         block_list: Dotted name of the list of blocks, if it is known.
@@ -60,12 +57,13 @@ class DenseSource:
 
     def __init__(
         self,
-        folder: str | Path,
+        model: str | Path,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
         block_list: str | None = None,
     ) -> None:
-        self.folder, self.device = Path(folder), torch.device(device)
+        self.folder, self.device = fetch(model), torch.device(device)
+        folder = self.folder
         self.files = weight_files(folder)
         entries = read_headers(self.files)
         with translated(str(folder), "model"):
@@ -80,7 +78,9 @@ class DenseSource:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
             how = "packed" if method == QUANT_METHOD else f"quantized ({method})"
             raise ModelError(f"{folder}: is {how} already; start from the dense model")
-        self.model.config.name_or_path = str(folder)
+        self.model.config.name_or_path = str(model)
+        if hub_id(str(model)):
+            self.model.config._commit_hash = folder.name  # as the cache names its folders
         self.model.eval()
         self._conversions: list[Any] = get_model_conversion_mapping(self.model)
         self._fill_buffers()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -98,6 +99,49 @@ print(pruner.push_to_hub("me/tiny", max_shard_size="20KB"))
     assert sum(name.endswith(".safetensors") for name in hub.files("me/tiny")) > 1
     local = client(hub, LOGITS, tmp_path, tmp_path / "saved").stdout
     assert client(hub, LOGITS, tmp_path, "me/tiny").stdout == local
+
+
+PRUNE = """
+import sys
+import optimum_eggs.pruner
+from optimum_eggs.cli.main import main
+optimum_eggs.pruner.EGGSPruner.prune = None  # in memory it would fail
+sys.exit(main(["prune", *sys.argv[1:], "--num-samples", "8", "--seq-len", "16"]))
+"""
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_model_on_the_hub_is_pruned_block_by_block(sharded, hub, dense_folder, text_file, tmp_path):
+    folder = tmp_path / "dense"
+    if sharded:
+        model = AutoModelForCausalLM.from_pretrained(dense_folder)
+        model.save_pretrained(folder, max_shard_size="20KB")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(dense_folder / name, folder)
+    else:
+        shutil.copytree(dense_folder, folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    upload = "import sys, huggingface_hub as h; h.create_repo(sys.argv[2]); h.upload_folder(repo_id=sys.argv[2], "
+    client(hub, upload + "folder_path=sys.argv[1])", tmp_path, folder, "me/dense")
+    client(hub, PRUNE, tmp_path, "me/dense", tmp_path / "out", "--calibration", text_file)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    revision = hub.repositories["me/dense"].branches["main"][-1].oid
+    assert report["base_model"] == {"id": "me/dense", "revision": revision}
+    cached = {path.name for path in (tmp_path / "hf" / "hub").rglob("snapshots/*/*")}
+    assert {"config.json", "tokenizer.json"} < cached
+    assert not {"pytorch_model.bin", "consolidated.safetensors"} & cached
+    client(hub, PRUNE, tmp_path, folder, tmp_path / "local", "--calibration", text_file)
+    for file in (tmp_path / "local").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    client(hub, PRUNE, tmp_path, "me/dense", tmp_path / "again", "--calibration", text_file, offline=True)
+
+
+def test_a_model_that_is_not_on_the_hub(hub, text_file, tmp_path):
+    done = client(hub, PRUNE, tmp_path, "me/none", tmp_path / "out", "--calibration", text_file, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: me/none: cannot load the model: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_class_pushes_a_folder(hub, packed_folder, tmp_path):

@@ -144,10 +144,10 @@ def test_work_is_shared_out_evenly():
     assert sorted(name for rank in range(3) for name in Ranks(rank, 3).mine(costs)) == sorted(costs)
 
 
-def test_only_a_folder_is_pruned_by_several(monkeypatch, capsys, tmp_path):
+def test_only_safetensors_files_are_pruned_by_several(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("optimum_eggs.ranks.join_ranks", lambda: Ranks(0, 2))
-    assert main(["prune", "an/id", str(tmp_path / "out"), "--calibration", "text.txt"]) == 2
-    assert "2 processes prune a folder of safetensors files together, and this is none" in capsys.readouterr().err
+    assert main(["prune", str(tmp_path), str(tmp_path / "out"), "--calibration", "text.txt"]) == 2
+    assert "is not in safetensors files, which alone 2 processes can prune together" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

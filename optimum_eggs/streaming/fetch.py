@@ -1,0 +1,42 @@
+"""The files of a model that are read block by block: a folder of the user's, or of the Hub's cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..hf.loading import translated
+from ..names import hub_id
+from ..packing.checkpoint import INDEX_NAME, WEIGHTS_NAME
+
+_BESIDE = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # configurations and tokenizers
+
+
+def fetch(model: str | Path) -> Path:
+    """The folder of a model. One that is named by its id on the Hub is downloaded to the cache, or found there.
+
+    Of its weights, only those that `from_pretrained` would read are downloaded; none that are no safetensors files.
+
+    Raises:
+        ModelError: there is no such model, or the Hub cannot be reached.
+    """
+    name = hub_id(str(model))
+    if name is None:
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    with translated(name, "model"):
+        folder = Path(snapshot_download(name, allow_patterns=_BESIDE))
+        index = folder / INDEX_NAME
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else []
+        return Path(snapshot_download(name, allow_patterns=[*_BESIDE, *(names or [WEIGHTS_NAME])]))
+
+
+def is_streamable(model: str | Path) -> bool:
+    """Whether a model is in safetensors files, in a folder or on the Hub.
+
+    Raises:
+        ModelError: as `fetch`.
+    """
+    folder = fetch(model)
+    return any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))

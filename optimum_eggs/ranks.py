@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import ConfigError, DistributedError
+from .errors import ConfigError, DistributedError, EGGSError
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,18 @@ class Ranks:
     def add(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all processes. Its bits are the same in all of them."""
         for tensor in tensors if self.size > 1 else ():
+            sent = tensor.to(self.device).contiguous()
             with _lost():
-                sent = tensor.to(self.device).contiguous()
                 dist.all_reduce(sent)
-                tensor.copy_(sent)
+            tensor.copy_(sent)
 
     def copy_from(self, rank: int, *tensors: Tensor) -> None:
         """Replace each tensor by that of one process."""
         for tensor in tensors if self.size > 1 else ():
+            sent = tensor.to(self.device).contiguous()
             with _lost():
-                sent = tensor.to(self.device).contiguous()
                 dist.broadcast(sent, rank)
-                tensor.copy_(sent)
+            tensor.copy_(sent)
 
     def gather(self, value: T) -> list[T]:
         """The value that each process has, in the order of their numbers."""
@@ -101,11 +104,31 @@ class Ranks:
         """The entries of all processes' mappings."""
         return {key: value for part in self.gather(dict(parts)) for key, value in part.items()}
 
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise the error of the first process that has one, in all of them."""
-        for found in self.gather(error):
-            if found is not None:
-                raise found
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise what any process raises within in all of them: that of the first one that failed."""
+        error: Exception | None = None
+        try:
+            yield
+        except DistributedError:
+            raise  # there is no one to tell
+        except Exception as found:  # whatever it is, the others must not wait for ever
+            if self.size == 1:
+                raise
+            error = found
+        if self.size > 1:
+            sent = error
+            if error is not None and not isinstance(error, EGGSError | OSError):  # it may not survive being sent
+                sent = DistributedError(f"process {self.rank}: {type(error).__name__}: {error}")
+            failed = [found for found in self.gather(sent) if found is not None]
+            if error is not None:
+                raise error
+            if failed:
+                raise failed[0]
+
+    def hide_bar(self, progress: bool | None) -> bool | None:
+        """What tqdm's `disable` should be: on in the first process only; None lets tqdm ask if stderr is a terminal."""
+        return True if not self.first else None if progress is None else not progress
 
 
 ALONE = Ranks()
@@ -115,7 +138,8 @@ def join_ranks() -> Ranks:
     """The processes that `torchrun` or `accelerate launch` started, this one among them; itself, if it is alone."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # A process that is gone closes its connections; one that solves a large layer keeps the others waiting for hours.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
     if state.num_processes == 1:
         return ALONE
     return Ranks(state.process_index, state.num_processes, state.device)
@@ -126,7 +150,8 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        first = next(iter(str(error).splitlines()), "")
         raise DistributedError(
-            f"another process of this run is gone ({str(error).splitlines()[0]}); see what it printed; the same "
-            "command goes on behind the last finished block"
+            f"the exchange with the other processes failed ({first}), one of them may be gone: see what each printed; "
+            "the same command goes on behind the last finished block"
         ) from error

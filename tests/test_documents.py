@@ -24,6 +24,7 @@ COMMAND = re.compile(r"optimum-cli eggs \w+ [^-]|(\w+=\w+ )*python \S+\.py|pip i
 
 SMALLER = {  # the last of two equal options counts
     "optimum-cli eggs prune": "--num-samples 4 --seq-len 32",
+    "-m optimum_eggs prune": "--num-samples 4 --seq-len 32",
     "optimum-cli eggs evaluate": "--num-windows 2 --seq-len 32",
     "optimum-cli eggs benchmark": "--repeats 1 --layer-repeats 1 --prompt 8 --new-tokens 2",
     "optimum-cli eggs recover": "--steps 2 --seq-len 16",

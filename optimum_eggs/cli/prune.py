@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
-        help="most memory that the hidden states of the calibration text may take, such as 8GiB; beyond it, they are "
-        "on disk (default: no limit)",
+        help="most memory that the hidden states of the calibration text may take in a process, such as 8GiB; beyond "
+        "it, they are on disk (default: no limit)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a saved model at OUT, and what an interrupted run has left"

@@ -74,16 +74,18 @@ def allocate_by_error(
     walk = Walk(blocks, windows, config.batch_size, meter, ranks=ranks)
     errors: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
-    quiet = True if not ranks.first else None if progress is None else not progress
-    for index in tqdm(range(len(blocks)), desc="Allocating", unit="block", disable=quiet):
+    for index in tqdm(range(len(blocks)), desc="Allocating", unit="block", disable=ranks.hide_bar(progress)):
         block, todo = blocks.materialise(index), plan.layers[index]
         prefix = f"{plan.block_list.block_name(index)}."
-        for wave in layers_with_inputs(walk, block, index, prefix, todo):
+        for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens):
             grams = {name: alike.statistics.gram for alike in wave for name in alike.names}
             sizes |= {name: dense_weight(todo[name]).numel() for name in grams}
             with meter.stage("allocation"):
-                mine = ranks.mine({name: sizes[name] for name in grams})
-                errors |= ranks.merge({k: _errors(dense_weight(todo[k]).float(), grams[k], config) for k in mine})
+                with ranks.together():
+                    mine = ranks.mine({name: sizes[name] for name in grams})
+                    found = {k: _errors(dense_weight(todo[k]).float(), grams[k], config) for k in mine}
+                errors |= ranks.merge(found)
+            grams.clear()  # before the next ones are made
         walk.advance(block, index)
         blocks.release(index)
     return dict.fromkeys(plan.names, config.pattern) | allocate(errors, sizes, config.pattern)

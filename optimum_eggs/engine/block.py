@@ -103,7 +103,9 @@ def prune_block(
         return DenseTwin(twin, stream.hidden, twin.get_submodule(name.removeprefix(prefix)))
 
     solved: list[_Solved] = []
-    for wave in layers_with_inputs(walk, block, index, prefix, todo, dense_layer):
+    for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens, dense_layer):
+        if any(alike.expert for alike in wave):
+            twin = None  # what comes now does not ask for it
         solved += _prune_wave(walk, wave, todo, plan.patterns, gains, config)
     twin = None  # so that its memory is free
 
@@ -165,9 +167,10 @@ def _permute(
     run = partial(walk.run, block, index, 0, dtype=torch.float32)
     with meter.stage("permutation"):
         gains: dict[str, float] = {}
-        if walk.ranks.first:  # a fold is checked on the windows at hand, so one process decides
-            with in_float32(block):
-                gains = permute_block(block, prefix, folds, score, patterns, run)
+        with walk.ranks.together():
+            if walk.ranks.first:  # a fold is checked on the windows at hand, so one process decides
+                with in_float32(block):
+                    gains = permute_block(block, prefix, folds, score, patterns, run)
         walk.ranks.copy_from(0, *(parameter.data for parameter in block.parameters()))
         return walk.ranks.gather(gains)[0]
 
@@ -185,15 +188,11 @@ def _prune_wave(
     alike = {name: layers for layers in wave for name in layers.names}
     owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in alike})
     solved: dict[str, _Solved] = {}
-    error: NumericalError | None = None
-    try:
+    with ranks.together():
         for name in alike:
             if owners[name] == ranks.rank:
                 module, gain = todo[name], gains.get(name)
                 solved[name] = _prune_layer(name, module, patterns[name], alike[name], config, walk.meter, gain)
-    except NumericalError as found:
-        error = found
-    ranks.raise_together(error)
     with walk.exchange():
         for name in alike:
             ranks.copy_from(owners[name], dense_weight(todo[name]))
@@ -211,9 +210,6 @@ def _prune_layer(
     permutation_gain: float | None,
 ) -> _Solved:
     stored, statistics = dense_weight(module), alike.statistics
-    weights_alone = alike.expert and statistics.tokens < config.min_expert_tokens
-    if weights_alone:
-        statistics.forget_inputs()
     weight = stored.to(torch.float32)
     found = solve_layer(name, weight, statistics, config, pattern, meter)
     with meter.stage("update"):
@@ -232,14 +228,14 @@ def _prune_layer(
         name,
         weight.shape[1],
         pattern,
-        pack_mask(found.mask),
+        pack_mask(found.mask).cpu(),
         found.floor,
         error,
         found.error_without_floor,
         statistics.tokens,
         permutation_gain,
         scores_alone,
-        weights_alone,
+        alike.weights_alone,
         found.damping,
     )
 
@@ -264,7 +260,7 @@ def _pack(walk: Walk, solved: Sequence[_Solved], block: nn.Module, prefix: str, 
     for layer in solved:
         path = layer.name.removeprefix(prefix)
         with meter.stage("pack"):
-            mask = layer.mask()
+            mask = layer.mask().to(weights[layer.name].device)
             block.set_submodule(path, NMLinear.from_linear(block.get_submodule(path), layer.pattern, mask))
         with meter.stage("report"):
             weight = weights.pop(layer.name)

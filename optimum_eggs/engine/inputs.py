@@ -20,11 +20,15 @@ _WAVE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class LayersAlike:
-    """Layers that read the same tensor, and its statistics. `expert`: of an expert, which not all tokens reach."""
+    """Layers that read the same tensor, and its statistics.
+
+    `expert`: of an expert, which not all tokens reach; `weights_alone`: too few do, so that the statistics say nothing.
+    """
 
     names: list[str]
     statistics: GramAccumulator
     expert: bool = False
+    weights_alone: bool = False
 
 
 def layers_with_inputs(
@@ -33,6 +37,7 @@ def layers_with_inputs(
     index: int,
     prefix: str,
     todo: Mapping[str, nn.Module],
+    min_expert_tokens: int,
     dense: Callable[[str], DenseTwin | None] = lambda name: None,
 ) -> Iterator[list[LayersAlike]]:
     """The layers `todo` of block `index`, with statistics taken once those before them have been dealt with.
@@ -45,6 +50,7 @@ def layers_with_inputs(
         index: Its index.
         prefix: Its full dotted name, with a dot at the end.
         todo: The layers, by full dotted name.
+        min_expert_tokens: Tokens that an expert must see; one that sees fewer is pruned by its weights alone.
         dense: The layer in the dense model, by full dotted name, if its inputs are wanted beside those here.
 
     Raises:
@@ -60,11 +66,21 @@ def layers_with_inputs(
         if twin is not None and statistics.cross is None:
             logger.warning("%s: its error is not corrected: it gets other tokens than in the dense model", stage[0])
         yield [LayersAlike(stage, statistics)]
+    if waves and dense(waves[0][0]) is not None:
+        logger.warning("%s: errors of experts are not corrected: they get other tokens than in the dense model", prefix)
     for wave in waves:
         together = walk.statistics_together(block, index, {name: todo[name] for name in wave})
-        for name, statistics in together.items():
+        made: list[LayersAlike] = []
+        while together:
+            name, statistics = together.popitem()
             check_finite(name, statistics.is_finite())
-        yield [LayersAlike([name], statistics, expert=True) for name, statistics in together.items()]
+            alone = statistics.tokens < min_expert_tokens
+            if alone:
+                statistics.forget_inputs()
+            made.insert(0, LayersAlike([name], statistics, expert=True, weights_alone=alone))
+        del statistics
+        yield made
+        made.clear()  # before the next ones are made
 
 
 def _expert_waves(block: nn.Module, prefix: str, todo: Mapping[str, nn.Module]) -> list[list[str]]:

@@ -16,6 +16,8 @@ from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
 from ..measure import Meter
+from ..nn import NMLinear
+from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
 from .allocation import allocate_by_error
 from .block import BlockResult, DenseStream, prune_block
@@ -36,7 +38,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Memory beyond the model's: the windows' hidden states (twice with block tuning, up to four times with error
     correction), one batch's activations, and for the layer at hand a few (in, in) matrices, some of them in float64,
     and some eight float32 buffers of (out, in). Block tuning takes five float32 copies of a block, error correction one
-    copy. Pruned blocks shrink as they are packed.
+    copy. Pruned blocks shrink as they are packed. Experts take up to 1 GiB of Gram matrices at a time.
 
     Args:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.
@@ -53,8 +55,13 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     """
     check_run(model, config, windows)
     plan = make_plan(model, config)
-    with Meter() as meter:
-        done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
+    try:
+        with Meter() as meter:
+            done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
+    except BaseException:
+        if not any(isinstance(module, NMLinear) for module in model.modules()):
+            join_experts(model)
+        raise
     return make_report(plan, config, windows, done, meter)
 
 
@@ -108,9 +115,8 @@ def prune_blocks(
             plan.patterns = allocate_by_error(blocks, plan, config, windows, meter, progress, ranks)
         walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
         stream = DenseStream(walk) if needs_dense_stream(config) else None
-        bar = tqdm(
-            range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=_quiet(progress, ranks)
-        )
+        hide = ranks.hide_bar(progress)
+        bar = tqdm(range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=hide)
         for index in bar:
             block = blocks.materialise(index)
             if keeper is not None and index < len(keeper):
@@ -170,13 +176,6 @@ def _check_windows(windows: Tensor, model: nn.Module) -> None:
         raise CalibrationError(
             f"seq_len={windows.shape[1]} is more than the model's context of {context} tokens; lower seq_len"
         )
-
-
-def _quiet(progress: bool | None, ranks: Ranks = ALONE) -> bool | None:
-    if not ranks.first:
-        return True
-    # None lets tqdm decide: no bar where stderr is no terminal
-    return None if progress is None else not progress
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class EGGSHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: EGGSConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: PruneReport | None = None
+        self._loading: PreTrainedModel | None = None
 
     def update_device_map(self, device_map: Any) -> Any:
         """Refuse to prune a model of which a part would stay on disk."""
@@ -72,15 +73,18 @@ class EGGSHfQuantizer(HfQuantizer):
         fused = [name.removeprefix(prefix) for name, module in model.named_modules() if is_fused_experts(module)]
         if any(f"{experts}." in name for name in pruned for experts in fused):
             split_experts(model)
+            self._loading = model
         modules = dict(model.named_modules())
         for name, pattern in pruned.items():
             _swap_in(model, modules, name, NMPattern.parse(pattern), stored[name])
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Those of transformers, but for what makes 3-D parameters of experts that are split."""
-        return conversions_for(model, super().update_weight_conversions(weight_conversions, model))
+        found = super().update_weight_conversions(weight_conversions, *model)  # older versions do not pass the model
+        return found if self._loading is None else conversions_for(self._loading, found)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._loading = None
         if self.pre_quantized:
             for name, layer in packed_layers(model).items():
                 layer.weight.requires_grad_(False)  # the loader turns gradients on

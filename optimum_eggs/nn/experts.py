@@ -27,8 +27,8 @@ def is_fused_experts(module: nn.Module) -> bool:
 class SplitExperts(nn.Module):
     """The experts of a mixture, each a module of its own with linear layers: `"0.gate_up_proj"`, `"0.down_proj"`.
 
-    It computes what the module it is made of computes by its own (`"eager"`) forward. Its weights are views of the 3-D
-    parameters, until they are replaced.
+    It computes what the module it is made of computes by its own (`"eager"`) forward, and adds up in the dtype of the
+    hidden states. Its weights are views of the 3-D parameters, until they are replaced.
 
     Args:
         fused: A module of which [`is_fused_experts`] holds, on any device.
@@ -138,20 +138,23 @@ def keep_names(model: nn.Module) -> None:
 def conversions_for(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
     """Of the conversions that transformers has for a checkpoint, those that `model` needs.
 
-    Where experts are split, what stacks one tensor for each expert to a 3-D parameter is not among them.
+    Where experts are split, what makes their 3-D parameters of other tensors is not among them.
     """
-    if not has_split_experts(model):
-        return list(conversions)
+    split = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+    fused = tuple(f"{name}.{matrix}{end}" for name in split for matrix in _ALL_MATRICES for end in ("", "_bias"))
     return [
         conversion
         for conversion in conversions
-        if not any(type(step).__name__ == "MergeModulelist" for step in getattr(conversion, "operations", ()))
+        if not (hasattr(conversion, "operations") and any(t.endswith(fused) for t in conversion.target_patterns))
     ]
 
 
 def has_split_experts(model: nn.Module) -> bool:
     """Whether experts of `model` are split."""
     return any(isinstance(module, SplitExperts) for module in model.modules())
+
+
+_ALL_MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def _matrices(fused: Any) -> tuple[str, str]:

@@ -26,10 +26,12 @@ def fetch(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     with translated(name, "model"):
-        folder = Path(snapshot_download(name, allow_patterns=_BESIDE))
+        folder = Path(snapshot_download(name, allow_patterns=[*_BESIDE, WEIGHTS_NAME]))
         index = folder / INDEX_NAME
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else []
-        return Path(snapshot_download(name, allow_patterns=[*_BESIDE, *(names or [WEIGHTS_NAME])]))
+        if index.is_file() and not (folder / WEIGHTS_NAME).is_file():
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=names))
+        return folder
 
 
 def is_streamable(model: str | Path) -> bool:

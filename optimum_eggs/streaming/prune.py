@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ def prune_checkpoint(
         dtype: Dtype to load and prune in. Default: the checkpoint's own.
         save_dtype: Dtype to save in. Default: as loaded.
         device: Where blocks are pruned.
-        memory_budget: The most bytes that hidden states may take in memory, such as `"8GiB"`; beyond it they are on
-            disk. Default: no limit.
+        memory_budget: The most bytes that the hidden states of a process may take in memory, such as `"8GiB"`; beyond
+            it they are on disk. Default: no limit.
         max_shard_size: As for transformers; but blocks share a file only up to 256 MiB, so that joining them takes
             little memory.
         overwrite: Replace a saved model at `output`, and what a run that was cut has left.
@@ -99,20 +99,16 @@ def prune_checkpoint(
     work = output.parent / f".{output.name}.unfinished"
     with ExitStack() as stack:
         stack.enter_context(_written(output))
-        error: EGGSError | None = None
-        try:
+        with ranks.together():
             if ranks.first:
                 stack.enter_context(locked(work))
                 _clear(work, all_of_it=overwrite)
-        except EGGSError as found:
-            error = found
-        ranks.raise_together(error)
-        keeper = _Keeper(Journal(work, _run(source, config, windows, ranks)), source, ranks)
+        run = _same_run(ranks.gather(_run(source, config, windows, ranks)))
+        with ranks.together():
+            keeper = _Keeper(Journal(work, run), source, ranks)
         begun = ranks.gather(len(keeper))
         if len(set(begun)) > 1:
-            raise OutputError(
-                f"{work}: processes see {begun} finished blocks in it; it must be on a disk they all share"
-            )
+            raise OutputError(f"{work}: processes see {begun} finished blocks in it; use a disk that all of them share")
         on_disk = budget is not None and _stream_bytes(source, config, windows) > budget * ranks.size
         try:
             with Meter() as meter:
@@ -135,17 +131,17 @@ def prune_checkpoint(
         report = make_report(plan, config, windows, done, meter)
         report.measurements |= {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
         name_sources(report, config.calibration, source.model)
-        if ranks.first:
-            made = work / _ASSEMBLED
-            made.mkdir()
-            cast = target if isinstance(target, torch.dtype) else None
-            _assemble(made, source, keeper.journal, report, cast, shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(made)
-            report.save(made / REPORT_NAME)
-            put_in_place(made, output)
-            shutil.rmtree(work, ignore_errors=True)
-        ranks.gather(None)  # the others end when the output is there
+        with ranks.together():  # and the others end when the output is there
+            if ranks.first:
+                made = work / _ASSEMBLED
+                made.mkdir()
+                cast = target if isinstance(target, torch.dtype) else None
+                _assemble(made, source, keeper.journal, report, cast, shard_size)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(made)
+                report.save(made / REPORT_NAME)
+                put_in_place(made, output)
+                shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -154,17 +150,23 @@ class _Keeper:
 
     def __init__(self, journal: Journal, source: DenseSource, ranks: Ranks) -> None:
         self.journal, self.source, self.ranks = journal, source, ranks
+        self.kept_by_first = 0
 
     def __len__(self) -> int:
-        return len(self.journal.finished)
+        return len(self.journal.finished) + self.kept_by_first
 
     @property
     def results(self) -> list[BlockResult]:
         return [block.result for block in self.journal.finished]
 
     def keep(self, block: nn.Module, index: int, result: BlockResult) -> None:
-        if not self.ranks.first:
-            return
+        with self.ranks.together():
+            if self.ranks.first:
+                self._write(block, index, result)
+            else:
+                self.kept_by_first += 1
+
+    def _write(self, block: nn.Module, index: int, result: BlockResult) -> None:
         prefix = f"{self.source.block_list.block_name(index)}."
         tensors = {f"{prefix}{name}": value.detach().contiguous() for name, value in block.state_dict().items()}
         name = f"block-{index:05d}.safetensors"
@@ -230,6 +232,22 @@ def _run(source: DenseSource, config: EGGSConfig, windows: Tensor, ranks: Ranks)
         "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "versions": {"optimum-eggs": __version__, "torch": torch.__version__},
     } | ({"processes": ranks.size} if ranks.size > 1 else {})
+
+
+def _same_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """That of the first process, if all agree. When files were written may differ from machine to machine."""
+    first, *others = [
+        run | {"model": {name: what[0] if isinstance(what, list) else what for name, what in run["model"].items()}}
+        for run in runs
+    ]
+    for rank, other in enumerate(others, 1):
+        differing = [key for key in first if first[key] != other.get(key)]
+        if differing:
+            raise ConfigError(
+                f"{differing[0]} is not the same in process {rank} as in process 0; give all of them the same command, "
+                "model and texts"
+            )
+    return runs[0]
 
 
 def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> int:

@@ -24,19 +24,10 @@ def send_all_to(model, block, experts):
     router = mlp.gate if hasattr(mlp, "gate") else mlp.router
     with torch.no_grad():
         router.weight.zero_()
-        norm = model.model.layers[block].post_attention_layernorm
-        norm.weight.abs_()
-    scores = torch.full((4,), -1.0)
-    scores[experts] = 1.0
-    router.register_forward_pre_hook(lambda module, args: None)
-    original = router.forward
-
-    def forward(hidden):
-        constant = torch.cat([hidden.new_ones(len(hidden), 1), hidden[:, 1:]], 1)
-        router.weight.data[:, 0] = scores
-        return original(constant)
-
-    router.forward = forward
+        router.weight[:, 0] = -1.0
+        router.weight[experts, 0] = 1.0
+    forward = router.forward
+    router.forward = lambda hidden: forward(torch.cat([torch.ones_like(hidden[:, :1]), hidden[:, 1:]], 1))
 
 
 def experts_inputs(model, block):
@@ -138,3 +129,27 @@ def test_the_pattern_may_differ_between_experts():
     kept = sum(int(layer.pattern[0]) * layer.out_features * layer.in_features for layer in report.layers)
     assert kept <= 2 * sum(layer.out_features * layer.in_features for layer in report.layers)
     assert len({layer.pattern for layer in report.layers if "experts" in layer.name}) > 1
+
+
+def test_what_no_token_reaches_is_not_ranked_by_what_it_saw():
+    model = tiny.make_model("mixtral")
+    send_all_to(model, 0, [1, 2])
+    report = prune_model(model, EGGSConfig("2:4", allocation="error", band=16), WINDOWS)
+    idle = [layer for layer in report.layers if layer.weights_alone and layer.block == 0]
+    assert len(idle) == 4
+    assert {layer.pattern for layer in idle} != {"1:4"}
+
+
+def test_a_run_that_ends_before_the_first_block_is_done_leaves_the_experts_one_module(monkeypatch):
+    model = tiny.make_model("mixtral")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimum_eggs.engine.prune.prune_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(model, EGGSConfig("2:4"), WINDOWS)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not hasattr(model, "_weight_conversions")

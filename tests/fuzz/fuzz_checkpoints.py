@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def corpus() -> list[Path]:
-    """Sound checkpoints: of every dtype, of several patterns, with biases, with a transposed layer, in shards."""
+    """Sound checkpoints: of every dtype, of several patterns, with biases, with a transposed layer, of a mixture."""
     return sorted((Path(__file__).parent / "corpus").iterdir())
 
 

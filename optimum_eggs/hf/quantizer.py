@@ -149,7 +149,7 @@ def _swap_in(
     if name is None:
         raise CheckpointError(
             f"{listed}: config.json lists it as pruned, and {type(model).__name__} has no such layer; load the model "
-            "with the class it was saved from"
+            "with the class it was saved from, and a mixture of experts with transformers 5.20 or later"
         )
     dense = modules[name]
     if not is_dense_linear(dense):

@@ -204,6 +204,20 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(victim, deep, tmp
     assert len(report["layers"]) == 70
 
 
+def test_accelerate_starts_the_same_processes(together, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    sizes = [part for key, value in SIZE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    given = [str(together / "llama"), str(tmp_path / "out"), "--calibration", str(together / "text.txt"), *sizes]
+    run = [*launcher, "-m", "optimum_eggs", "prune", *given]
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["measurements"]["processes"] == 2
+    one, other = tensors(together / "fast-2"), tensors(tmp_path / "out")
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
 def test_a_run_of_two_processes_is_not_continued_by_one(deep, tmp_path, capsys):
     running = subprocess.Popen(command(deep, tmp_path / "out"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     wait_for(tmp_path / ".out.unfinished" / "journal.json", running)

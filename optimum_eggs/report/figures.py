@@ -134,11 +134,14 @@ def tuning(report: Report) -> Figure | None:
 def perplexities(report: Report) -> Figure | None:
     """Perplexity of the model, and of the dense one, on every text it was judged on."""
     bars = []
-    for entry in report.get("evaluations", []):
+    entries = report.get("evaluations", [])
+    for entry in entries:
         if "perplexity" in entry["metrics"]:
+            again = sum(other["dataset"] == entry["dataset"] for other in entries) > 1
+            text = f"{entry['dataset']}, {entry['conditions']}" if again else entry["dataset"]
             if "perplexity" in entry.get("dense", {}):
-                bars.append((f"{entry['dataset']}: dense", entry["dense"]["perplexity"], COLOURS[6]))
-            bars.append((f"{entry['dataset']}: this model", entry["metrics"]["perplexity"], COLOURS[0]))
+                bars.append((f"{text}: dense", entry["dense"]["perplexity"], COLOURS[6]))
+            bars.append((f"{text}: this model", entry["metrics"]["perplexity"], COLOURS[0]))
     recovered = report.get("recovery")
     if recovered:
         bars.append(("held out: before recovery", recovered["perplexity_before"], COLOURS[1]))

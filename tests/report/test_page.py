@@ -15,6 +15,7 @@ from optimum_eggs.cli.main import main
 from optimum_eggs.errors import ModelError
 from optimum_eggs.packing import pack_mask, unpack_mask
 from optimum_eggs.report import report_page
+from optimum_eggs.report.figures import perplexities
 from optimum_eggs.report.tile import shown_tile
 from optimum_eggs.sharing import model_card
 
@@ -99,6 +100,16 @@ def test_what_was_not_measured_is_not_drawn(folder):
     assert "12.50" in page
     assert "some.txt: dense" in page
     assert "Decodes 20.0 tokens/s, dense 10.0, on a &lt;processor&gt;, 2 threads." in page
+
+
+def test_a_text_judged_twice_has_bars_that_say_under_which_conditions():
+    def bars(*conditions):
+        entries = [{"dataset": "t", "conditions": c, "metrics": {"perplexity": 9.0}} for c in conditions]
+        (axes,) = perplexities({"evaluations": entries}).axes
+        return [label.get_text() for label in axes.get_yticklabels()]
+
+    assert bars("2 windows") == ["t: this model"]
+    assert bars("2 windows", "4 windows") == ["t, 2 windows: this model", "t, 4 windows: this model"]
 
 
 def test_the_tile_shown_is_where_the_scores_alone_lack_most_of_the_floor(folder):

@@ -138,12 +138,12 @@ def _record(
 ) -> bool:
     """Put what was measured into the report of the model, in place of an earlier entry under the same conditions.
 
-    Of the other model only what a dense one gave: the report says nothing of other pruned models.
+    Of the other model only what a dense one gave: the report says nothing of other pruned models, packed or not.
     """
     from ..engine.report import read_report, update_report
 
     ours = columns[0]
-    dense = columns[1] if len(columns) == 2 and not columns[1].pruned_layers else None
+    dense = columns[1] if len(columns) == 2 and not columns[1].pruned else None
     before = read_report(args.model)
     parts: dict[str, Any] = {}
     if ours.perplexity is not None:

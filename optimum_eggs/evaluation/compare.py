@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration.documents import documents
 from ..calibration.windows import token_stream, windows_digest
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..hf.attach import packed_layers
 from ..hf.loading import load_model, load_tokenizer
+from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..packing.checkpoint import read_headers, weight_files
+from ..pattern import NMPattern
 from .paired import Comparison, compare
 from .perplexity import Perplexity, perplexity_of
 from .reading import read
@@ -24,12 +26,13 @@ from .tasks import TaskRunner, TaskScore
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of the model in `folder`: its size, and what was asked for."""
+    """What was measured of the model in `folder`: its size, whether it is pruned, and what was asked for."""
 
     folder: str
     dtype: str
     size: ModelSize
     pruned_layers: list[str]
+    pruned: bool
     perplexity: Perplexity | None = None
     token_digest: str | None = None
     tasks: list[TaskScore] = field(default_factory=list)
@@ -97,13 +100,14 @@ def evaluate(folders: Sequence[str], args: Any) -> tuple[list[Evaluation], Compa
     tokenizers = [load_tokenizer(folder) for folder in folders]
     windows = None if args.text is None else _common_windows(folders, tokenizers, args)
     models = [load_model(folder, dtype=args.dtype).eval() for folder in folders]
-    packed = list(packed_layers(models[0]))
+    packed = packed_layers(models[0])
     evaluations = [
         Evaluation(
             folder,
             str(model.dtype).removeprefix("torch."),
-            model_size(model, folder, packed if index else None),
+            model_size(model, folder, list(packed) if index else None),
             list(packed_layers(model)),
+            _is_pruned(model, packed),
         )
         for index, (folder, model) in enumerate(zip(folders, models, strict=True))
     ]
@@ -125,6 +129,22 @@ def evaluate(folders: Sequence[str], args: Any) -> tuple[list[Evaluation], Compa
             for found, model, tokenizer in zip(evaluations, models, tokenizers, strict=True)
         ]
     return evaluations, comparison
+
+
+def _is_pruned(model: nn.Module, packed: Mapping[str, NMLinear]) -> bool:
+    """Whether `model` has packed layers, or else stores the zeros of those that are `packed` in another model."""
+    modules = dict(model.named_modules())
+    dense = {name: modules[name] for name in packed if name in modules and is_dense_linear(modules[name])}
+    return bool(packed_layers(model)) or (
+        bool(dense) and all(_follows(dense_weight(dense[name]), packed[name].pattern) for name in dense)
+    )
+
+
+def _follows(weight: Tensor, pattern: NMPattern) -> bool:
+    """Whether no group of a weight (out, in) has more than n values that are not zero."""
+    if weight.shape[1] % pattern.m:
+        return False
+    return bool((weight.unflatten(1, (-1, pattern.m)).count_nonzero(-1) <= pattern.n).all())
 
 
 def _task_runner(args: Any) -> TaskRunner:

@@ -102,7 +102,8 @@ def test_the_whole_road(dense_folder, text_file, tmp_path):
 def test_only_a_dense_model_is_recorded_as_the_dense_one(packed_folder, dense_folder, text_file, tmp_path):
     folder = shutil.copytree(packed_folder, tmp_path / "packed")
     options = ["--text", text_file, "--seq-len", "16", "--num-windows", "2"]
-    for other, known in ((packed_folder, False), (dense_folder, True)):
+    within("export", packed_folder, tmp_path / "exported")
+    for other, known in ((packed_folder, False), (tmp_path / "exported", False), (dense_folder, True)):
         within("evaluate", folder, "--against", other, *options)
         (entry,) = json.loads((folder / "report.json").read_text())["evaluations"]
         assert ("dense" in entry, "comparison" in entry) == (known, known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,7 +152,7 @@ def translated(source: str, what: str) -> Iterator[None]:
         yield
     except EGGSError:
         raise
-    except SafetensorError as error:
+    except (SafetensorError, UnpicklingError) as error:
         raise CheckpointError(
             f"{source}: a weight file is damaged ({_first_line(error)}); download it again"
         ) from error

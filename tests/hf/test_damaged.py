@@ -15,6 +15,7 @@ from optimum_eggs import EGGSConfig
 from optimum_eggs.engine import prune_model
 from optimum_eggs.errors import CheckpointError, ConfigError
 from optimum_eggs.hf.attach import attach_quantizer, packed_layers
+from optimum_eggs.hf.loading import load_model
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -128,3 +129,13 @@ def test_a_bias_that_is_missing_or_too_short_is_named(tmp_path):
         change_tensors(tmp_path, change)
         with pytest.raises(CheckpointError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_another_kind_whose_index_names_no_weights_is_damaged(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    names = load_file(folder / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "config.json")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    change_config(folder, lambda config: config.update(quant_method=0.5))  # so that this package is not asked
+    with pytest.raises(CheckpointError, match="a weight file is damaged"):
+        load_model(folder)

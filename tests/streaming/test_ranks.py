@@ -117,6 +117,10 @@ def sums_of_two(monkeypatch):
 
     monkeypatch.setattr(GramAccumulator, "add", add_apart)
     monkeypatch.setattr(GramAccumulator, "over_all", over_both)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes have
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", [name.removesuffix("-2") for name in jobs() if name.endswith("-2")])

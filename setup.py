@@ -15,7 +15,8 @@ setup(
             "optimum_eggs.ops.native._native",
             sources=sorted(map(str, NATIVE.glob("*.c"))),
             depends=sorted(map(str, NATIVE.glob("*.h"))),
-            extra_compile_args=["-O3", "-std=c11", *OPENMP],
+            # Python's own -fwrapv costs the tiles of AVX-512 a third of their speed: gcc keeps sums in memory for it.
+            extra_compile_args=["-O3", "-std=c11", "-fno-wrapv", *OPENMP],
             extra_link_args=OPENMP,
             py_limited_api=True,
             optional=True,  # without a compiler the package installs all the same, and says so when it is used

@@ -1,9 +1,9 @@
 """Packed layers against dense ones at the shapes of large models: `F.linear`, and for one token a plain loop in C.
 
-Every call finds its weight in memory, not in a cache; the calls are timed in turn; the packed product is compared with
-the dense one before. Prints a Markdown table: medians, the ratio of dense time to packed time, and the share of this
-machine's read bandwidth that the packed weight amounts to. The bandwidth is measured before and after every row, since
-that of a shared machine changes, and their mean is taken.
+Every call finds its weight in memory, not in a cache; packed and dense take turns of a few calls each; the packed
+product is compared with the dense one before. Prints a Markdown table: medians, the ratio of dense time to packed
+time, and the share of this machine's read bandwidth that the packed weight amounts to. The bandwidth is measured
+before and after every row, since that of a shared machine changes, and their mean is taken.
 
     OMP_NUM_THREADS=2 python benchmarks/kernels.py --tokens 1 --isa avx512_bf16
 """
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--backend", choices=BACKENDS, help="force a backend")
     parser.add_argument("--isa", choices=INSTRUCTION_SETS, help="force an instruction set")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each (default: 20)")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
 

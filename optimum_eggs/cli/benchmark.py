@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens in the prompt (default: 256)")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens to decode (default: 128)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of a model (default: 3)")
-    parser.add_argument("--layer-repeats", type=int, default=20, help="timed calls of a layer (default: 20)")
+    parser.add_argument(
+        "--layer-repeats", type=int, default=20, help="timed turns of a layer, of some calls (default: 20)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
     parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is")
     parser.add_argument("--layers-only", action="store_true", help="leave the models out")

@@ -16,6 +16,7 @@ from ..pattern import NMPattern
 from .timing import Seconds, alternate
 
 _MOST_COPIES = 256
+_CALLS = 8  # in a turn: a model calls layer after layer, and so finds the code that calls them in the cache
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def time_layer(
     working_set: int = 1 << 30,
     others: dict[str, Callable[[Tensor, Tensor], object]] | None = None,
 ) -> LayerTiming:
-    """Time X Wᵀ of `tokens` tokens with random weights, packed and dense in turn.
+    """Time X Wᵀ of `tokens` tokens with random weights, packed and dense in turn, a few calls each.
 
     Enough copies of the weight are gone through that each call finds its own in memory, not in a cache: `working_set`
     bytes of dense weight, as far as some hundreds of copies reach. The packed product is compared with the dense one
@@ -75,7 +76,7 @@ def time_layer(
         pattern: n kept of every m inputs, the largest.
         dtype: float32, float16 or bfloat16.
         tokens: Rows of X.
-        repeats: Timed calls of each.
+        repeats: Timed turns of each, of a few calls.
         working_set: Bytes of dense weight to go through.
         others: Further products to time, from x (tokens, in) and a dense weight (out, in), by name.
 
@@ -114,6 +115,7 @@ def time_layer(
             *map(through_dense, further.values()),
         ],
         repeats,
+        _CALLS,
     )
     choice = choose(dtype, x.device, tokens)
     read = values.numel() * values.element_size() + meta.numel()

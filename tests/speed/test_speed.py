@@ -4,7 +4,7 @@ import torch
 from optimum_eggs.errors import NumericalError
 from optimum_eggs.ops import INSTRUCTION_SETS, force
 from optimum_eggs.pattern import NMPattern
-from optimum_eggs.speed import layers, read_bandwidth, time_layer, time_models
+from optimum_eggs.speed import layers, read_bandwidth, time_layer, time_models, timing
 from optimum_eggs.speed.timing import alternate
 
 
@@ -13,6 +13,19 @@ def test_runs_take_turns_after_one_round_to_warm_up():
     found = alternate([lambda: calls.append("a"), lambda: calls.append("b")], 3)
     assert "".join(calls) == "abababab"
     assert all(seconds.low <= seconds.median <= seconds.high for seconds in found)
+
+
+def test_a_turn_of_several_calls_counts_as_one_of_them(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name, seconds):
+        order.append(name)
+        now[0] += seconds
+
+    found = alternate([lambda: call("a", 2.0), lambda: call("b", 5.0)], 2, calls=3)
+    assert "".join(order) == "aaabbb" * 3
+    assert [seconds.median for seconds in found] == [2.0, 5.0]
 
 
 @pytest.mark.skipif(not INSTRUCTION_SETS, reason="no native extension")
@@ -31,7 +44,7 @@ def test_a_layer_is_timed_in_both_forms(dtype):
     assert found.ratio == pytest.approx(found.dense.median / found.packed.median)
     read = 24 * 16 * dtype.itemsize + 24 * 8
     assert found.gigabytes_per_second == pytest.approx(read / found.packed.median / 1e9)
-    assert seen == [((3, 64), (24, 64), 24 * 16)] * 3
+    assert seen == [((3, 64), (24, 64), 24 * 16)] * 3 * layers._CALLS
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch):

@@ -10,6 +10,7 @@
 
 enum {
     LANES = 32,
+    META_LINE = 512,  // columns whose bits are one line of the cache
     ROWS = 4,
     FEW = 2,       // rows of up to two tokens
     TOKENS = 6,
@@ -17,11 +18,14 @@ enum {
     SPARE = 7,     // tokens beyond full tiles that are faster by themselves
 };
 
-// Fetch what is `scale` times nearer than the distance for values. Intel's first cache keeps enough requests in flight;
-// AMD's does not, and the second is filled from further away.
-INLINE void fetch(const void *from, int scale, int far) {
-    if (far) _mm_prefetch((const char *)from + 8192 / scale, _MM_HINT_T1);
-    else _mm_prefetch((const char *)from + 2048 / scale, _MM_HINT_T0);
+// How many bytes before their use values are fetched. The first cache of Intel and of AMD's Zen 5 keeps enough requests
+// in flight; Zen 4's does not, and the second is filled from further away.
+enum { INTEL = 2048, ZEN4 = 8192, ZEN5 = 3072 };
+
+// Fetch what is `scale` times denser than values are.
+INLINE void fetch(const void *from, int scale, int ahead) {
+    if (ahead == ZEN4) _mm_prefetch((const char *)from + ahead / scale, _MM_HINT_T1);
+    else _mm_prefetch((const char *)from + ahead / scale, _MM_HINT_T0);
 }
 
 INLINE uint32_t load_bits(const uint8_t *meta) {
@@ -48,7 +52,7 @@ INLINE __m512bh load_x(const uint16_t *x) { return (__m512bh)_mm512_loadu_si512(
 
 // `count` rows, `stride` apart, by `tokens` tokens: one tile of y. Both numbers are constants in every call.
 INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, int64_t ldx, int64_t r0, int64_t stride,
-                 int count, int64_t t0, int tokens, int step, int far) {
+                 int count, int64_t t0, int tokens, int step, int ahead) {
     __m512 sum[ROWS][TOKENS], odd[ROWS];
     const char *v[ROWS], *end[ROWS];
     const uint8_t *meta[ROWS];
@@ -64,9 +68,9 @@ INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, in
     for (; column + 2 * LANES <= p->in; column += 2 * LANES) {
         __m512bh w[ROWS];
         for (int r = 0; r < count; r++) {
-            fetch(v[r], 1, far);
-            if (step > 16) fetch(v[r] + 64, 1, far);
-            fetch(meta[r], 8, far);
+            fetch(v[r], 1, ahead);
+            if (step > 16) fetch(v[r] + 64, 1, ahead);
+            if (column % META_LINE == 0) fetch(meta[r] + column / 8, 8, ahead);
         }
         for (int half = 0; half < 2; half++) {
             for (int r = 0; r < count; r++) {
@@ -104,13 +108,13 @@ INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, in
 
 #define TILE(R, T) \
     case T: \
-        tile(p, rows, x, ldx, r0, stride, R, t0, T, step, far); \
+        tile(p, rows, x, ldx, r0, stride, R, t0, T, step, ahead); \
         break;
 #define TILES(R) \
     switch (tokens) { TILE(R, 1) TILE(R, 2) TILE(R, 3) TILE(R, 4) TILE(R, 5) TILE(R, 6) }
 
 INLINE void block(const nm_problem *p, const nm_rows *rows, const uint16_t *x, int64_t ldx, int64_t r0, int64_t stride,
-                  int count, int step, int far) {
+                  int count, int step, int ahead) {
     int64_t parts = (p->tokens + TOKENS - 1) / TOKENS;
     for (int64_t part = 0; part < parts; part++) {
         int64_t t0 = p->tokens * part / parts, tokens = p->tokens * (part + 1) / parts - t0;
@@ -127,27 +131,31 @@ INLINE void block(const nm_problem *p, const nm_rows *rows, const uint16_t *x, i
 // Rows [first, last), in stripes that advance together: several streams far apart keep more of the memory busy than
 // neighbouring rows do.
 INLINE void stripes(const nm_problem *p, const nm_rows *rows, const uint16_t *x, int64_t ldx, int64_t first,
-                    int64_t last, int count, int step, int far) {
+                    int64_t last, int count, int step, int ahead) {
     int64_t stride = (last - first) / count;
-    for (int64_t r = first; r < first + stride; r++) block(p, rows, x, ldx, r, stride, count, step, far);
-    for (int64_t r = first + stride * count; r < last; r++) block(p, rows, x, ldx, r, 1, 1, step, far);
+    for (int64_t r = first; r < first + stride; r++) block(p, rows, x, ldx, r, stride, count, step, ahead);
+    for (int64_t r = first + stride * count; r < last; r++) block(p, rows, x, ldx, r, 1, 1, step, ahead);
 }
 
-#define LOOP(name, step, far) \
+#define LOOP(name, step, ahead) \
     TARGET static void name(const nm_problem *p, const nm_rows *rows, const uint16_t *x, int64_t ldx) { \
         int threads = nm_threads(p); \
         _Pragma("omp parallel for schedule(static) num_threads(threads)") \
         for (int64_t i = 0; i < threads; i++) { \
             int64_t first = p->out * i / threads, last = p->out * (i + 1) / threads; \
-            if (p->tokens <= 2) stripes(p, rows, x, ldx, first, last, FEW, step, far); \
-            else stripes(p, rows, x, ldx, first, last, ROWS, step, far); \
+            if (p->tokens <= 2) stripes(p, rows, x, ldx, first, last, FEW, step, ahead); \
+            else stripes(p, rows, x, ldx, first, last, ROWS, step, ahead); \
         } \
     }
-#define LOOPS(step) LOOP(near_##step, step, 0) LOOP(far_##step, step, 1)
+#define LOOPS(step) LOOP(intel_##step, step, INTEL) LOOP(zen4_##step, step, ZEN4) LOOP(zen5_##step, step, ZEN5)
 LOOPS(8)
 LOOPS(16)
 LOOPS(24)
 LOOPS(0)
+
+typedef void (*loop)(const nm_problem *, const nm_rows *, const uint16_t *, int64_t);
+#define OF_STEPS(name) {name##_8, name##_16, name##_24, name##_0}
+static const loop loops[3][4] = {OF_STEPS(intel), OF_STEPS(zen4), OF_STEPS(zen5)};
 
 static int few_tokens(const nm_problem *p) {
     nm_rows rows;
@@ -166,11 +174,9 @@ static int few_tokens(const nm_problem *p) {
         return -1;
     }
     int step = LANES % p->m ? 0 : LANES / p->m * p->n;
-    int far = __builtin_cpu_is("amd") != 0;
-    if (step == 8) (far ? far_8 : near_8)(p, &rows, x, ldx);
-    else if (step == 16) (far ? far_16 : near_16)(p, &rows, x, ldx);
-    else if (step == 24) (far ? far_24 : near_24)(p, &rows, x, ldx);
-    else (far ? far_0 : near_0)(p, &rows, x, ldx);
+    // Of AMD's processors, those before Zen 5 do not have VP2INTERSECT.
+    int kind = !__builtin_cpu_is("amd") ? 0 : !__builtin_cpu_supports("avx512vp2intersect") ? 1 : 2;
+    loops[kind][step == 8 ? 0 : step == 16 ? 1 : step == 24 ? 2 : 3](p, &rows, x, ldx);
     nm_rows_close(&rows);
     nm_free(copy);
     return 0;

@@ -3,8 +3,8 @@
 A method is a preset, or a preset with values of its own: `best:block_tuning=0,permutation=true`; `dense` is the model
 as it is. Draw 0 takes the first windows of the calibration text, end to end; draw k takes windows at random with seed
 k. Every run is a process of its own, so that memory is its own. Rows are added to the JSON as they come, and a row that
-is there already (same model, texts, windows and configuration) is not run again, so a run may be cut and resumed; rows
-of different commits are told apart in the printed table.
+is there already (same model, texts, windows and configuration) is not run again, so a run may be cut and resumed; the
+commits of the rows are printed above the table.
 
 Perplexity is exp of the mean loss over all predicted tokens of consecutive windows of the test text. Memory growth is
 the peak while pruning over what was resident once the model was loaded, as a share of the dense model's bytes.
@@ -55,6 +55,15 @@ def identity(method: str, pattern: str, draw: int, args: argparse.Namespace) -> 
     row["calibration_file_sha256"] = digest(args.calibration)
     config = configuration(method, pattern, draw, args).to_dict() | {"calibration": Path(args.calibration).name}
     return row | {"pattern": pattern, "draw": draw, "config": config}
+
+
+def is_row(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a row is of what is wanted; an option newer than the row had the value that is now the default."""
+    from optimum_eggs import EGGSConfig
+
+    asked, had = wanted.get("config", {}), row.get("config", {})
+    newer = {key: value for key, value in EGGSConfig().to_dict().items() if key in asked and key not in had}
+    return wanted.items() <= (row | ({"config": newer | had} if had else {})).items()
 
 
 def digest(file: str) -> str:
@@ -187,7 +196,7 @@ def main() -> None:
         for method in args.methods:
             for draw in args.draws if method != "dense" else [0]:
                 wanted = identity(method, pattern, draw, args)
-                row = next((row for row in known if wanted.items() <= row.items()), None)
+                row = next((row for row in known if is_row(row, wanted)), None)
                 if row is None:
                     print(f"{pattern} {method}, draw {draw}", file=sys.stderr, flush=True)
                     made = {"processor": processor(), "commit": commit()}

@@ -1,8 +1,29 @@
-"""Every error this package raises on purpose.
+"""Every error this package raises on purpose, and how their messages are made.
 
 Each message names the thing, its value, the rule it broke and what to do about it. All of them derive from
 [`EGGSError`], so `except EGGSError` catches bad input and nothing else.
 """
+
+from typing import Any
+
+
+def first_line(error: Exception) -> str:
+    r"""What another library's error says, in one line.
+
+    >>> first_line(ValueError("\nno such thing\ndetails"))
+    'no such thing'
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def shorten(value: Any) -> str:
+    """A value for a message, of at most 60 characters.
+
+    >>> shorten("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
+    """
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class EGGSError(Exception):

@@ -43,9 +43,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Preset -> the values it stands for.
 
-`fast`: RIA scores, the optimal mask under a floor of one output per band, masked refit. `best`: ADMM under that floor,
-masked refit, blocks tuned to the dense model. `paper`: RIA scores and whole wrapped diagonals in m x m tiles, weights
-untouched. The rest are baselines without a floor: `alps` (ADMM, masked refit), `sparsegpt`, and the scores alone.
+`fast`: RIA scores, the optimal mask under a floor of one output per band, masked refit. `best`: channels reordered
+where that folds, ADMM under that floor, masked refit, blocks tuned to the dense model. `paper`: RIA scores and whole
+wrapped diagonals in m x m tiles, weights untouched. The rest are baselines without a floor: `alps` (ADMM, masked
+refit), `sparsegpt`, and the scores alone.
 """
 
 

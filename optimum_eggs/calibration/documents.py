@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, first_line, shorten
 
 NAMED_DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
@@ -33,7 +33,7 @@ def documents(source: Any, split: str | None = None, text_column: str | None = N
     if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
         return source
     raise CalibrationError(
-        f"calibration={_shorten(source)} is of no kind known here; pass a text file, the name of a data set, a list of "
+        f"calibration={shorten(source)} is of no kind known here; pass a text file, the name of a data set, a list of "
         "texts, token ids, a datasets.Dataset, or a mapping of names to shares"
     )
 
@@ -75,18 +75,24 @@ def rotated(texts: Iterable[str], start: int) -> Iterator[str]:
 
 
 def _is_file_name(source: str | Path) -> bool:
-    if len(str(source)) > 1024 or "\n" in str(source):
+    path = Path(source)
+    try:
+        is_file = "\n" not in str(source) and path.is_file()
+    except OSError:  # too long for a name
+        is_file = None
+    if is_file is None or "\n" in str(source):
         raise CalibrationError(
-            f"calibration={_shorten(source)}: a single string is the name of a file or of a data set; pass a text as "
+            f"calibration={shorten(source)}: a single string is the name of a file or of a data set; pass a text as "
             "[text]"
         )
-    path = Path(source)
-    if path.is_file():
+    if is_file:
         return True
     if path.is_dir():
         raise CalibrationError(f"calibration={str(source)!r} is a folder; pass a text file in it, or a data set's name")
     known = str(source) in NAMED_DATASETS
-    looks_like_path = isinstance(source, Path) or path.suffix != "" or str(source).startswith((".", "/", "~"))
+    ending = path.suffix[1:]
+    named_like_file = ending != "" and not ending[0].isdigit()  # a data set's version is no ending
+    looks_like_path = isinstance(source, Path) or named_like_file or str(source).startswith((".", "/", "~"))
     if not known and looks_like_path:
         raise CalibrationError(f"calibration={str(source)!r}: there is no such file; check the path")
     return False
@@ -106,13 +112,7 @@ def _load_dataset(name: str, split: str) -> Any:
     try:
         return datasets.load_dataset(**arguments, split=split)
     except Exception as error:  # the client raises some twenty kinds; each means the same here
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CalibrationError(
-            f"calibration={name!r} with split={split!r} is no file, and could not be loaded as a data set: {cause}; "
-            "pass the path of a text file, or check the name and the connection"
+            f"calibration={name!r} with split={split!r} is no file, and could not be loaded as a data set: "
+            f"{first_line(error)}; pass the path of a text file, or check the name and the connection"
         ) from error
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

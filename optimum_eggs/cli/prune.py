@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "it, they are on disk (default: no limit)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a saved model at OUT, and what an interrupted run has left"
+        "--overwrite",
+        action="store_true",
+        help="replace a saved model at OUT, and what an interrupted run of other settings has left",
     )
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default: 200)")
     parser.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3 for lora, 3e-4 for values)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step (default: 4)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step of each process (default: 4)")
     parser.add_argument(
         "--block-matching",
         type=float,

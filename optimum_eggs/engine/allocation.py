@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableSequence
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -64,6 +64,7 @@ def allocate_by_error(
     windows: Tensor,
     meter: Meter,
     progress: bool | None,
+    store: Callable[[], MutableSequence[Tensor]] = list,
     ranks: Ranks = ALONE,
 ) -> dict[str, NMPattern]:
     """Patterns for all layers of the plan, by their relative errors in the dense model.
@@ -71,7 +72,7 @@ def allocate_by_error(
     One walk of the dense model; each layer is pruned by score and refitted once for every n it may have, and the sum of
     the relative errors is what is lowered. The model stays as it is.
     """
-    walk = Walk(blocks, windows, config.batch_size, meter, ranks=ranks)
+    walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
     errors: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
     for index in tqdm(range(len(blocks)), desc="Allocating", unit="block", disable=ranks.hide_bar(progress)):

@@ -246,8 +246,7 @@ def _scores_alone(
     """What the largest scores alone would have lacked of the layer's floor."""
     if not found.floor.min_degree:
         return None
-    norms = statistics.gram.diagonal().sqrt()
-    score = importance_score(config.importance, found.target, norms, config.exponent)
+    score = importance_score(config.importance, found.target, statistics.input_norm, config.exponent)
     return shortfall(topn_mask(score, pattern), pattern, found.floor.min_degree, found.floor.band)
 
 

@@ -43,7 +43,7 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> Prun
     Args:
         model: The model.
         config: What to do.
-        loaded: Whether its weights are there; if not, call [`check_weights`] for each block once they are.
+        loaded: Whether its weights are there; if not, whoever loads them checks them.
 
     Raises:
         ConfigError: a name pattern that matches nothing, or a floor that a layer is too small for.
@@ -88,7 +88,7 @@ def _plan(model: nn.Module, config: EGGSConfig, loaded: bool) -> PrunePlan:
             plan.patterns[name] = config.pattern
     _check_layers(plan, config)
     for layers in plan.layers if loaded else []:
-        check_weights(layers)
+        _check_weights(layers)
     return plan
 
 
@@ -107,7 +107,7 @@ def _as_fused(left_dense: Sequence[DenseLayer], fused: Mapping[str, nn.Module]) 
     return list(found.values())
 
 
-def check_weights(layers: Mapping[str, nn.Module]) -> None:
+def _check_weights(layers: Mapping[str, nn.Module]) -> None:
     """Raise unless the weights of layers, by name, can be pruned.
 
     Raises:

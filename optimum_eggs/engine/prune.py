@@ -35,7 +35,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Blocks are pruned in order, each on inputs that passed the pruned blocks before it; within a block the layers are
     pruned in the order in which they run, those that read the same tensor on one Gram matrix.
 
-    Memory beyond the model's: the windows' hidden states (twice with block tuning, up to four times with error
+    Memory beyond the model's: the windows' hidden states (three times with block tuning, four times with error
     correction), one batch's activations, and for the layer at hand a few (in, in) matrices, some of them in float64,
     and some eight float32 buffers of (out, in). Block tuning takes five float32 copies of a block, error correction one
     copy. Pruned blocks shrink as they are packed. Experts take up to 1 GiB of Gram matrices at a time.
@@ -112,7 +112,7 @@ def prune_blocks(
     done = list(keeper.results) if keeper is not None else []
     with evaluation_mode(model):
         if config.allocation == "error":
-            plan.patterns = allocate_by_error(blocks, plan, config, windows, meter, progress, ranks)
+            plan.patterns = allocate_by_error(blocks, plan, config, windows, meter, progress, store, ranks)
         walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
         stream = DenseStream(walk) if needs_dense_stream(config) else None
         hide = ranks.hide_bar(progress)
@@ -139,12 +139,22 @@ def prune_blocks(
 def make_report(
     plan: PrunePlan, config: EGGSConfig, windows: Tensor, done: Sequence[BlockResult], meter: Meter
 ) -> PruneReport:
-    """The report of a run, from what became of each block."""
+    """The report of a run, from what became of each block.
+
+    Raises:
+        CalibrationError: no layer was pruned.
+    """
     layers = [layer for block in done for layer in block.layers]
+    left_dense = [*plan.left_dense, *(layer for block in done for layer in block.left_dense)]
+    if not layers:
+        raise CalibrationError(
+            f"nothing was pruned: {left_dense[-1].name} was {left_dense[-1].reason}; give more text, or name other "
+            "`targets`"
+        )
     report = PruneReport(
         config=config.to_dict() | {"pruned_modules": {layer.name: layer.pattern for layer in layers}},
         layers=layers,
-        left_dense=[*plan.left_dense, *(layer for block in done for layer in block.left_dense)],
+        left_dense=left_dense,
         calibration={"windows": len(windows), "seq_len": windows.shape[1], "sha256": windows_digest(windows)},
         tuning=[block.tuning for block in done if block.tuning is not None],
         measurements=meter.summary(),

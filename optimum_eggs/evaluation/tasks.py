@@ -102,7 +102,7 @@ class TaskRunner:
 
     @torch.no_grad()
     def run(self, model: Any, tokenizer: Any) -> list[TaskScore]:
-        """Run the tasks on a model. Code that a task brings along is never run.
+        """Run the tasks on a model. Those that are marked as unsafe are refused.
 
         Raises:
             ConfigError: the data of a task cannot be had, or a task cannot be run.

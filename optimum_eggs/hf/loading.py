@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, ConfigError, EGGSError, ModelError
+from ..errors import CheckpointError, ConfigError, EGGSError, ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,13 +153,7 @@ def translated(source: str, what: str) -> Iterator[None]:
     except EGGSError:
         raise
     except (SafetensorError, UnpicklingError) as error:
-        raise CheckpointError(
-            f"{source}: a weight file is damaged ({_first_line(error)}); download it again"
-        ) from error
+        raise CheckpointError(f"{source}: a weight file is damaged ({first_line(error)}); download it again") from error
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         # the last two are what transformers raises for JSON of other types than it expects
-        raise ModelError(f"{source}: cannot load the {what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{source}: cannot load the {what}: {first_line(error)}") from error

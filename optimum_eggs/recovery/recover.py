@@ -51,7 +51,7 @@ class RecoverySettings:
         learning_rate: At its highest, after a twentieth of the steps; it falls to zero as a cosine. Default: 1e-3 for
             `"lora"`, 3e-4 for `"values"`.
         seq_len: Tokens in a window.
-        batch_size: Windows in a step.
+        batch_size: Windows in a step of each process.
         held_out: Share of the windows that training does not see, at least two windows and at most 16.
         evaluations: Times that they are judged during training; the best of these states is the one kept.
         patience: Judgements without improvement after which training ends.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError, HubError, first_line
 from ..inspection import inspect_checkpoint
 from ..names import hub_id
 from .card import has_own_text, read_json, write_card
@@ -85,9 +85,9 @@ def push_folder(
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "no answer"
         remedy = "log in with `hf auth login`, or pass a token that may write" if code in (401, 403) else "try again"
-        raise HubError(f"{repo_id}: the Hub refused ({code}: {_first_line(error)}); {remedy}") from error
+        raise HubError(f"{repo_id}: the Hub refused ({code}: {first_line(error)}); {remedy}") from error
     except (OSError, RuntimeError) as error:  # a RuntimeError is what a failed upload of a weight file becomes
-        raise HubError(f"{repo_id}: the Hub cannot be reached ({_first_line(error)}); nothing was published") from error
+        raise HubError(f"{repo_id}: the Hub cannot be reached ({first_line(error)}); nothing was published") from error
 
 
 def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:
@@ -122,9 +122,5 @@ def _base_card(base: str | None, token: str | bool | None) -> ModelCard | None:
     try:
         return ModelCard.load(base, token=token if isinstance(token, str) else None)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        logger.warning("%s: its card cannot be read (%s), so its licence is not carried over", base, _first_line(error))
+        logger.warning("%s: its card cannot be read (%s), so its licence is not carried over", base, first_line(error))
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ..engine.block import BlockResult
 from ..engine.report import DenseLayer, LayerReport
 from ..engine.tune import BlockTuning
-from ..errors import OutputError
+from ..errors import OutputError, shorten
 from ..masks import Shortfall
 from ..masks.certificate import Certificate
 
@@ -67,7 +67,7 @@ class Journal:
                 if _sha256(folder / entry["file"]) != entry["sha256"]:
                     break  # what follows was computed from it
                 self.finished.append(Finished(entry["file"], entry["sha256"], _result(entry["result"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{path}: cannot be read ({error}); start again with --overwrite") from error
 
     def add(self, file: str, result: BlockResult) -> None:
@@ -86,10 +86,11 @@ class Journal:
             key = changed[0]
             was, now = before.get(key), self.run.get(key)
             if isinstance(was, dict) and isinstance(now, dict):
-                key, was, now = next((f"{key}.{k}", was.get(k), now.get(k)) for k in now if was.get(k) != now.get(k))
+                part = next(k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
+                key, was, now = f"{key}.{part}", was.get(part), now.get(part)
             raise OutputError(
-                f"{self.folder}: holds the finished blocks of another run: {key} was {_short(was)} and is now "
-                f"{_short(now)}; give the options of before to go on with it, or --overwrite to start again"
+                f"{self.folder}: holds the finished blocks of another run: {key} was {shorten(was)} and is now "
+                f"{shorten(now)}; give the options of before to go on with it, or --overwrite to start again"
             )
 
 
@@ -159,6 +160,16 @@ def _sha256(file: Path) -> str | None:
     return digest.hexdigest()
 
 
+def sample(file: Path, pieces: int = 64, size: int = 4096) -> str:
+    """The SHA-256 of some pieces of a file, evenly spread: whether two large files are likely to be the same."""
+    length, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as opened:
+        for piece in range(pieces):
+            opened.seek(piece * max(0, length - size) // (pieces - 1))
+            digest.update(opened.read(size))
+    return digest.hexdigest()
+
+
 def _as_json(result: BlockResult) -> dict[str, Any]:
     layers = [asdict(layer) | {"certificate": layer.certificate.to_dict()} for layer in result.layers]
     return asdict(result) | {"layers": layers}
@@ -181,8 +192,3 @@ def _result(found: dict[str, Any]) -> BlockResult:
         )
     tuning = None if found["tuning"] is None else BlockTuning(**found["tuning"])
     return BlockResult(layers, tuning, [DenseLayer(**layer) for layer in found["left_dense"]])
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..calibration.states import StatesOnDisk
+from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
 from ..engine.plan import make_plan
@@ -33,7 +35,7 @@ from ..packing import unpack
 from ..pattern import NMPattern
 from ..ranks import ALONE, Ranks
 from ..version import __version__
-from .journal import Journal, locked
+from .journal import Journal, locked, sample, sync
 from .shards import JOINED, Shards
 from .source import DenseSource
 
@@ -75,37 +77,43 @@ def prune_checkpoint(
             it they are on disk. Default: no limit.
         max_shard_size: As for transformers; but blocks share a file only up to 256 MiB, so that joining them takes
             little memory.
-        overwrite: Replace a saved model at `output`, and what a run that was cut has left.
+        overwrite: Replace a saved model at `output`, and what a run of other settings that was cut has left.
         progress: Show a progress bar on stderr. Default: if it is a terminal.
         ranks: The processes that do it together, of `optimum_eggs.ranks.join_ranks()`. All of them call this with the
             same arguments, and must see the same files of `model` and beside `output`; the first of them writes.
 
     Raises:
-        EGGSError: bad input, before anything is written; a run of other settings that was cut, or another process at
-            work on the same output; a disk that is full.
+        EGGSError: bad input, before anything is written, but for weights that are damaged, which are seen when their
+            block is loaded; a run of other settings that was cut, or another process at work on the same output; a disk
+            that is full.
         KeyboardInterrupt: with what is finished in its message.
     """
     output = Path(output).absolute()
-    check_output(output, overwrite)
-    target = parse_dtype(save_dtype)
-    budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
-    shard_size = _bytes("max_shard_size", max_shard_size)
-    source = DenseSource(model, dtype, device, config.block_list)
-    tokenizer = config.tokenizer or (load_tokenizer(source.folder) if has_tokenizer(source.folder) else None)
-    windows = calibration_windows(config.calibration, tokenizer, config)
-    check_run(source.model, config, windows, ranks)
-    plan = make_plan(source.model, config, loaded=False)
+    with ranks.together():
+        check_output(output, overwrite)
+        target = parse_dtype(save_dtype)
+        budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
+        shard_size = _bytes("max_shard_size", max_shard_size)
+        source = DenseSource(model, dtype, device, config.block_list)
+        tokenizer = config.tokenizer or (load_tokenizer(source.folder) if has_tokenizer(source.folder) else None)
+        windows = calibration_windows(config.calibration, tokenizer, config)
+        check_run(source.model, config, windows, ranks)
+        plan = make_plan(source.model, config, loaded=False)
+
+        described = _run(source, config, windows, ranks)
+    run = _same_run(ranks.gather(described))
 
     work = output.parent / f".{output.name}.unfinished"
     with ExitStack() as stack:
         stack.enter_context(_written(output))
+        journal: Journal | None = None
         with ranks.together():
             if ranks.first:
                 stack.enter_context(locked(work))
-                _clear(work, all_of_it=overwrite)
-        run = _same_run(ranks.gather(_run(source, config, windows, ranks)))
+                check_output(output, overwrite)  # another process may just have finished it
+                journal = _open_journal(work, run, overwrite)
         with ranks.together():
-            keeper = _Keeper(Journal(work, run), source, ranks)
+            keeper = _Keeper(journal or Journal(work, run), source, ranks)
         begun = ranks.gather(len(keeper))
         if len(set(begun)) > 1:
             raise OutputError(f"{work}: processes see {begun} finished blocks in it; use a disk that all of them share")
@@ -120,28 +128,32 @@ def prune_checkpoint(
                     windows,
                     meter,
                     progress,
-                    (lambda: StatesOnDisk(work)) if on_disk else list,
+                    partial(StatesOnDisk, work) if on_disk else list,
                     keeper,
                     ranks,
                 )
+            report = make_report(plan, config, windows, done, meter)
+            report.measurements |= {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
+            name_sources(report, config.calibration, source.model)
+            with ranks.together():  # and the others end when the output is there
+                if ranks.first:
+                    made = work / _ASSEMBLED
+                    made.mkdir()
+                    cast = target if isinstance(target, torch.dtype) else None
+                    _assemble(made, source, keeper.journal, report, cast, shard_size)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(made)
+                    report.save(made / REPORT_NAME)
+                    for path in (*made.rglob("*"), made):
+                        sync(path)
+                    check_output(output, overwrite)  # something may have been put there meanwhile
+                    put_in_place(made, output)
+                    sync(output.parent)
+                    shutil.rmtree(work, ignore_errors=True)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{len(keeper)} of {len(source)} blocks are finished; the same command goes on behind them"
             ) from None
-        report = make_report(plan, config, windows, done, meter)
-        report.measurements |= {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
-        name_sources(report, config.calibration, source.model)
-        with ranks.together():  # and the others end when the output is there
-            if ranks.first:
-                made = work / _ASSEMBLED
-                made.mkdir()
-                cast = target if isinstance(target, torch.dtype) else None
-                _assemble(made, source, keeper.journal, report, cast, shard_size)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(made)
-                report.save(made / REPORT_NAME)
-                put_in_place(made, output)
-                shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -170,9 +182,9 @@ class _Keeper:
         prefix = f"{self.source.block_list.block_name(index)}."
         tensors = {f"{prefix}{name}": value.detach().contiguous() for name, value in block.state_dict().items()}
         name = f"block-{index:05d}.safetensors"
-        partial = self.journal.folder / f"{name}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(self.journal.folder / name)
+        begun = self.journal.folder / f"{name}.partial"
+        save_file(tensors, begun, metadata={"format": "pt"})
+        begun.replace(self.journal.folder / name)
         self.journal.add(name, result)
 
     @torch.no_grad()
@@ -222,22 +234,23 @@ def _assemble(
 
 def _run(source: DenseSource, config: EGGSConfig, windows: Tensor, ranks: Ranks) -> dict[str, Any]:
     """What decides the bytes of a finished block."""
-    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
+    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns, sample(file)] for file in source.files}
     text = (source.folder / "config.json").read_bytes()
     return {
         "model": files | {"config.json": hashlib.sha256(text).hexdigest()},
         "dtype": str(source.dtype),
         "device": source.device.type,
         "config": {key: value for key, value in config.to_dict().items() if key != "calibration"},
-        "calibration": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "calibration": windows_digest(windows),
         "versions": {"optimum-eggs": __version__, "torch": torch.__version__},
-    } | ({"processes": ranks.size} if ranks.size > 1 else {})
+        "processes": ranks.size,
+    }
 
 
 def _same_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """That of the first process, if all agree. When files were written may differ from machine to machine."""
     first, *others = [
-        run | {"model": {name: what[0] if isinstance(what, list) else what for name, what in run["model"].items()}}
+        run | {"model": {name: what[::2] if isinstance(what, list) else what for name, what in run["model"].items()}}
         for run in runs
     ]
     for rank, other in enumerate(others, 1):
@@ -252,7 +265,10 @@ def _same_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> int:
     """Bytes of the hidden states that a walk holds at the most."""
-    copies = 1 + (1 + 2 * bool(config.error_correction) if needs_dense_stream(config) else 0)
+    if needs_dense_stream(config):  # what the dense block gets and gives, beside what the pruned one gets (and gave)
+        copies = 4 if config.error_correction else 3
+    else:
+        copies = 2 if config.block_tuning else 1
     hidden = source.model.config.get_text_config().hidden_size
     return copies * windows.numel() * hidden * source.dtype.itemsize
 
@@ -261,17 +277,28 @@ def _bytes(name: str, value: int | str) -> int:
     if isinstance(value, int) and value >= 0:
         return value
     try:
-        return convert_file_size_to_int(value)
-    except (ValueError, AttributeError) as error:
+        text = str(value).strip().upper()  # lower-case units would be bits
+        return int(text) if text.isdecimal() else convert_file_size_to_int(text)
+    except ValueError as error:
         raise ConfigError(f"{name}={value!r} is no size; write a number of bytes, or such as '8GiB'") from error
 
 
-def _clear(work: Path, all_of_it: bool) -> None:
-    """Remove what a run that was killed has left over; with `all_of_it`, its finished blocks too."""
+def _open_journal(work: Path, run: dict[str, Any], overwrite: bool) -> Journal:
+    """The journal of `run`; finished blocks of another run are removed, if that may be overwritten.
+
+    Raises:
+        OutputError: there are blocks of another run, or a journal that cannot be read.
+    """
     for folder in (work / _ASSEMBLED, *work.glob("states-*")):
-        shutil.rmtree(folder, ignore_errors=True)
-    for file in [*work.glob("block-*"), *work.glob("journal*")] if all_of_it else ():
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
+    try:
+        return Journal(work, run)
+    except OutputError:
+        if not overwrite:
+            raise
+    for file in [*work.glob("block-*"), *work.glob("journal*")]:
         file.unlink()
+    return Journal(work, run)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..calibration import BlockList, find_block_list
 from ..config import QUANT_METHOD
-from ..errors import CheckpointError, ModelError, NumericalError
+from ..errors import CheckpointError, ConfigError, ModelError, NumericalError, first_line
 from ..hf.loading import model_class, parse_dtype, translated
 from ..names import hub_id
 from ..nn.experts import SplitExperts, keep_names
@@ -63,7 +63,7 @@ class DenseSource:
         device: str | torch.device = "cpu",
         block_list: str | None = None,
     ) -> None:
-        self.folder, self.device = fetch(model), torch.device(device)
+        self.folder, self.device = fetch(model), _device(device)
         folder = self.folder
         self.files = weight_files(folder)
         entries = read_headers(self.files)
@@ -101,8 +101,13 @@ class DenseSource:
         return self.block_list.blocks[index]
 
     def release(self, index: int) -> None:
-        """Let the weights of block `index` go."""
-        self.block_list.blocks[index].to("meta")
+        """Let the weights of block `index` go. Buffers that no file holds stay."""
+        for module in self.block_list.blocks[index].modules():
+            stored = {name for name, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
+            for name, value in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(value.to("meta"), requires_grad=value.requires_grad))
+            for name in stored:
+                module.register_buffer(name, module.get_buffer(name).to("meta"))
 
     def run(self, window: Tensor) -> None:
         """Run the model on windows (batch, tokens), what is outside the blocks being loaded where it is not yet."""
@@ -168,8 +173,10 @@ class DenseSource:
                         raise NumericalError(
                             f"{name}: the weight holds NaN or infinite values; the checkpoint may be damaged"
                         )
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder}: a weight file is damaged ({error}); download it again") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.folder}: a weight file is damaged or cannot be read ({error}); download it again"
+            ) from error
         if index is None:
             self.model.tie_weights()
 
@@ -223,6 +230,17 @@ class DenseSource:
                 own, torch.empty_like(buffer, device=self.device), persistent=False
             )
         self.model.initialize_weights()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        raise ConfigError(
+            f"device={str(device)!r} cannot be used ({first_line(error)}); leave it out for cpu"
+        ) from error
+    return found
 
 
 @contextmanager

@@ -115,10 +115,12 @@ def test_named_data_sets_are_asked_for_by_their_hub_id(monkeypatch, tokenizer):
     draw("wikitext2", tokenizer)
     draw("c4", tokenizer, split="validation")
     draw("someone/some-texts", tokenizer)
+    draw("someone/some-texts-1.0", tokenizer)
     assert asked[0] == {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"}
     assert asked[1]["path"] == "allenai/c4"
     assert asked[1]["split"] == "validation"
     assert asked[2] == {"path": "someone/some-texts", "split": "train"}
+    assert asked[3] == {"path": "someone/some-texts-1.0", "split": "train"}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,7 @@ def test_named_data_sets_are_asked_for_by_their_hub_id(monkeypatch, tokenizer):
         (3.5, r"calibration=3.5 is of no kind known here"),
         ("no/such/file.txt", r"calibration='no/such/file.txt': there is no such file; check the path"),
         ("one\ntwo", r"a single string is the name of a file"),
+        ("words " * 100, r"a single string is the name of a file"),
         (torch.zeros(2, 2), r"token ids of dtype torch.float32"),
         ([["a"]], r"must hold token ids"),
         ([[1] * 8] * 2, r"2 windows of 8 tokens given, and num_samples=4 are needed; lower num_samples"),

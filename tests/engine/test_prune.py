@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -132,6 +133,13 @@ def test_layers_that_the_text_does_not_reach_are_left_dense_and_named(config, ca
     assert "not reached by the calibration text" in left["model.layers.0.mlp.spare"]
     assert "model.layers.0.mlp.spare" not in report.config["pruned_modules"]
     assert "left dense" in caplog.text
+
+
+def test_a_text_that_reaches_none_of_the_layers_asked_for_is_refused(config):
+    model = tiny.make_model("llama")
+    model.model.layers[0].mlp.spare = torch.nn.Linear(32, 32)
+    with pytest.raises(CalibrationError, match=r"nothing was pruned: model\.layers\.0\.mlp\.spare was not"):
+        prune_model(model, dataclasses.replace(config, targets=["mlp.spare"]), WINDOWS)
 
 
 def test_activations_that_are_not_finite_name_the_layer(config):

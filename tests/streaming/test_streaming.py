@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.errors import CheckpointError, ConfigError, ModelError, NumericalError, OutputError
@@ -32,6 +32,15 @@ KINDS = {
     "best": {"preset": "best", "block_tuning": 4},
     "corrected": {"preset": "best", "block_tuning": 0, "error_correction": 0.5},
     "allocated": {"allocation": "error"},
+}
+
+
+# Lists of hidden states that a run over so many blocks makes: what each block gets and, where it is asked for, gave.
+STORES = {
+    "fast": lambda blocks: 1,
+    "best": lambda blocks: 2 + blocks,
+    "corrected": lambda blocks: 2 + blocks,
+    "allocated": lambda blocks: 2,
 }
 
 
@@ -117,7 +126,7 @@ def test_hidden_states_on_disk_make_no_difference(kind, deep, whole, text_file, 
     monkeypatch.setattr(streaming, "StatesOnDisk", Counted)
     config = config_for(text_file, **KINDS[kind])
     prune_checkpoint(deep, tmp_path / "out", config, memory_budget="1KiB", progress=False)
-    assert made
+    assert len(made) == STORES[kind](5)
     same_bits(tensors(tmp_path / "out"), tensors(whole / kind))
     made.clear()
     prune_checkpoint(deep, tmp_path / "again", config, memory_budget="1GiB", progress=False)
@@ -242,6 +251,87 @@ def test_another_run_is_refused_with_what_changed_and_overwrite_starts_again(
     same_bits(tensors(tmp_path / "out"), tensors(whole / "best"))
 
 
+def test_overwriting_goes_on_too_where_it_was_cut(deep, whole, text_file, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        cut_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt, match="2 of 5 blocks are finished"):
+            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), overwrite=True, progress=False)
+    report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), overwrite=True, progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == 2
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
+
+
+def test_an_interrupt_while_the_output_is_put_together_says_what_is_finished(deep, text_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt, match="5 of 5 blocks are finished; the same command goes on"):
+            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == 5
+
+
+def test_what_is_put_at_the_output_during_a_run_stays(deep, text_file, tmp_path, monkeypatch):
+    assemble = streaming._assemble
+
+    def slow(*arguments):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+        assemble(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_assemble", slow)
+        with pytest.raises(OutputError, match="exists and is not empty"):
+            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    shutil.rmtree(tmp_path / "out")
+    report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == 5
+
+
+def test_a_journal_that_knows_more_is_refused_with_what(deep, text_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_after(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    journal = tmp_path / ".out.unfinished" / "journal.json"
+    found = json.loads(journal.read_text())
+    found["run"]["config"]["later_option"] = 3
+    journal.write_text(json.dumps(found))
+    with pytest.raises(OutputError, match=r"config\.later_option was 3 and is now None"):
+        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    journal.write_text(json.dumps(found | {"run": []}))
+    with pytest.raises(OutputError, match="cannot be read"):
+        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+
+
+def test_blocks_with_buffers_that_no_file_holds_are_walked_twice(tokenizer, text_file, tmp_path):
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=256, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    model = GPTNeoForCausalLM(config)
+    assert any(".h." in name for name, _ in model.named_non_persistent_buffers())
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    allocated = config_for(text_file, allocation="error")
+    pruner = EGGSPruner.from_pretrained(tmp_path / "dense")
+    pruner.prune(allocated, progress=False)
+    pruner.save_pretrained(tmp_path / "memory")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", allocated, progress=False)
+    same_bits(tensors(tmp_path / "memory"), tensors(tmp_path / "disk"))
+
+
+def test_files_that_cannot_be_read_any_more_are_not_taken_for_a_full_disk(deep, text_file, tmp_path, monkeypatch):
+    def gone(*arguments, **keywords):
+        raise FileNotFoundError(2, "No such file or directory", "model.safetensors")
+
+    monkeypatch.setattr("optimum_eggs.streaming.source.safe_open", gone)
+    with pytest.raises(CheckpointError, match=r"cannot be read .*model\.safetensors"):
+        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+
+
 def test_a_second_process_is_refused_and_told_of_the_first(deep, text_file, tmp_path):
     code = "import sys, time; from pathlib import Path; from optimum_eggs.streaming.journal import locked\n"
     code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -290,6 +380,16 @@ def test_bad_models_are_refused_before_anything_is_written(deep, packed_folder, 
         shutil.rmtree(tmp_path / ".out.unfinished")
     with pytest.raises(ConfigError, match="memory_budget='8 apples' is no size"):
         prune_checkpoint(deep, tmp_path / "out", config_for(text_file), memory_budget="8 apples")
+    with pytest.raises(ConfigError, match="device='elsewhere' cannot be used"):
+        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), device="elsewhere")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [(7, 7), ("1000", 1000), ("8GiB", 8 * 2**30), ("2gb", 2 * 10**9), ("3 mib", 3 * 2**20)]
+)
+def test_sizes_are_read(text, size):
+    assert streaming._bytes("memory_budget", text) == size
 
 
 def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from optimum_eggs import EGGSConfig
-from optimum_eggs.errors import EGGSError
+from optimum_eggs.engine import block as engine
+from optimum_eggs.errors import EGGSError, NumericalError
 from optimum_eggs.ranks import join_ranks
 from optimum_eggs.streaming import prune_checkpoint
+
+
+def fail(message: str, *arguments: Any) -> None:
+    """In place of solving a layer."""
+    raise NumericalError(message)
 
 
 def main() -> None:
@@ -20,12 +28,18 @@ def main() -> None:
     ranks = join_ranks()
     root, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     for name, job in jobs.items():
-        config = EGGSConfig("2:4", calibration=str(root / "text.txt"), **job["config"])
+        alone = job.get("of_second", {}) if ranks.rank == 1 else {}  # what only the second process has
+        text = root / alone.get("text", "text.txt")
+        config = EGGSConfig("2:4", calibration=str(text), **job["config"])
         options = job.get("options", {})
+        solve_layer = engine.solve_layer
+        if "error" in alone:
+            engine.solve_layer = partial(fail, alone["error"])
         try:
             prune_checkpoint(root / job["model"], root / name, config, progress=False, ranks=ranks, **options)
         except EGGSError as error:
             (root / f"{name}-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        engine.solve_layer = solve_layer
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ INLINE uint32_t load_bits(const uint8_t *meta) {
     return bits;
 }
 
-// `step` values are kept of 32 positions; 0 where their number varies. Only the bytes that hold them are read.
+// `step` values are kept of 32 positions; 0 where their number varies. With 8 and 16, only the bytes that hold them are read.
 INLINE __m512bh spread_out(const void *v, uint32_t bits, int step) {
     __m512i wide = step == 8    ? _mm512_castsi128_si512(_mm_loadu_si128(v))
                    : step == 16 ? _mm512_castsi256_si512(_mm256_loadu_si256(v))

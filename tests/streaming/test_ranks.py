@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -249,6 +250,28 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(victim, deep, tmp
     report = json.loads((output / "report.json").read_text())
     assert report["measurements"]["blocks_of_earlier_runs"] >= 1
     assert len(report["layers"]) == 70
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_is_left_alone_says_so(victim, deep, tmp_path):
+    """Without `torchrun`, which ends all others when one is gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = command(deep, tmp_path / "out")
+    alone = [sys.executable, *arguments[arguments.index("optimum_eggs") - 1 :]]
+    shared = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    workers = [
+        subprocess.Popen(alone, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    wait_for(tmp_path / ".out.unfinished" / "journal.json", workers[0])
+    workers[victim].kill()
+    _, stderr = workers[1 - victim].communicate(timeout=60)
+    workers[victim].communicate()
+    assert workers[1 - victim].returncode == 2
+    assert "error: the exchange with the other processes failed" in stderr
+    assert "one of them may be gone" in stderr
 
 
 def test_accelerate_starts_the_same_processes(together, tmp_path):

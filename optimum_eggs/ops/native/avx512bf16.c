@@ -20,7 +20,7 @@ enum {
 
 // How many bytes before their use values are fetched. The first cache of Intel and of AMD's Zen 5 keeps enough requests
 // in flight; Zen 4's does not, and the second is filled from further away.
-enum { INTEL = 2048, ZEN4 = 8192, ZEN5 = 3072 };
+enum { INTEL = 2048, ZEN4 = 8192, ZEN5 = 4096 };
 
 // Fetch what is `scale` times denser than values are.
 INLINE void fetch(const void *from, int scale, int ahead) {

@@ -50,6 +50,20 @@ def test_quality_goes_on_where_it_stopped(quality):
     assert "fast:min_degree=auto,refit_steps=2" in done.stdout
 
 
+def test_quality_knows_rows_that_are_older_than_an_option(quality, tmp_path):
+    result, arguments, _ = quality
+    rows = [row for row in json.loads(result.read_text())["rows"] if row["method"] in ("dense", "fast")]
+    for row in rows[1:]:
+        del row["config"]["min_expert_tokens"]
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps({"rows": rows}))
+    arguments = [older if argument is result else argument for argument in arguments]
+    run("quality.py", *arguments, "--methods", "dense", "fast")
+    assert json.loads(older.read_text())["rows"] == rows
+    run("quality.py", *arguments, "--methods", "fast:min_expert_tokens=3")
+    assert len(json.loads(older.read_text())["rows"]) == len(rows) + 1
+
+
 def test_the_picture_shows_every_method(quality, tmp_path):
     result, _, _ = quality
     run("draw.py", result, tmp_path / "out.svg")

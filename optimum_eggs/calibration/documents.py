@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, first_line, shorten
+
+_LONGEST_NAME = 255  # bytes that file systems allow a file's name
 
 NAMED_DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
@@ -76,16 +79,13 @@ def rotated(texts: Iterable[str], start: int) -> Iterator[str]:
 
 def _is_file_name(source: str | Path) -> bool:
     path = Path(source)
-    try:
-        is_file = "\n" not in str(source) and path.is_file()
-    except OSError:  # too long for a name
-        is_file = None
-    if is_file is None or "\n" in str(source):
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > _LONGEST_NAME or len(str(source)) > 1024 or "\n" in str(source):
         raise CalibrationError(
             f"calibration={shorten(source)}: a single string is the name of a file or of a data set; pass a text as "
             "[text]"
         )
-    if is_file:
+    if path.is_file():
         return True
     if path.is_dir():
         raise CalibrationError(f"calibration={str(source)!r} is a folder; pass a text file in it, or a data set's name")

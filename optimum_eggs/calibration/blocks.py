@@ -42,7 +42,7 @@ def find_block_list(model: nn.Module, name: str | None = None) -> BlockList:
     if name is not None:
         named = dict(model.named_modules()).get(name)
         if not isinstance(named, nn.ModuleList) or not len(named):
-            raise ConfigError(f"block_list={name!r} is no list of blocks of this model; found: {sorted(lists)}")
+            raise ConfigError(f"block_list={name!r} is no list of blocks of this model; pass one of {sorted(lists)}")
         return BlockList(name, list(named))
     if len(lists) > 1:
         ran = _lists_that_run(model, lists)
@@ -84,7 +84,10 @@ def _lists_that_run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> set[st
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device))
     except Exception as error:  # whatever a foreign forward raises, it means the same here
-        raise ModelError(f"{type(model).__name__} does not run on token ids alone: {error}") from error
+        raise ModelError(
+            f"{type(model).__name__} does not run on token ids alone, so its list of blocks cannot be found by "
+            f"running it: {error}; name it with `block_list`"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

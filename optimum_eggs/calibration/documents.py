@@ -54,7 +54,9 @@ class _Column:
         for row in self.dataset:
             text = row[self.column]
             if not isinstance(text, str):
-                raise CalibrationError(f"{self.name}: column {self.column!r} holds {type(text).__name__}, not text")
+                raise CalibrationError(
+                    f"{self.name}: column {self.column!r} holds {type(text).__name__}, not text; pass text_column="
+                )
             yield text
 
     def select_from(self, start: int) -> Iterator[str]:

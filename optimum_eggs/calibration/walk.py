@@ -343,7 +343,7 @@ def _record_calls(
             if not isinstance(hidden, Tensor) or index != len(calls):
                 raise ModelError(
                     f"block {index} is called out of order, more than once, or without hidden states; such a model "
-                    "cannot be walked block by block"
+                    "cannot be walked block by block, unless `block_list` names another list"
                 )
             calls[index] = _Call(args if by_keyword else args[1:], kwargs, by_keyword)
             if index == 0:
@@ -360,7 +360,10 @@ def _record_calls(
     with _forward_replaced([(provider.skeleton(i), stand_in(i)) for i in range(count)]), suppress(_Stop):
         provider.run(batch)
     if len(calls) != count:
-        raise ModelError(f"the model ran {len(calls)} of its {count} blocks; it cannot be walked block by block")
+        raise ModelError(
+            f"the model ran {len(calls)} of its {count} blocks; it cannot be walked block by block, unless "
+            "`block_list` names another list"
+        )
     return entry[0], [calls[i] for i in range(count)]
 
 

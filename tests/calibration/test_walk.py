@@ -135,7 +135,7 @@ def test_an_ambiguous_model_is_refused():
         find_block_list(TwoLists(["text", "vision"]))
     with pytest.raises(ModelError, match=r"it has no nn.ModuleList with linear layers inside"):
         find_block_list(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(ConfigError, match="block_list='embed' is no list of blocks of this model; found"):
+    with pytest.raises(ConfigError, match="block_list='embed' is no list of blocks of this model; pass one of"):
         find_block_list(TwoLists(["text"]), "embed")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,15 +80,21 @@ def rotated(texts: Iterable[str], start: int) -> Iterator[str]:
 
 def _is_file_name(source: str | Path) -> bool:
     path = Path(source)
-    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    longest = max((len(part.encode("utf-8", "surrogatepass")) for part in path.parts), default=0)
     if longest > _LONGEST_NAME or len(str(source)) > 1024 or "\n" in str(source):
         raise CalibrationError(
             f"calibration={shorten(source)}: a single string is the name of a file or of a data set; pass a text as "
             "[text]"
         )
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # such as a folder on the way that may not be searched
+        raise CalibrationError(
+            f"calibration={str(source)!r} cannot be looked at: {first_line(error)}; check the path and its permissions"
+        ) from error
+    if is_file:
         return True
-    if path.is_dir():
+    if is_folder:
         raise CalibrationError(f"calibration={str(source)!r} is a folder; pass a text file in it, or a data set's name")
     known = str(source) in NAMED_DATASETS
     ending = path.suffix[1:]

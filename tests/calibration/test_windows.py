@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -133,6 +134,7 @@ def test_named_data_sets_are_asked_for_by_their_hub_id(monkeypatch, tokenizer):
         ({"a": -1}, r"the share -1 of 'a' is not a positive number"),
         (3.5, r"calibration=3.5 is of no kind known here"),
         ("no/such/file.txt", r"calibration='no/such/file.txt': there is no such file; check the path"),
+        ("no/such/\ud800.txt", r"there is no such file; check the path"),
         ("one\ntwo", r"a single string is the name of a file"),
         ("words " * 100, r"a single string is the name of a file"),
         (torch.zeros(2, 2), r"token ids of dtype torch.float32"),
@@ -159,6 +161,17 @@ def test_a_file_that_is_no_text(tokenizer, tmp_path):
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(CalibrationError, match="cannot be read as UTF-8 text"):
         draw(tmp_path / "x.bin", tokenizer)
+
+
+def test_a_file_in_a_folder_that_may_not_be_searched(tokenizer, monkeypatch):
+    def is_file(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(
+        CalibrationError, match=r"'closed/x.txt' cannot be looked at: .*denied.*; check the path and its"
+    ):
+        draw("closed/x.txt", tokenizer)
 
 
 def test_a_column_that_is_not_there(tokenizer):

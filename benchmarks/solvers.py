@@ -25,12 +25,11 @@ from optimum_eggs.update import relative_error
 SOLVERS = {
     "RIA": {"preset": "ria"},
     "RIA + swaps": {"preset": "ria", "swaps": 8},
-    "RIA + floor + refit (fast)": {"preset": "fast"},
-    "RIA + floor + descent": {"preset": "fast", "descent_sweeps": 4},
+    "RIA + floor + refit": {"preset": "fast", "solver": "score"},
     "SparseGPT": {"preset": "sparsegpt"},
+    "SparseGPT + floor + refit (fast)": {"preset": "fast"},
     "ALPS": {"preset": "alps"},
     "ADMM + floor (best)": {"preset": "best"},
-    "ADMM + floor + descent": {"preset": "best", "descent_sweeps": 4},
 }
 
 
@@ -56,7 +55,7 @@ def collect(args: argparse.Namespace) -> dict[str, tuple[Tensor, GramAccumulator
             if index in args.blocks:
                 for stage in walk.stages(block, index, plan.layers[index]):
                     leader = plan.layers[index][stage[0]]
-                    gram = walk.statistics(block, index, leader, dense_weight(leader).shape[1])
+                    gram = walk.statistics(block, index, leader)
                     found[stage[-1]] = (dense_weight(plan.layers[index][stage[-1]]).clone(), gram)
             walk.advance(block, index)
     return found
@@ -84,7 +83,7 @@ def main() -> None:
                 config = EGGSConfig(args.pattern, **values)  # type: ignore[arg-type]
                 with Meter() as meter:
                     start = time.perf_counter()
-                    solutions[solver] = solve_layer(name, weight, gram, config, config.pattern, meter)
+                    solutions[solver] = solve_layer(name, weight, gram.gram, config, meter)
                     seconds[solver].append(time.perf_counter() - start)
         alps = statistics.median(seconds["ALPS"])
         for solver, found in solutions.items():

@@ -41,7 +41,9 @@ def main() -> None:
     register_importance("balanced_wanda", balanced_wanda)
     for importance in ("ria", "balanced_wanda"):
         pruner = EGGSPruner.from_pretrained(args.model, dtype="float32")
-        config = EGGSConfig("2:4", importance=importance, num_samples=args.num_samples, seq_len=args.seq_len)
+        config = EGGSConfig(
+            "2:4", solver="score", importance=importance, num_samples=args.num_samples, seq_len=args.seq_len
+        )
         report = pruner.prune(config, calibration=args.text)
         windows = evaluation_windows(args.judge, pruner.tokenizer, args.seq_len, args.num_windows)
         found = perplexity(pruner.model, windows).perplexity

@@ -17,16 +17,14 @@ from .importance import IMPORTANCE, unknown_importance
 from .packing import FORMAT_VERSION
 from .pattern import NMPattern
 from .presets import METHOD, PRESETS, preset
-from .update.descent import check_supports
 
 QUANT_METHOD = "eggs"
 SOLVERS = ("score", "admm", "sparsegpt")
 SELECTIONS = ("optimal", "diagonal", "none")
 UPDATES = ("refit", "none")
-TUNING_TARGETS = ("dense", "pruned")
-ALLOCATIONS = ("uniform", "error")
 SAMPLINGS = ("random", "sequential")
-AUTO = "auto"
+RETIRED = ("allocation", "descent_sweeps", "error_correction", "floor_tolerance", "tuning_target")
+"""Keys of earlier releases, that packed models may hold; no measurement supported what they did."""
 
 
 class EGGSConfig(QuantizationConfigMixin):
@@ -38,33 +36,25 @@ class EGGSConfig(QuantizationConfigMixin):
             baselines `"alps"`, `"sparsegpt"`, `"ria"`, `"wanda"`, `"magnitude"`. What is passed besides it wins. `None`
             once the values are not those of a preset.
         solver: How a layer's mask is found: `"score"` (by importance), `"admm"` (together with the values) or
-            `"sparsegpt"` (from left to right, with the published updates; knows no floor).
+            `"sparsegpt"` (from left to right, with the published updates).
         importance: The score of a weight: `"ria"`, `"wanda"`, `"magnitude"`, or one that you made known with
-            `register_importance`. For `solver="score"`, `permutation` and `allocation`.
+            `register_importance`. For `solver="score"` and `permutation`.
         exponent: RIA's power of the input's norm.
         selection: How the floor on the inputs' degrees is kept: `"optimal"` (the best mask there is under the floor),
             `"diagonal"` (whole wrapped diagonals of m x m tiles, as published) or `"none"`.
-        min_degree: The floor: outputs that every input keeps in every `band` rows. 0 without a floor. `"auto"` chooses
-            floor and band for each layer: the strongest whose error is within `floor_tolerance` of having none.
+        min_degree: The floor: outputs that every input keeps in every `band` rows. 0 without a floor.
         band: Rows over which the floor holds. Default: 16, or four times the rows that the floor needs at least if
             that is more; m for `"diagonal"`, which knows no other.
-        floor_tolerance: How much of a layer's error `min_degree="auto"` may add, as a share of it.
         swaps: Rounds of swaps that improve the mask for weights that stay as they are. For `solver="score"`.
-        descent_sweeps: Sweeps of group coordinate descent over mask and values, under the floor.
         weight_update: What becomes of the weights that stay: `"refit"` (masked least squares) or `"none"` (as the
             solver leaves them; a score leaves them as they were).
         refit_steps: Conjugate gradient steps of the refit.
         damping: Ridge of every solver, relative to the mean diagonal of the Gram matrix.
         permutation: Reorder channels before they are cut into groups, where the order folds into the layer before.
-        error_correction: How far, from 0 to 1, a layer's target makes up for what pruning has done to its inputs.
         block_tuning: Adam steps on each block once it is pruned, on the weights kept, the biases beside them and the
             norms, so that its output comes near the dense model's; each on `batch_size` windows. A part of the windows
             is held out to stop by. 0 for none.
-        tuning_lr: Peak learning rate of block tuning.
-        tuning_target: What a tuned block is to give: `"dense"`, the output of the dense model's block on the dense
-            model's hidden states, or `"pruned"`, the output of that block on the pruned model's.
-        allocation: `"uniform"`, n:m in every layer, or `"error"`, n:m on average and n by layer, where it lowers the
-            error most.
+        tuning_lr: Peak learning rate of block tuning, as a share of the root mean square of each tensor's entries.
         calibration: A text file, the name of a data set (`"wikitext2"`, `"c4"` or any id on the Hub), a list of
             texts, token ids, a `datasets.Dataset`, or a mapping of files and names to the share of the windows that
             each gives. Data itself is never stored in the configuration.
@@ -105,20 +95,15 @@ class EGGSConfig(QuantizationConfigMixin):
         importance: str | None = None,
         exponent: float | None = None,
         selection: str | None = None,
-        min_degree: int | str | None = None,
+        min_degree: int | None = None,
         band: int | None = None,
-        floor_tolerance: float | None = None,
         swaps: int | None = None,
-        descent_sweeps: int | None = None,
         weight_update: str | None = None,
         refit_steps: int | None = None,
         damping: float | None = None,
         permutation: bool | None = None,
-        error_correction: float | None = None,
         block_tuning: int | None = None,
         tuning_lr: float | None = None,
-        tuning_target: str | None = None,
-        allocation: str | None = None,
         calibration: Any = None,
         split: str | None = None,
         text_column: str | None = None,
@@ -137,6 +122,10 @@ class EGGSConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
+        stored = pruned_modules is not None
+        if stored:
+            unknown = {key: value for key, value in unknown.items() if key not in RETIRED}
+            min_degree = None if min_degree == "auto" else min_degree  # of an earlier release
         _refuse_unknown(unknown)
         if quant_method != QUANT_METHOD:
             raise ConfigError(f"quant_method={quant_method!r} is not this package's; it must be {QUANT_METHOD!r}")
@@ -151,7 +140,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.n, self.m = chosen.n, chosen.m
 
         given = {key: value for key, value in locals().items() if key in METHOD and value is not None}
-        self._set_method(_preset_values(preset), given, band, chosen, stored=pruned_modules is not None)
+        self._set_method(_preset_values(preset), given, band, chosen, stored)
 
         self.calibration = calibration
         self.split = check.text("split", split)
@@ -186,19 +175,15 @@ class EGGSConfig(QuantizationConfigMixin):
         self.selection = check.one_of("selection", value["selection"], SELECTIONS)
         self.min_degree = _min_degree(given.get("min_degree"), base["min_degree"], self.selection, pattern)
         self.band = _band(band, self.min_degree, self.selection, pattern)
-        self.floor_tolerance = check.number("floor_tolerance", value["floor_tolerance"], least=0)
         self.swaps = check.integer("swaps", value["swaps"], least=0)
-        self.descent_sweeps = check.integer("descent_sweeps", value["descent_sweeps"], least=0)
         self.weight_update = check.one_of("weight_update", value["weight_update"], UPDATES)
         self.refit_steps = check.integer("refit_steps", value["refit_steps"], least=1)
         self.damping = check.number("damping", value["damping"], least=0)
         self.permutation = check.flag("permutation", value["permutation"])
-        self.error_correction = check.number("error_correction", value["error_correction"], least=0, most=1)
         self.block_tuning = check.integer("block_tuning", value["block_tuning"], least=0)
         self.tuning_lr = check.number("tuning_lr", value["tuning_lr"], least=0)
-        self.tuning_target = check.one_of("tuning_target", value["tuning_target"], TUNING_TARGETS)
-        self.allocation = check.one_of("allocation", value["allocation"], ALLOCATIONS)
-        _check_combination(self)
+        if not stored:
+            _check_combination(self)
 
     def _matching_preset(self, asked: str | None) -> str | None:
         """The preset that stands for the values held, `asked` first."""
@@ -238,6 +223,8 @@ def _refuse_unknown(unknown: Mapping[str, Any]) -> None:
         return
     known = [name for name in inspect.signature(EGGSConfig).parameters if name != "unknown"]
     key = next(iter(unknown))
+    if key in RETIRED:
+        raise ConfigError(f"{key}={unknown[key]!r}: this key is gone, it improved no model measured; leave it out")
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the keys are {known}"
     raise ConfigError(f"{key}={unknown[key]!r}: EGGSConfig has no such key; {hint}")
@@ -261,58 +248,30 @@ def _importance(name: Any, stored: bool) -> str:
     return name
 
 
-def _possible_patterns(config: EGGSConfig) -> list[NMPattern]:
-    return config.pattern.allocations() if config.allocation == "error" else [config.pattern]
-
-
 def _check_combination(config: EGGSConfig) -> None:
     """Refuse values that contradict each other."""
-    solver, selection, update = config.solver, config.selection, config.weight_update
-    if solver == "sparsegpt" and selection != "none":
+    solver, selection = config.solver, config.selection
+    if solver != "score" and selection == "diagonal":
         raise ConfigError(
-            f"selection={selection!r} with solver='sparsegpt': it chooses its mask column by column and cannot keep a "
-            "floor; use solver='admm', or selection='none'"
+            f"selection='diagonal' with solver={solver!r}: diagonals are for solver='score', as in preset='ria'; use "
+            "selection='optimal' or 'none'"
         )
-    if solver == "admm" and selection == "diagonal":
-        raise ConfigError("selection='diagonal' with solver='admm': use selection='optimal' or 'none'")
+    if solver != "score" and not config.permutation and config.importance != METHOD["importance"]:
+        raise ConfigError(
+            f"importance={config.importance!r} with solver={solver!r}: no score is asked for; use solver='score', as "
+            "in preset='ria'"
+        )
     if config.swaps and solver != "score":
         raise ConfigError(f"swaps={config.swaps} with solver={solver!r}: swaps are for solver='score'; use swaps=0")
-    updates = update == "refit" or solver != "score" or config.descent_sweeps
-    if config.error_correction and not updates:
-        raise ConfigError(
-            f"error_correction={config.error_correction} with weight_update='none': no weight would change; use "
-            "weight_update='refit'"
-        )
-    for possible in _possible_patterns(config) if config.descent_sweeps else []:
-        check_supports(possible)
-    if config.allocation == "error":
-        _check_allocation(config)
     if config.block_tuning and not config.tuning_lr:
         raise ConfigError(f"tuning_lr={config.tuning_lr} with block_tuning={config.block_tuning} would tune nothing")
-
-
-def _check_allocation(config: EGGSConfig) -> None:
-    choices = config.pattern.allocations()
-    if not choices[0].n < config.n < choices[-1].n:
-        raise ConfigError(
-            f"allocation='error' at {config.pattern}: no layer could have more and another less than n={config.n} of "
-            f"m={config.m}; use a larger m, or allocation='uniform'"
-        )
-    if isinstance(config.min_degree, int) and config.min_degree:
-        # The layer that is given least must still be able to keep the floor.
-        _min_degree(config.min_degree, 0, config.selection, choices[0])
-        _band(config.band, config.min_degree, config.selection, choices[0])
 
 
 def _preset_values(name: str | None) -> dict[str, Any]:
     return preset("fast" if name is None else name)
 
 
-def _min_degree(given: Any, of_preset: int, selection: str, pattern: NMPattern) -> int | str:
-    if isinstance(given, str) and given == AUTO:
-        if selection != "optimal":
-            raise ConfigError(f"min_degree='auto' with selection={selection!r}: use selection='optimal'")
-        return AUTO
+def _min_degree(given: Any, of_preset: int, selection: str, pattern: NMPattern) -> int:
     if selection == "none":
         if given:
             raise ConfigError(
@@ -320,8 +279,6 @@ def _min_degree(given: Any, of_preset: int, selection: str, pattern: NMPattern) 
                 "min_degree=0"
             )
         return 0
-    if isinstance(given, str):
-        raise ConfigError(f"min_degree={given!r} must be an integer of at least 0, or 'auto'")
     degree = check.integer("min_degree", (of_preset or 1) if given is None else given, least=0)
     if selection == "diagonal" and degree > pattern.n:
         raise ConfigError(
@@ -331,7 +288,7 @@ def _min_degree(given: Any, of_preset: int, selection: str, pattern: NMPattern) 
     return degree
 
 
-def _band(given: int | None, min_degree: int | str, selection: str, pattern: NMPattern) -> int:
+def _band(given: int | None, min_degree: int, selection: str, pattern: NMPattern) -> int:
     if selection == "diagonal":
         if given not in (None, pattern.m):
             raise ConfigError(
@@ -339,10 +296,6 @@ def _band(given: int | None, min_degree: int | str, selection: str, pattern: NMP
                 "out, or use selection='optimal'"
             )
         return pattern.m
-    if isinstance(min_degree, str):
-        if given not in (None, 16):
-            raise ConfigError(f"band={given} with min_degree='auto': the band is chosen too; leave `band` out")
-        return 16
     need = -(-min_degree * pattern.m // pattern.n)
     band = max(16, 4 * need) if given is None else check.integer("band", given, least=1)
     if band < need:

@@ -59,14 +59,6 @@ class NMPattern:
             raise ConfigError(f"pattern={text!r} is not of the form 'n:m' (n kept of every m); write for example '2:4'")
         return cls(int(match[1]), int(match[2]))
 
-    def allocations(self) -> list[NMPattern]:
-        """The patterns that a layer may have where this one is the average: n from half to one and a half times it.
-
-        >>> [str(pattern) for pattern in NMPattern(2, 4).allocations()]
-        ['1:4', '2:4', '3:4']
-        """
-        return [NMPattern(n, self.m) for n in range(-(-self.n // 2), min(self.m - 1, 3 * self.n // 2) + 1)]
-
     @property
     def density(self) -> float:
         """Fraction of the weights that is kept."""

@@ -12,25 +12,20 @@ METHOD: dict[str, Any] = {
     "exponent": 0.5,
     "selection": "none",
     "min_degree": 0,
-    "floor_tolerance": 0.005,
     "swaps": 0,
-    "descent_sweeps": 0,
     "weight_update": "none",
     "refit_steps": 15,
     "damping": 0.01,
     "permutation": False,
-    "error_correction": 0.0,
     "block_tuning": 0,
-    "tuning_lr": 1e-3,
-    "tuning_target": "dense",
-    "allocation": "uniform",
+    "tuning_lr": 0.005,
 }
 """Every value that makes a method, as it is where a preset says nothing else."""
 
 _FLOOR = {"selection": "optimal", "min_degree": 1}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": METHOD | _FLOOR | {"weight_update": "refit"},
+    "fast": METHOD | _FLOOR | {"solver": "sparsegpt", "weight_update": "refit"},
     "best": METHOD
     | _FLOOR
     | {"permutation": True, "solver": "admm", "weight_update": "refit", "refit_steps": 10, "block_tuning": 140},
@@ -43,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Preset -> the values it stands for.
 
-`fast`: RIA scores, the optimal mask under a floor of one output per band, masked refit. `best`: channels reordered
+`fast`: SparseGPT under a floor of one output per band, masked refit. `best`: channels reordered
 where that folds, ADMM under that floor, masked refit, blocks tuned to the dense model. `paper`: RIA scores and whole
 wrapped diagonals in m x m tiles, weights untouched. The rest are baselines without a floor: `alps` (ADMM, masked
 refit), `sparsegpt`, and the scores alone.

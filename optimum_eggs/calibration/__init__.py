@@ -2,13 +2,12 @@
 
 from .blocks import BlockList, find_block_list
 from .statistics import GramAccumulator
-from .walk import BlockProvider, DenseTwin, InMemoryBlocks, Walk
+from .walk import BlockProvider, InMemoryBlocks, Walk
 from .windows import token_windows
 
 __all__ = [
     "BlockList",
     "BlockProvider",
-    "DenseTwin",
     "GramAccumulator",
     "InMemoryBlocks",
     "Walk",

@@ -86,15 +86,6 @@ class _Call:
         return output if isinstance(output, Tensor) else output[0]
 
 
-@dataclass(frozen=True)
-class DenseTwin:
-    """A block as it was before it was pruned, the hidden states of the dense model before it, and a layer of it."""
-
-    block: nn.Module
-    hidden: Sequence[Tensor]
-    linear: nn.Module
-
-
 class _Stop(Exception):  # noqa: N818 - no error: it ends a pass early
     """Ends a forward pass whose rest is not needed."""
 
@@ -185,30 +176,18 @@ class Walk:
             self.run(block, index, batch)
         return seen
 
-    def statistics(
-        self, block: nn.Module, index: int, linear: nn.Module, in_features: int, dense: DenseTwin | None = None
-    ) -> GramAccumulator:
-        """The Gram matrix of the inputs of `linear`, one of block `index`, over all windows.
-
-        With `dense`, also the products with the inputs that its layer gets, unless they are not of the same tokens:
-        experts may be sent others.
-        """
-        device = dense_weight(linear).device
-        accumulator = GramAccumulator(in_features, device)
-        paired = dense is not None
+    def statistics(self, block: nn.Module, index: int, linear: nn.Module) -> GramAccumulator:
+        """The Gram matrix of the inputs of `linear`, one of block `index`, over all windows."""
+        weight = dense_weight(linear)
+        accumulator = GramAccumulator(weight.shape[1], weight.device)
         with self.meter.stage("forward"), torch.no_grad():
-            for batch, hidden in enumerate(self.hidden):
-                x = self._input_of(linear, block, index, batch, hidden)
-                other = None
-                if dense is not None and paired:
-                    other = self._input_of(dense.linear, dense.block, index, batch, dense.hidden[batch])
-                    tokens = hidden.shape[:-1].numel()
-                    paired = all(seen is not None and seen.shape[:-1].numel() == tokens for seen in (x, other))
+            for batch in range(len(self.hidden)):
+                x = self._input_of(linear, block, index, batch)
                 if x is not None:
                     with self.meter.stage("statistics"):
-                        accumulator.add(x, other if paired else None)
+                        accumulator.add(x)
         with self.exchange():
-            return accumulator.over_all(self.ranks, paired)
+            return accumulator.over_all(self.ranks)
 
     def statistics_together(
         self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]
@@ -282,7 +261,7 @@ class Walk:
             call, states = _cast(call, dtype), states.to(dtype)
         return call.apply(block, states.to(next(block.parameters()).device))
 
-    def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor | None:
+    def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int) -> Tensor | None:
         """The input of `linear` on one batch, or None if that does not reach it; the rest of the block is not run."""
         seen: list[Tensor] = []
 
@@ -291,7 +270,7 @@ class Walk:
             raise _Stop
 
         with _hooked({linear: hook}), suppress(_Stop):
-            self.run(block, index, batch, hidden)
+            self.run(block, index, batch)
         return seen[0] if seen else None
 
 

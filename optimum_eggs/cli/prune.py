@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prune`."""
-    from ..config import ALLOCATIONS
     from ..hf.loading import DTYPES
     from ..presets import PRESETS
 
@@ -42,13 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="windows run at a time (default: 4, and 1 with block tuning)")
     parser.add_argument(
         "--min-degree",
-        type=degree,
-        metavar="N|auto",
-        help="outputs that every input keeps in every band of rows; auto: the strongest that costs next to nothing",
+        type=int,
+        metavar="N",
+        help="outputs that every input keeps in every band of rows",
     )
     parser.add_argument("--band", type=int, help="rows over which that floor holds")
     parser.add_argument("--block-tuning", type=int, metavar="STEPS", help="steps that a block is tuned for (0: none)")
-    parser.add_argument("--allocation", choices=ALLOCATIONS, help="N in every layer, or on average (error)")
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="prune only layers of these names")
     parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
     parser.add_argument("--gguf-file", metavar="NAME", help="name of a GGUF file in MODEL")
@@ -84,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
         min_degree=args.min_degree,
         band=args.band,
         block_tuning=args.block_tuning,
-        allocation=args.allocation,
         calibration=parse_sources(args.calibration),
         split=args.split,
         text_column=args.text_column,
@@ -174,11 +171,6 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
         max_shard_size=args.max_shard_size,
     )
     return report
-
-
-def degree(text: str) -> int | str:
-    """An integer, or `"auto"`."""
-    return text if text == "auto" else int(text)
 
 
 def parse_sources(given: list[str]) -> str | dict[str, float]:

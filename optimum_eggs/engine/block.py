@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Mapping, MutableSequence, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration import DenseTwin, GramAccumulator, Walk
+from ..calibration import GramAccumulator, Walk
 from ..config import EGGSConfig
 from ..errors import NumericalError
 from ..importance import importance_score
@@ -23,13 +22,12 @@ from ..nn.experts import SplitExperts
 from ..packing import pack_mask, unpack_mask
 from ..pattern import NMPattern
 from ..update import relative_error
-from .floor import Floor
 from .fold import find_folds, permute_block
 from .inputs import LayersAlike, check_finite, layers_with_inputs
 from .plan import PrunePlan
 from .precision import in_float32
 from .report import DenseLayer, LayerReport
-from .solve import Solution, solve_layer
+from .solve import solve_layer
 from .tune import BlockTuning, tune_block
 
 logger = logging.getLogger(__name__)
@@ -52,9 +50,9 @@ class _Solved:
     in_features: int
     pattern: NMPattern
     mask_bits: Tensor
-    floor: Floor
+    min_degree: int
+    band: int
     relative_error: float
-    error_without_floor: float | None
     tokens: int
     permutation_gain: float | None
     scores_alone: Shortfall | None
@@ -72,9 +70,9 @@ class DenseStream:
         self.walk, self.hidden = walk, walk.store()
         self.hidden.extend(walk.hidden)
 
-    def through(self, block: nn.Module, index: int) -> MutableSequence[Tensor]:
-        """What dense block `index` gives."""
-        return self.walk.outputs(block, index, self.hidden)
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Pass through block `index`, which must still be dense."""
+        self.hidden = self.walk.outputs(block, index, self.hidden)
 
 
 def prune_block(
@@ -89,35 +87,20 @@ def prune_block(
     """Prune block `index` in place and pass the walk, and the dense stream, through it."""
     todo, plan.layers[index] = plan.layers[index], {}  # the plan must not keep the dense layers in memory
     prefix = f"{plan.block_list.block_name(index)}."
-    dense_output = stream.through(block, index) if stream is not None else None
-    targets = _targets(walk, block, index, config, dense_output) if todo else None
-    if stream is not None and dense_output is not None and not config.error_correction:
-        stream.hidden = dense_output  # what went in is not needed again
-    gains = _permute(walk, block, index, prefix, todo, plan.patterns, config, meter)
-    corrected = stream is not None and config.error_correction and todo
-    twin: nn.Module | None = copy.deepcopy(block) if corrected else None
-
-    def dense_layer(name: str) -> DenseTwin | None:
-        if twin is None or stream is None:
-            return None
-        return DenseTwin(twin, stream.hidden, twin.get_submodule(name.removeprefix(prefix)))
-
+    if stream is not None:
+        stream.advance(block, index)
+    gains = _permute(walk, block, index, prefix, todo, config, meter)
     solved: list[_Solved] = []
-    for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens, dense_layer):
-        if any(alike.expert for alike in wave):
-            twin = None  # what comes now does not ask for it
-        solved += _prune_wave(walk, wave, todo, plan.patterns, gains, config)
-    twin = None  # so that its memory is free
+    for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens):
+        solved += _prune_wave(walk, wave, todo, gains, config)
 
     tuning = None
-    if targets is not None and solved:
+    if stream is not None and solved:
         with meter.stage("tuning"):
             masks = {todo[layer.name]: layer.mask() for layer in solved}
-            tuning = tune_block(walk, block, index, masks, targets, config.block_tuning, config.tuning_lr, config.seed)
-    del targets
+            steps, rate = config.block_tuning, config.tuning_lr
+            tuning = tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed)
     walk.advance(block, index)
-    if stream is not None and dense_output is not None:
-        stream.hidden = dense_output  # with error correction, what went in was needed until here
 
     left_dense = []
     reached = {layer.name for layer in solved}
@@ -132,22 +115,12 @@ def prune_block(
     return BlockResult(layers, tuning, left_dense)
 
 
-def _targets(
-    walk: Walk, block: nn.Module, index: int, config: EGGSConfig, dense_output: MutableSequence[Tensor] | None
-) -> Sequence[Tensor] | None:
-    """What the block, still dense, should give once it is pruned; None if it is not to be tuned."""
-    if not config.block_tuning:
-        return None
-    return dense_output if config.tuning_target == "dense" else walk.outputs(block, index)
-
-
 def _permute(
     walk: Walk,
     block: nn.Module,
     index: int,
     prefix: str,
     todo: dict[str, nn.Module],
-    patterns: Mapping[str, NMPattern],
     config: EGGSConfig,
     meter: Meter,
 ) -> dict[str, float]:
@@ -170,7 +143,7 @@ def _permute(
         with walk.ranks.together():
             if walk.ranks.first:  # a fold is checked on the windows at hand, so one process decides
                 with in_float32(block):
-                    gains = permute_block(block, prefix, folds, score, patterns, run)
+                    gains = permute_block(block, prefix, folds, score, config.pattern, run)
         walk.ranks.copy_from(0, *(parameter.data for parameter in block.parameters()))
         return walk.ranks.gather(gains)[0]
 
@@ -179,7 +152,6 @@ def _prune_wave(
     walk: Walk,
     wave: Sequence[LayersAlike],
     todo: Mapping[str, nn.Module],
-    patterns: Mapping[str, NMPattern],
     gains: Mapping[str, float],
     config: EGGSConfig,
 ) -> list[_Solved]:
@@ -192,7 +164,7 @@ def _prune_wave(
         for name in alike:
             if owners[name] == ranks.rank:
                 module, gain = todo[name], gains.get(name)
-                solved[name] = _prune_layer(name, module, patterns[name], alike[name], config, walk.meter, gain)
+                solved[name] = _prune_layer(name, module, alike[name], config, walk.meter, gain)
     with walk.exchange():
         for name in alike:
             ranks.copy_from(owners[name], dense_weight(todo[name]))
@@ -203,15 +175,14 @@ def _prune_wave(
 def _prune_layer(
     name: str,
     module: nn.Module,
-    pattern: NMPattern,
     alike: LayersAlike,
     config: EGGSConfig,
     meter: Meter,
     permutation_gain: float | None,
 ) -> _Solved:
-    stored, statistics = dense_weight(module), alike.statistics
+    stored, statistics, pattern = dense_weight(module), alike.statistics, config.pattern
     weight = stored.to(torch.float32)
-    found = solve_layer(name, weight, statistics, config, pattern, meter)
+    found = solve_layer(name, weight, statistics.gram, config, meter)
     with meter.stage("update"):
         pruned = found.weight.to(stored.dtype)
         if not bool(torch.isfinite(pruned).all()):
@@ -220,8 +191,8 @@ def _prune_layer(
                 "model in a wider dtype"
             )
     with meter.stage("report"):
-        error = relative_error(found.target, pruned.to(torch.float32), statistics.gram)
-        scores_alone = _scores_alone(found, statistics, config, pattern)
+        error = relative_error(weight, pruned.to(torch.float32), statistics.gram)
+        scores_alone = _scores_alone(weight, statistics, config)
     # Written in place, so that the rest of the block runs on it; packed when the block is done.
     stored.copy_(pruned)
     return _Solved(
@@ -229,9 +200,9 @@ def _prune_layer(
         weight.shape[1],
         pattern,
         pack_mask(found.mask).cpu(),
-        found.floor,
+        config.min_degree,
+        config.band,
         error,
-        found.error_without_floor,
         statistics.tokens,
         permutation_gain,
         scores_alone,
@@ -240,14 +211,12 @@ def _prune_layer(
     )
 
 
-def _scores_alone(
-    found: Solution, statistics: GramAccumulator, config: EGGSConfig, pattern: NMPattern
-) -> Shortfall | None:
+def _scores_alone(weight: Tensor, statistics: GramAccumulator, config: EGGSConfig) -> Shortfall | None:
     """What the largest scores alone would have lacked of the layer's floor."""
-    if not found.floor.min_degree:
+    if not config.min_degree:
         return None
-    score = importance_score(config.importance, found.target, statistics.input_norm, config.exponent)
-    return shortfall(topn_mask(score, pattern), pattern, found.floor.min_degree, found.floor.band)
+    score = importance_score(config.importance, weight, statistics.input_norm, config.exponent)
+    return shortfall(topn_mask(score, config.pattern), config.pattern, config.min_degree, config.band)
 
 
 def _pack(walk: Walk, solved: Sequence[_Solved], block: nn.Module, prefix: str, index: int) -> list[LayerReport]:
@@ -264,7 +233,7 @@ def _pack(walk: Walk, solved: Sequence[_Solved], block: nn.Module, prefix: str, 
         with meter.stage("report"):
             weight = weights.pop(layer.name)
             if layer.name in mine:
-                extra = (layer.floor.band,) if layer.floor.min_degree else ()
+                extra = (layer.band,) if layer.min_degree else ()
                 certificates[layer.name] = certify(mask, weight, layer.pattern, extra_bands=extra)
     with walk.exchange():
         certificates = ranks.merge(certificates)
@@ -281,9 +250,8 @@ def _report(layer: _Solved, index: int, certificate: Certificate) -> LayerReport
         layer.relative_error,
         layer.tokens,
         certificate,
-        layer.floor.min_degree,
-        layer.floor.band,
-        layer.error_without_floor,
+        layer.min_degree,
+        layer.band,
         layer.permutation_gain,
         layer.scores_alone,
         layer.weights_alone,

@@ -162,7 +162,7 @@ def permute_block(
     prefix: str,
     folds: Iterable[Fold],
     score: Callable[[str], Tensor],
-    patterns: Mapping[str, NMPattern],
+    pattern: NMPattern,
     run: Callable[[], Tensor],
 ) -> dict[str, float]:
     """Reorder inputs within a dense block, in place, so that N:M masks keep more of the score.
@@ -175,7 +175,7 @@ def permute_block(
         prefix: Its full dotted name, with a dot at the end.
         folds: Those to apply, of [`find_folds`].
         score: The score (out, in) of a consumer, by full dotted name; called once for each.
-        patterns: Consumer -> n kept of every m inputs.
+        pattern: n kept of every m inputs.
         run: Runs the block on one batch, always the same, and returns its hidden states (..., hidden).
 
     Returns:
@@ -195,7 +195,7 @@ def permute_block(
         name = fold.consumer
         if name not in before:  # as an expert that no token is sent to: nothing could be checked
             continue
-        values, pattern = score(name), patterns[name]
+        values = score(name)
         orders = choose_orders(values, fold, pattern)
         columns = column_order(fold, orders)
         if torch.equal(columns, columns.sort().values):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..calibration import DenseTwin, GramAccumulator, Walk
+from ..calibration import GramAccumulator, Walk
 from ..errors import NumericalError
 from ..nn import dense_weight
 from ..nn.experts import SplitExperts
-
-logger = logging.getLogger(__name__)
 
 _WAVE_BYTES = 2**30
 
@@ -38,7 +35,6 @@ def layers_with_inputs(
     prefix: str,
     todo: Mapping[str, nn.Module],
     min_expert_tokens: int,
-    dense: Callable[[str], DenseTwin | None] = lambda name: None,
 ) -> Iterator[list[LayersAlike]]:
     """The layers `todo` of block `index`, with statistics taken once those before them have been dealt with.
 
@@ -51,7 +47,6 @@ def layers_with_inputs(
         prefix: Its full dotted name, with a dot at the end.
         todo: The layers, by full dotted name.
         min_expert_tokens: Tokens that an expert must see; one that sees fewer is pruned by its weights alone.
-        dense: The layer in the dense model, by full dotted name, if its inputs are wanted beside those here.
 
     Raises:
         NumericalError: inputs are NaN or infinite.
@@ -60,14 +55,9 @@ def layers_with_inputs(
     experts = {name for wave in waves for name in wave}
     others = {name: module for name, module in todo.items() if name not in experts}
     for stage in walk.stages(block, index, others) if others else []:
-        leader, twin = todo[stage[0]], dense(stage[0])
-        statistics = walk.statistics(block, index, leader, dense_weight(leader).shape[1], twin)
+        statistics = walk.statistics(block, index, todo[stage[0]])
         check_finite(stage[0], statistics.is_finite())
-        if twin is not None and statistics.cross is None:
-            logger.warning("%s: its error is not corrected: it gets other tokens than in the dense model", stage[0])
         yield [LayersAlike(stage, statistics)]
-    if waves and dense(waves[0][0]) is not None:
-        logger.warning("%s: errors of experts are not corrected: they get other tokens than in the dense model", prefix)
     for wave in waves:
         together = walk.statistics_together(block, index, {name: todo[name] for name in wave})
         made: list[LayersAlike] = []

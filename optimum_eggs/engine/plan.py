@@ -10,23 +10,21 @@ import torch
 from torch import nn
 
 from ..calibration import BlockList, find_block_list
-from ..config import AUTO, EGGSConfig
+from ..config import EGGSConfig
 from ..errors import ConfigError, ModelError, NumericalError, ShapeError
 from ..masks.expander import check_floor
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.experts import keep_names, split_experts
 from ..nn.linear import check_packable
-from ..pattern import NMPattern
 from .report import DenseLayer
 
 
 @dataclass
 class PrunePlan:
-    """The layers to prune, block by block, by full dotted name; their patterns; and what is left dense, and why."""
+    """The layers to prune, block by block, by full dotted name; and what is left dense, and why."""
 
     block_list: BlockList
     layers: list[dict[str, nn.Module]]
-    patterns: dict[str, NMPattern] = field(default_factory=dict)
     left_dense: list[DenseLayer] = field(default_factory=list)
 
     @property
@@ -85,7 +83,6 @@ def _plan(model: nn.Module, config: EGGSConfig, loaded: bool) -> PrunePlan:
             plan.left_dense.append(DenseLayer(name, reason, dense_weight(module).numel()))
         elif block is not None:
             plan.layers[block][name] = module
-            plan.patterns[name] = config.pattern
     _check_layers(plan, config)
     for layers in plan.layers if loaded else []:
         _check_weights(layers)
@@ -183,13 +180,11 @@ def _check_patterns(config: EGGSConfig, names: list[str]) -> None:
 def _check_layers(plan: PrunePlan, config: EGGSConfig) -> None:
     if not plan.names:
         raise ModelError(f"there is nothing to prune: targets={config.targets!r} and ignore={config.ignore!r}")
-    least = config.pattern.allocations()[0] if config.allocation == "error" else config.pattern
     for layers in plan.layers:
         for name, module in layers.items():
             weight = dense_weight(module)
             check_packable(name, module, config.pattern)
             try:
-                if config.min_degree != AUTO:
-                    check_floor(weight.shape[0], least, int(config.min_degree), config.band)
+                check_floor(weight.shape[0], config.pattern, config.min_degree, config.band)
             except ConfigError as error:
                 raise ShapeError(f"{name}: {error}") from error

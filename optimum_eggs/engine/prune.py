@@ -19,7 +19,6 @@ from ..measure import Meter
 from ..nn import NMLinear
 from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
-from .allocation import allocate_by_error
 from .block import BlockResult, DenseStream, prune_block
 from .plan import PrunePlan, make_plan
 from .report import PruneReport
@@ -35,10 +34,10 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Blocks are pruned in order, each on inputs that passed the pruned blocks before it; within a block the layers are
     pruned in the order in which they run, those that read the same tensor on one Gram matrix.
 
-    Memory beyond the model's: the windows' hidden states (three times with block tuning, four times with error
-    correction), one batch's activations, and for the layer at hand a few (in, in) matrices, some of them in float64,
-    and some eight float32 buffers of (out, in). Block tuning takes five float32 copies of a block, error correction one
-    copy. Pruned blocks shrink as they are packed. Experts take up to 1 GiB of Gram matrices at a time.
+    Memory beyond the model's: the windows' hidden states (three times with block tuning), one batch's activations, and
+    for the layer at hand a few (in, in) matrices, some of them in float64, and some eight float32 buffers of (out, in).
+    Block tuning takes five float32 copies of a block. Pruned blocks shrink as they are packed. Experts take up to 1 GiB
+    of Gram matrices at a time.
 
     Args:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.
@@ -111,17 +110,15 @@ def prune_blocks(
     """
     done = list(keeper.results) if keeper is not None else []
     with evaluation_mode(model):
-        if config.allocation == "error":
-            plan.patterns = allocate_by_error(blocks, plan, config, windows, meter, progress, store, ranks)
         walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
-        stream = DenseStream(walk) if needs_dense_stream(config) else None
+        stream = DenseStream(walk) if config.block_tuning else None
         hide = ranks.hide_bar(progress)
         bar = tqdm(range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=hide)
         for index in bar:
             block = blocks.materialise(index)
             if keeper is not None and index < len(keeper):
                 if stream is not None:
-                    stream.hidden = stream.through(block, index)
+                    stream.advance(block, index)
                 keeper.restore(block, index)
                 walk.advance(block, index)
                 plan.layers[index] = {}
@@ -161,11 +158,6 @@ def make_report(
     )
     logger.info("%r", report)
     return report
-
-
-def needs_dense_stream(config: EGGSConfig) -> bool:
-    """Whether the dense model's hidden states are wanted beside the pruned one's."""
-    return bool(config.error_correction) or bool(config.block_tuning and config.tuning_target == "dense")
 
 
 def _check_windows(windows: Tensor, model: nn.Module) -> None:

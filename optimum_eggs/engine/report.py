@@ -24,10 +24,8 @@ class LayerReport:
     """One pruned layer.
 
     Attributes:
-        relative_error: ‖(W − Z)X‖²/‖WX‖² on the calibration inputs that it was fitted on, before its block was tuned. W
-            is the dense weight, or with error correction the corrected one.
+        relative_error: ‖(W − Z)X‖²/‖WX‖² on the calibration inputs that it was fitted on, before its block was tuned.
         min_degree, band: The floor that it was pruned under; `min_degree` is 0 without one.
-        error_without_floor: The relative error it would have had without the floor, if the floor was chosen by it.
         permutation_gain: Share of score that reordering its inputs won, if that was tried.
         scores_alone: What the mask of the largest importance scores, without the floor, would have lacked of it; None
             without a floor.
@@ -46,7 +44,6 @@ class LayerReport:
     certificate: Certificate
     min_degree: int = 0
     band: int = 1
-    error_without_floor: float | None = None
     permutation_gain: float | None = None
     scores_alone: Shortfall | None = None
     weights_alone: bool = False
@@ -93,6 +90,13 @@ class PruneReport:
         return sum(errors) / len(errors)
 
     @property
+    def warnings(self) -> list[str]:
+        """What whoever uses the model should know."""
+        untuned = [str(tuned.block) for tuned in self.tuning if not tuned.best_step]
+        what = "tuning found nothing better than not tuning: give more windows, or a smaller `tuning_lr`"
+        return [f"blocks {', '.join(untuned)}: {what}"] if untuned else []
+
+    @property
     def starved_inputs(self) -> int:
         """Inputs, over all layers, that no output keeps."""
         return sum(layer.certificate.starved_inputs for layer in self.layers)
@@ -111,6 +115,7 @@ class PruneReport:
                 "layers_by_weights_alone": sum(layer.weights_alone for layer in self.layers),
             },
             "config": self.config,
+            "warnings": self.warnings,
             "calibration": self.calibration,
             "base_model": self.base_model,
             "layers": layers,

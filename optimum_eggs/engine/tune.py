@@ -16,10 +16,11 @@ from ..nn.dense import is_conv1d, is_dense_linear
 from ..ranks import Ranks
 from .precision import in_float32
 
-HELD_OUT = 1 / 8
-"""Share of the calibration batches that a block is not tuned on, but judged by."""
+HELD_OUT, MOST_HELD_OUT = 1 / 8, 8
+"""Share of the calibration batches that a block is not tuned on, but judged by; and the most of them."""
 
 _WARM_UP = 4  # steps over which the learning rate rises
+_JUDGED = 6  # times that the windows held out are judged while a block is tuned
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,11 @@ def tune_block(
     """Tune block `index` in place, in float32: pruned weights where the mask keeps them, biases and norms.
 
     Adam on [`token_error`] with a warm-up of four steps and a cosine decay, each step on one batch of the walk's hidden
-    states. After every pass over the batches the held-out ones are judged, and the best weights seen are kept; if none
-    was better than those it began with, the block stays as it was.
+    states; no batch comes again before all others have. Six times the held-out ones are judged, and the best weights
+    seen are kept; if none was better than those it began with, the block stays as it was.
+
+    The rate of every tensor is relative to its size, since models differ tenfold in that of their weights, and an Adam
+    step does not look at it.
 
     Memory: five float32 copies of the block (weights, gradients, two moments, best weights), and one batch's
     activations.
@@ -99,13 +103,13 @@ def tune_block(
         masks: Pruned layer -> mask (out, in).
         targets: What the block should give, batch by batch.
         steps: Adam steps.
-        learning_rate: The largest.
+        learning_rate: The largest, as a share of the root mean square of a tensor's kept entries.
         seed: Seed of the order of the batches.
 
     Returns:
         The errors before and after.
     """
-    held = max(1, round(len(targets) * HELD_OUT))
+    held = min(MOST_HELD_OUT, max(1, round(len(targets) * HELD_OUT)))
     training, judging = range(len(targets) - held), range(len(targets) - held, len(targets))
     # every block its own order
     generator = torch.Generator().manual_seed((seed * 10_007 + index) % 2**63)
@@ -124,30 +128,39 @@ def tune_block(
     with _trainable(block, masks) as (parameters, kept):
         before = best = held_out_error()
         best_step, best_values = 0, [parameter.detach().clone() for parameter in parameters]
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-        step = 0
-        while step < steps:
-            for batch in torch.randperm(len(training), generator=generator)[: steps - step].tolist():
-                rate = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-                optimizer.param_groups[0]["lr"] = learning_rate * rate
-                with torch.enable_grad():
-                    own = torch.autograd.grad(error(batch), parameters, allow_unused=True)
-                with walk.exchange():
-                    gradients = _mean_over(walk.ranks, own, parameters)
-                for parameter, gradient, mask in zip(parameters, gradients, kept, strict=True):
-                    # Adam leaves alone what never had a gradient, so what is pruned stays zero.
-                    parameter.grad = gradient if gradient is None or mask is None else gradient.mul_(mask)
-                optimizer.step()
-                step += 1
+        optimizer = torch.optim.Adam([{"params": [p], "size": size} for p, size in _sizes(parameters).items()])
+        order: list[int] = []
+        for step in range(steps):
+            order = order or torch.randperm(len(training), generator=generator).tolist()
+            rate = learning_rate * min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["size"]
+            with torch.enable_grad():
+                own = torch.autograd.grad(error(order.pop()), parameters, allow_unused=True)
+            with walk.exchange():
+                gradients = _mean_over(walk.ranks, own, parameters)
+            for parameter, gradient, mask in zip(parameters, gradients, kept, strict=True):
+                # Adam leaves alone what never had a gradient, so what is pruned stays zero.
+                parameter.grad = gradient if gradient is None or mask is None else gradient.mul_(mask)
+            optimizer.step()
+            if (step + 1) * _JUDGED // steps == step * _JUDGED // steps:
+                continue
             now = held_out_error()
             if now < best:
-                best, best_step = now, step
+                best, best_step = now, step + 1
                 for value, parameter in zip(best_values, parameters, strict=True):
                     value.copy_(parameter.data)
         for parameter, value in zip(parameters, best_values, strict=True):
             parameter.data.copy_(value)
             walk.ranks.copy_from(0, parameter.data)  # processors of several kinds round otherwise
     return BlockTuning(index, before, best, steps, best_step)
+
+
+def _sizes(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, float]:
+    """Root mean square of each tensor's entries that are not zero. One that is all zero gets the median of the rest."""
+    found = {p: float(p.detach()[p.detach() != 0].square().mean().nan_to_num().sqrt()) for p in parameters}
+    others = sorted(size for size in found.values() if size) or [1.0]
+    return {p: size or others[len(others) // 2] for p, size in found.items()}
 
 
 def _mean_over(

@@ -22,7 +22,7 @@ from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
 from ..engine.plan import make_plan
-from ..engine.prune import check_run, make_report, needs_dense_stream, prune_blocks
+from ..engine.prune import check_run, make_report, prune_blocks
 from ..engine.report import REPORT_NAME, PruneReport
 from ..engine.run import calibration_windows, name_sources
 from ..errors import ConfigError, EGGSError, OutputError
@@ -265,10 +265,8 @@ def _same_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> int:
     """Bytes of the hidden states that a walk holds at the most."""
-    if needs_dense_stream(config):  # what the dense block gets and gives, beside what the pruned one gets (and gave)
-        copies = 4 if config.error_correction else 3
-    else:
-        copies = 2 if config.block_tuning else 1
+    # with tuning, what the dense block gets and gives, beside what the pruned one gets
+    copies = 3 if config.block_tuning else 1
     hidden = source.model.config.get_text_config().hidden_size
     return copies * windows.numel() * hidden * source.dtype.itemsize
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, NumericalError, ShapeError
+from ..masks import topn_mask
 from ..pattern import NMPattern
 from .objective import check_problem
 
 
 def sparsegpt(
-    weight: Tensor, gram: Tensor, pattern: NMPattern, damping: float = 0.01, block_size: int = 128
+    weight: Tensor,
+    gram: Tensor,
+    pattern: NMPattern,
+    damping: float = 0.01,
+    block_size: int = 128,
+    choose: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774), as its published code does it for N:M patterns.
 
@@ -28,6 +36,10 @@ def sparsegpt(
         damping: Relative size of what is added to the diagonal.
         block_size: Columns after which the rest of the matrix is brought up to date, rounded up to a multiple of m.
             It changes speed and rounding, nothing else.
+        choose: From the saliency of a group (out, m), w² / U_jj² up to a factor, to the mask (out, m) of the largest
+            total that is allowed.
+            Default: the n largest of every row. Under a floor, a row that has to keep another weight than its largest
+            makes up for it in the columns to the right, as it does for every weight that goes.
 
     Returns:
         The mask (out, in), boolean, with exactly n in every group, and the new weight (out, in), zero off the mask.
@@ -56,6 +68,7 @@ def sparsegpt(
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError("weight holds NaN or infinite values; look for them in the checkpoint")
 
+    choose = choose or (lambda saliency: topn_mask(saliency, pattern))
     factor = _inverse_factor(gram, damping).to(weight.dtype)
     pruned = weight.masked_fill(gram.diagonal() == 0, 0)
     mask = torch.zeros_like(weight, dtype=torch.bool)
@@ -65,11 +78,11 @@ def sparsegpt(
         block, kept = pruned[:, start:stop].clone(), mask[:, start:stop]
         local = factor[start:stop, start:stop]
         scale = local.diagonal()
+        weighing = scale.amin() / scale  # relative, so that the squares of small inputs do not vanish
         errors = torch.empty_like(block)
         for j in range(stop - start):
             if j % m == 0:
-                saliency = (block[:, j : j + m] / scale[j : j + m]).abs()  # ordered as its square
-                kept[:, j : j + m].scatter_(1, saliency.topk(pattern.n, dim=1).indices, True)
+                kept[:, j : j + m] = choose((block[:, j : j + m] * weighing[j : j + m]).square())
             # A weight that is kept has no error, one that goes is its own error.
             errors[:, j] = torch.where(kept[:, j], 0, block[:, j] / scale[j])
             block[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)

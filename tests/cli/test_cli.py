@@ -110,18 +110,17 @@ def test_only_a_dense_model_is_recorded_as_the_dense_one(packed_folder, dense_fo
         assert entry["metrics"]["perplexity"] > 1
 
 
-def test_tuning_floors_and_allocation_are_options(dense_folder, text_file, tmp_path):
-    options = ["--pattern", "4:8", "--preset", "best", "--block-tuning", "4", "--allocation", "error"]
-    sizes = ["--num-samples", "8", "--seq-len", "16", "--min-degree", "auto"]
+def test_tuning_and_floors_are_options(dense_folder, text_file, tmp_path):
+    options = ["--pattern", "4:8", "--preset", "best", "--block-tuning", "4"]
+    sizes = ["--num-samples", "8", "--seq-len", "16", "--min-degree", "2"]
     done = within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *sizes, *options)
     assert "blocks tuned: mean error on the windows held out 0." in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [block["steps"] for block in report["tuning"]] == [4, 4]
-    assert len({layer["pattern"] for layer in report["layers"]}) > 1
-    assert all(layer["error_without_floor"] is not None for layer in report["layers"])
+    assert all(layer["certificate"]["floors"][str(layer["band"])] >= 2 for layer in report["layers"])
     within("inspect", tmp_path / "out")
     done = within("prune", dense_folder, tmp_path / "no", "--calibration", text_file, "--min-degree", "some", code=2)
-    assert "argument --min-degree: invalid degree value: 'some'" in done.stderr
+    assert "argument --min-degree: invalid int value: 'some'" in done.stderr
     assert not (tmp_path / "no").exists()
 
 

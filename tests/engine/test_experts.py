@@ -124,22 +124,6 @@ def test_statistics_are_taken_in_as_many_passes_as_memory_asks_for(monkeypatch):
     assert all(torch.equal(value, other[key]) for other in found[1:] for key, value in found[0].items())
 
 
-def test_the_pattern_may_differ_between_experts():
-    report = prune_model(tiny.make_model("mixtral"), EGGSConfig("2:4", allocation="error", band=16), WINDOWS)
-    kept = sum(int(layer.pattern[0]) * layer.out_features * layer.in_features for layer in report.layers)
-    assert kept <= 2 * sum(layer.out_features * layer.in_features for layer in report.layers)
-    assert len({layer.pattern for layer in report.layers if "experts" in layer.name}) > 1
-
-
-def test_what_no_token_reaches_is_not_ranked_by_what_it_saw():
-    model = tiny.make_model("mixtral")
-    send_all_to(model, 0, [1, 2])
-    report = prune_model(model, EGGSConfig("2:4", allocation="error", band=16), WINDOWS)
-    idle = [layer for layer in report.layers if layer.weights_alone and layer.block == 0]
-    assert len(idle) == 4
-    assert {layer.pattern for layer in idle} != {"1:4"}
-
-
 def test_a_run_that_ends_before_the_first_block_is_done_leaves_the_experts_one_module(monkeypatch):
     model = tiny.make_model("mixtral")
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +27,6 @@ from optimum_eggs.nn import dense_weight, is_dense_linear
 from optimum_eggs.pattern import NMPattern
 
 PATTERN = NMPattern(2, 4)
-PATTERNS = defaultdict(lambda: PATTERN)  # of every layer
 WINDOWS = tiny.make_windows(4, 16)
 
 # consumer: (rows of its producers, heads, copies, size)
@@ -214,7 +212,7 @@ def test_masks_of_a_permuted_block_keep_more(name, dtype):
         orders = {fold.consumer: choose_orders(before[fold.consumer], fold, PATTERN) for fold in folds}
         weights = {fold.consumer: dense_weight(block.get_submodule(fold.consumer[len(prefix) :])) for fold in folds}
         old = {consumer: weight.clone() for consumer, weight in weights.items()}
-        gains = permute_block(block, prefix, folds, before.__getitem__, PATTERNS, runner(model, block))
+        gains = permute_block(block, prefix, folds, before.__getitem__, PATTERN, runner(model, block))
         assert list(gains) == list(before)
         for fold in folds:
             value, columns = before[fold.consumer], column_order(fold, orders[fold.consumer])
@@ -237,7 +235,7 @@ def test_what_cannot_be_folded_is_undone(name, caplog):
     folds, before = find_folds(block, prefix, names), state_of(block)
     assert len(folds) == 2
     caplog.clear()
-    gains = permute_block(block, prefix, folds, score_of(block, prefix), PATTERNS, runner(model, block))
+    gains = permute_block(block, prefix, folds, score_of(block, prefix), PATTERN, runner(model, block))
     assert [record.args[0].removeprefix(prefix) for record in caplog.records] == undone
     done = [fold for fold in folds if fold.consumer.removeprefix(prefix) not in undone]
     assert list(gains) == [fold.consumer for fold in done]
@@ -252,7 +250,7 @@ def test_a_wrong_order_for_grouped_queries_is_undone_bit_for_bit(caplog):
     rows = (Rows(f"{prefix}self_attn.v_proj", 0, 16),)
     wrong = Fold(f"{prefix}self_attn.o_proj", rows, heads=1, copies=2, size=16)
     before = state_of(block)
-    gains = permute_block(block, prefix, [wrong], score_of(block, prefix), PATTERNS, runner(model, block))
+    gains = permute_block(block, prefix, [wrong], score_of(block, prefix), PATTERN, runner(model, block))
     assert gains == {}
     assert not changed(block, before)
     message = "model.layers.0.self_attn.o_proj: its inputs keep their order: with the rows of self_attn.v_proj"
@@ -342,9 +340,7 @@ def test_groups_wider_than_a_head_stay_as_they_are():
     block, prefix, names = next(blocks_of(model))
     before = state_of(block)
     folds = find_folds(block, prefix, names)
-    gains = permute_block(
-        block, prefix, folds, score_of(block, prefix), defaultdict(lambda: NMPattern(8, 16)), runner(model, block)
-    )
+    gains = permute_block(block, prefix, folds, score_of(block, prefix), NMPattern(8, 16), runner(model, block))
     assert gains[f"{prefix}self_attn.o_proj"] == 0
     assert gains[f"{prefix}mlp.down_proj"] > 0
     assert changed(block, before) == {f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
@@ -353,15 +349,15 @@ def test_groups_wider_than_a_head_stay_as_they_are():
 def test_layers_that_do_not_run_stay_as_they_are():
     block = Mlp(up_proj=nn.Linear(8, 16), down_proj=nn.Linear(16, 8))
     before = state_of(block)
-    assert permute_block(block, "h.0.", block.folds(), None, PATTERNS, lambda: torch.ones(2, 3, 8)) == {}
+    assert permute_block(block, "h.0.", block.folds(), None, PATTERN, lambda: torch.ones(2, 3, 8)) == {}
     empty = torch.ones(0, 16)  # an expert that is sent no token
 
     def run():
         block.mlp.down_proj(empty)
         return torch.ones(2, 3, 8)
 
-    assert permute_block(block, "h.0.", block.folds(), None, PATTERNS, run) == {}
-    assert permute_block(block, "h.0.", [], None, PATTERNS, None) == {}
+    assert permute_block(block, "h.0.", block.folds(), None, PATTERN, run) == {}
+    assert permute_block(block, "h.0.", [], None, PATTERN, None) == {}
     assert not changed(block, before)
 
 
@@ -374,7 +370,7 @@ def test_values_that_are_used_elsewhere_too_are_seen(caplog):
         hidden = block.mlp.up_proj(x)
         return block.mlp.down_proj(hidden) + hidden[..., :8]
 
-    assert permute_block(block, "h.0.", block.folds(), score_of(block, "h.0."), PATTERNS, run) == {}
+    assert permute_block(block, "h.0.", block.folds(), score_of(block, "h.0."), PATTERN, run) == {}
     assert "h.0.mlp.down_proj: its inputs keep their order" in caplog.text
     assert not changed(block, before)
 

@@ -55,7 +55,7 @@ def test_tuning_lowers_the_held_out_error_and_keeps_every_zero(name, dtype, mete
     _, walk, block, masks, targets = prepared(meter, name, dtype)
     dtypes = {key: (value.dtype, value.requires_grad) for key, value in block.named_parameters()}
     matrices = {key: value.clone() for key, value in block.named_parameters() if value.dim() > 1}
-    found = tune_block(walk, block, 0, masks, targets, STEPS, 1e-3, seed=0)
+    found = tune_block(walk, block, 0, masks, targets, STEPS, 0.01, seed=0)
     assert found.error_after < found.error_before
     assert 0 < found.best_step <= found.steps == STEPS
     for module, mask in masks.items():
@@ -81,7 +81,7 @@ def test_the_error_is_relative_for_each_token():
 def test_steps_that_do_harm_are_not_kept(meter):
     _, walk, block, masks, targets = prepared(meter)
     before = {key: value.clone() for key, value in block.state_dict().items()}
-    found = tune_block(walk, block, 0, masks, targets, STEPS, 10.0, seed=0)
+    found = tune_block(walk, block, 0, masks, targets, STEPS, 100.0, seed=0)
     assert (found.best_step, found.error_after) == (0, found.error_before)
     assert all(torch.equal(before[key], value) for key, value in block.state_dict().items())
 
@@ -91,7 +91,7 @@ def test_the_held_out_windows_are_not_tuned_on(meter):
     for scale in (1.0, 2.0):  # what the held-out windows should give decides when to stop, and nothing else
         _, walk, block, masks, targets = prepared(meter)
         targets[-1] = targets[-1] * scale
-        tune_block(walk, block, 0, masks, targets, 7, 3e-3, seed=0)  # one pass, so one moment to stop at
+        tune_block(walk, block, 0, masks, targets, 1, 0.03, seed=0)  # one step, so one moment to stop at
         results.append({key: value.clone() for key, value in block.state_dict().items()})
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(meter):
     results = []
     for seed in (0, 0, 1):
         _, walk, block, masks, targets = prepared(meter)
-        tune_block(walk, block, 0, masks, targets, 5, 3e-3, seed)
+        tune_block(walk, block, 0, masks, targets, 5, 0.03, seed)
         results.append(torch.cat([value.flatten() for value in block.state_dict().values()]))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -113,15 +113,14 @@ def test_one_batch_is_refused_before_anything_is_done():
     assert not any(isinstance(layer, NMLinear) for layer in model.modules())
 
 
-@pytest.mark.parametrize("target", ["dense", "pruned"])
-def test_a_tuned_model_comes_nearer_to_the_dense_one(target):
+def test_a_tuned_model_comes_nearer_to_the_dense_one():
     windows, judge = tiny.make_windows(32, 16), tiny.make_windows(8, 16, seed=9)
     with torch.no_grad():
         expected = tiny.make_model("llama")(input_ids=judge, output_hidden_states=True).hidden_states[-1]
     errors = {}
     for steps in (0, STEPS):
         model = tiny.make_model("llama")
-        config = EGGSConfig("2:4", block_tuning=steps, tuning_lr=3e-3, tuning_target=target)
+        config = EGGSConfig("2:4", block_tuning=steps, tuning_lr=0.03)
         report = prune_model(model, config, windows)
         with torch.no_grad():
             given = model(input_ids=judge, output_hidden_states=True).hidden_states[-1]
@@ -134,7 +133,7 @@ def test_a_tuned_model_comes_nearer_to_the_dense_one(target):
 def test_biases_of_layers_left_dense_stay_as_they_were():
     model = tiny.make_model("gpt2")
     before = {key: value.clone() for key, value in model.named_parameters()}
-    config = EGGSConfig("2:4", targets=["mlp"], block_tuning=STEPS, tuning_lr=1e-3)
+    config = EGGSConfig("2:4", targets=["mlp"], block_tuning=STEPS, tuning_lr=0.01)
     report = prune_model(model, config, WINDOWS)
     assert all(block.best_step > 0 for block in report.tuning)
     after = dict(model.named_parameters())
@@ -158,4 +157,4 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_done():
 
 def test_any_seed_will_do(meter):
     _, walk, block, masks, targets = prepared(meter)
-    tune_block(walk, block, 0, masks, targets, 1, 1e-3, seed=2**62)
+    tune_block(walk, block, 0, masks, targets, 1, 0.005, seed=2**62)

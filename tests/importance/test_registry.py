@@ -30,7 +30,7 @@ def test_a_registered_score_decides_the_mask_and_the_model_loads_without_it(regi
     registered("smallest", lambda weight, input_norm, exponent: -weight.abs())
     dense = tiny.make_model("llama")
     weight = dense.model.layers[0].mlp.up_proj.weight.detach().clone()
-    pruner = pruned(dense, tokenizer, text_file, importance="smallest")
+    pruner = pruned(dense, tokenizer, text_file, solver="score", importance="smallest")
     mask = pruner.model.model.layers[0].mlp.up_proj.mask()
     grouped, kept = weight.abs().unflatten(1, (-1, 4)), mask.unflatten(1, (-1, 4))
     assert torch.equal(kept, grouped.argsort(-1).argsort(-1) < 2)  # the two smallest of every four

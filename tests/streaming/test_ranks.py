@@ -31,9 +31,8 @@ SIZE = {"num_samples": 16, "seq_len": 32, "band": 8, "batch_size": 4}
 KINDS = {
     "fast": {},
     "best": {"preset": "best", "block_tuning": 6},
-    "corrected": {"preset": "best", "block_tuning": 0, "error_correction": 0.5},
+    "untuned": {"preset": "best", "block_tuning": 0},
     "permuted": {"preset": "ria", "permutation": True},
-    "allocated": {"allocation": "error"},
     "paper": {"preset": "paper", "band": 4},
 }
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -106,22 +105,20 @@ def sums_of_two(monkeypatch):
     """
     add, over_all = GramAccumulator.add, GramAccumulator.over_all
 
-    def add_apart(self, inputs, others=None):
-        parts, pairs = (inputs,), (others,)
+    def add_apart(self, inputs):
+        parts = (inputs,)
         if inputs.dim() == 3:  # not an expert's tokens
-            parts, pairs = inputs.chunk(2), (None, None) if others is None else others.chunk(2)
+            parts = inputs.chunk(2)
             vars(self).setdefault("apart", GramAccumulator(inputs.shape[-1], inputs.device))
-        for statistics, mine, theirs in zip((self, vars(self).get("apart")), parts, pairs, strict=False):
-            add(statistics, mine, theirs)
+        for statistics, mine in zip((self, vars(self).get("apart")), parts, strict=False):
+            add(statistics, mine)
 
-    def over_both(self, ranks, paired=False):
+    def over_both(self, ranks):
         apart = vars(self).pop("apart", None)
         if apart is not None:
             self.gram += apart.gram
             self.tokens += apart.tokens
-            if self.cross is not None:
-                self.cross += apart.cross
-        return over_all(self, ranks, paired)
+        return over_all(self, ranks)
 
     monkeypatch.setattr(GramAccumulator, "add", add_apart)
     monkeypatch.setattr(GramAccumulator, "over_all", over_both)

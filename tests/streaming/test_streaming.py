@@ -30,8 +30,6 @@ SIZE = {"num_samples": 8, "seq_len": 16, "band": 8, "batch_size": 2}
 KINDS = {
     "fast": {},
     "best": {"preset": "best", "block_tuning": 4},
-    "corrected": {"preset": "best", "block_tuning": 0, "error_correction": 0.5},
-    "allocated": {"allocation": "error"},
 }
 
 
@@ -39,8 +37,6 @@ KINDS = {
 STORES = {
     "fast": lambda blocks: 1,
     "best": lambda blocks: 2 + blocks,
-    "corrected": lambda blocks: 2 + blocks,
-    "allocated": lambda blocks: 2,
 }
 
 
@@ -239,7 +235,7 @@ def test_another_run_is_refused_with_what_changed_and_overwrite_starts_again(
         {name: value * 2 for name, value in tensors(deep).items()}, other_model / "model.safetensors", {"format": "pt"}
     )
     for model, changed, options, message in (
-        (deep, config_for(text_file, importance="wanda"), {}, "config.importance was 'ria' and is now 'wanda'"),
+        (deep, config_for(text_file, refit_steps=3), {}, "config.refit_steps was 15 and is now 3"),
         (deep, config_for(other_text), {}, "calibration was "),
         (deep, config, {"dtype": "float32"}, "dtype was 'torch.bfloat16' and is now 'torch.float32'"),
         (other_model, config, {}, "model.model.safetensors was "),
@@ -306,20 +302,20 @@ def test_a_journal_that_knows_more_is_refused_with_what(deep, text_file, tmp_pat
         prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
 
 
-def test_blocks_with_buffers_that_no_file_holds_are_walked_twice(tokenizer, text_file, tmp_path):
+def test_blocks_with_buffers_that_no_file_holds(tokenizer, text_file, tmp_path):
     torch.manual_seed(0)
-    config = GPTNeoConfig(
+    small = GPTNeoConfig(
         vocab_size=256, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     )
-    model = GPTNeoForCausalLM(config)
+    model = GPTNeoForCausalLM(small)
     assert any(".h." in name for name, _ in model.named_non_persistent_buffers())
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    allocated = config_for(text_file, allocation="error")
+    config = config_for(text_file)
     pruner = EGGSPruner.from_pretrained(tmp_path / "dense")
-    pruner.prune(allocated, progress=False)
+    pruner.prune(config, progress=False)
     pruner.save_pretrained(tmp_path / "memory")
-    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", allocated, progress=False)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config, progress=False)
     same_bits(tensors(tmp_path / "memory"), tensors(tmp_path / "disk"))
 
 

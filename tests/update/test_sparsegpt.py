@@ -84,7 +84,8 @@ def test_float32_follows_float64(kind):
     mask, pruned = sparsegpt(weight, gram, NMPattern(2, 4))
     assert pruned.dtype == torch.float32
     expected_mask, expected = loop_sparsegpt(weight, gram, 2, 4, 0.01)
-    assert torch.equal(mask, expected_mask)
+    alive = gram.diagonal() > 0  # among equal saliencies any may be kept
+    assert torch.equal(mask[:, alive], expected_mask[:, alive])
     # The factor is that of float64, rounded: the condition does not count, only what a row adds up in COLUMNS steps.
     # One step stretches an error by at most the condition of the factor, the root of that of H.
     stretch = float(torch.linalg.cond(damped_hessian(gram, 0.01))) ** 0.5

@@ -6,7 +6,10 @@ k. Every run is a process of its own, so that memory is its own. Rows are added 
 is there already (same model, texts, windows and configuration) is not run again, so a run may be cut and resumed; the
 commits of the rows are printed above the table.
 
-Perplexity is exp of the mean loss over all predicted tokens of consecutive windows of the test text. Memory growth is
+Perplexity is exp of the mean loss over all predicted tokens of consecutive windows of the test text. With
+`--development` in place of `--text`, the calibration text's first three quarters calibrate and its last quarter judges,
+so that settings are not chosen by a test text; KL is that of the dense model to the pruned one, nats a token. With
+`--blocks`, only those are pruned. Memory growth is
 the peak while pruning over what was resident once the model was loaded, as a share of the dense model's bytes.
 """
 
@@ -36,7 +39,8 @@ def configuration(method: str, pattern: str, draw: int, args: argparse.Namespace
     return EGGSConfig(
         pattern,
         preset=name,
-        calibration=args.calibration,
+        calibration=text_of(args)[0],
+        targets=[f"layers.{index}" for index in args.blocks] if args.blocks else None,
         num_samples=args.num_samples,
         seq_len=args.seq_len,
         sampling="random" if draw else "sequential",
@@ -48,31 +52,45 @@ def configuration(method: str, pattern: str, draw: int, args: argparse.Namespace
 def identity(method: str, pattern: str, draw: int, args: argparse.Namespace) -> dict[str, Any]:
     """What makes two rows the same: the model by name, the texts by content, the windows, the whole configuration."""
     row = {key: getattr(args, key) for key in ("test_windows", "test_seq_len")}
-    row |= {"model": Path(args.model).name, "text": Path(args.text).name, "method": method}
-    row["text_sha256"] = digest(args.text)
+    calibration, judge = text_of(args)
+    row |= {"model": Path(args.model).name, "text": Path(args.text or args.calibration).name, "method": method}
+    row["text_sha256"] = digest(judge)
     if method == "dense":
         return row | {"pattern": "", "draw": 0}
-    row["calibration_file_sha256"] = digest(args.calibration)
+    row["calibration_file_sha256"] = digest(calibration)
     config = configuration(method, pattern, draw, args).to_dict() | {"calibration": Path(args.calibration).name}
     return row | {"pattern": pattern, "draw": draw, "config": config}
 
 
 def is_row(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a row is of what is wanted; an option newer than the row had the value that is now the default."""
+    """Whether a row is of what is wanted.
+
+    An option newer than the row had the value that is now the default; of one that is gone since, the method tells.
+    """
     from optimum_eggs import EGGSConfig
 
     asked, had = wanted.get("config", {}), row.get("config", {})
+    had = {key: value for key, value in had.items() if key in asked}
     newer = {key: value for key, value in EGGSConfig().to_dict().items() if key in asked and key not in had}
     return wanted.items() <= (row | ({"config": newer | had} if had else {})).items()
 
 
-def digest(file: str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def text_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The text to calibrate on and that to judge by, each as one document."""
+    text = Path(args.calibration).read_text(encoding="utf-8")
+    if not args.development:
+        return [text], [Path(args.text).read_text(encoding="utf-8")]
+    cut = text.index("\n", len(text) * 3 // 4) + 1
+    return [text[:cut]], [text[cut:]]
+
+
+def digest(texts: list[str]) -> str:
+    """SHA-256 of the texts in UTF-8, in hexadecimal."""
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 def parsed(value: str) -> Any:
-    """`"70"` to 70, `"true"` to True, `"auto"` to itself."""
+    """`"70"` to 70, `"true"` to True, `"score"` to itself."""
     try:
         return json.loads(value)
     except json.JSONDecodeError:
@@ -87,6 +105,8 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     from optimum_eggs import EGGSPruner
     from optimum_eggs.evaluation import perplexity
     from optimum_eggs.evaluation.compare import evaluation_windows
+    from optimum_eggs.evaluation.paired import compare
+    from optimum_eggs.evaluation.reading import read
 
     pruner = EGGSPruner.from_pretrained(args.model, dtype="float32")
     dense_bytes = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
@@ -102,8 +122,6 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
             "starved_inputs": report.starved_inputs,
             "floor_per_16_rows": min(layer.certificate.floors[min(16, layer.out_features)] for layer in layers),
             "least_share_of_outputs": min(kept),
-            "floors": count(f"{layer.min_degree}:{layer.band}" for layer in layers),
-            "patterns": count(layer.pattern for layer in layers),
             "seconds": took["seconds"],
             "cpu_seconds": took["cpu_seconds"],
             "seconds_by_stage": {name: stage["seconds"] for name, stage in took["stages"].items()},
@@ -114,16 +132,12 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
             "calibration_sha256": report.calibration["sha256"],
             "versions": report.versions,
         }
-    windows = evaluation_windows(args.text, pruner.tokenizer, args.test_seq_len, args.test_windows)
+    windows = evaluation_windows(text_of(args)[1], pruner.tokenizer, args.test_seq_len, args.test_windows)
+    if args.development and args.worker != "dense":
+        dense = EGGSPruner.from_pretrained(args.model, dtype="float32").model
+        row["kl"] = compare(read([pruner.model, dense], windows, progress=False)).kl_divergence.value
+        del dense
     return row | {"perplexity": perplexity(pruner.model, windows, progress=False).perplexity}
-
-
-def count(items: Any) -> dict[str, int]:
-    """How often each item occurs."""
-    found: dict[str, int] = {}
-    for item in items:
-        found[item] = found.get(item, 0) + 1
-    return found
 
 
 def run_worker(arguments: list[str], method: str, pattern: str, draw: int) -> dict[str, Any]:
@@ -137,22 +151,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, one line for each method and pattern, mean ± standard deviation over draws."""
     lines = [
         "| pattern | method | draws | perplexity | relative error | starved inputs | least kept per 16 rows "
-        "| least share of outputs | seconds | memory growth |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| least share of outputs | seconds | memory growth | KL | blocks improved |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for pattern, method in dict.fromkeys((row["pattern"], row["method"]) for row in rows):
         runs = [row for row in rows if (row["pattern"], row["method"]) == (pattern, method)]
         shown = f"| {pattern} | {method} | {len(runs)} | {spread(runs, 'perplexity', '.2f')} |"
         if method == "dense":
-            lines.append(shown + " | | | | | |")
+            lines.append(shown + " | | | | | | | |")
             continue
         shares = min(row["least_share_of_outputs"] for row in runs)
         lines.append(
             f"{shown} {statistics.mean(row['relative_error'] for row in runs):.4f} "
             f"| {max(row['starved_inputs'] for row in runs)} | {min(row['floor_per_16_rows'] for row in runs)} "
-            f"| {shares:.3f} | {spread(runs, 'seconds', '.0f')} | {max(row['memory_growth'] for row in runs):.0%} |"
+            f"| {shares:.3f} | {spread(runs, 'seconds', '.0f')} | {max(row['memory_growth'] for row in runs):.0%} "
+            f"| {spread(runs, 'kl', '.4f') if all('kl' in row for row in runs) else ''} "
+            f"| {' '.join(improved(row) for row in runs if row['tuning'])} |"
         )
     return "\n".join(lines)
+
+
+def improved(row: dict[str, Any]) -> str:
+    """How many of the blocks tuned came out better."""
+    return f"{sum(after < before for before, after in row['tuning'])} of {len(row['tuning'])}"
 
 
 def spread(runs: list[dict[str, Any]], key: str, style: str) -> str:
@@ -173,7 +194,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the dense model")
     parser.add_argument("--calibration", required=True, help="text file to calibrate on")
-    parser.add_argument("--text", required=True, help="text file to judge on")
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--text", help="text file to judge on")
+    judge.add_argument("--development", action="store_true", help="judge on the last quarter of the calibration text")
+    parser.add_argument("--blocks", nargs="+", type=int, help="prune these alone")
     parser.add_argument("--patterns", nargs="+", default=["2:4"])
     parser.add_argument("--methods", nargs="+", default=["dense", *METHODS], metavar="PRESET[:KEY=VALUE,...]")
     parser.add_argument("--draws", nargs="+", type=int, default=[0], help="draws of calibration windows")
@@ -211,11 +235,6 @@ def main() -> None:
         print(f"{processor_name}, {threads} threads, commit {of_commit}: {', '.join(methods)}")
     print()
     print(table(rows))
-    for row in rows:
-        if "min_degree=auto" in row["method"]:
-            print(f"\nfloors of {row['pattern']} {row['method']}, draw {row['draw']} (min_degree:band, layers)")
-            for floor, layers in sorted(row["floors"].items(), key=lambda item: -item[1]):
-                print(f"{floor:>6} {layers:4d} {'#' * layers}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def text_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     text = Path(args.calibration).read_text(encoding="utf-8")
     if not args.development:
         return [text], [Path(args.text).read_text(encoding="utf-8")]
-    cut = text.index("\n", len(text) * 3 // 4) + 1
+    quarter = len(text) * 3 // 4
+    cut = text.find("\n", quarter) + 1 or quarter
     return [text[:cut]], [text[cut:]]
 
 

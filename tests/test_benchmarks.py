@@ -42,12 +42,22 @@ def test_quality_prints_what_it_writes(quality):
 def test_quality_goes_on_where_it_stopped(quality):
     result, arguments, _ = quality
     before = json.loads(result.read_text())["rows"]
-    done = run("quality.py", *arguments, "--methods", "dense", "fast", "fast:min_degree=auto,refit_steps=2")
+    done = run("quality.py", *arguments, "--methods", "dense", "fast", "fast:min_degree=2,refit_steps=2")
     after = json.loads(result.read_text())["rows"]
     assert after[: len(before)] == before
-    assert [row["method"] for row in after[len(before) :]] == ["fast:min_degree=auto,refit_steps=2"]
-    assert sum(after[-1]["floors"].values()) == sum(before[1]["floors"].values())
-    assert "fast:min_degree=auto,refit_steps=2" in done.stdout
+    assert [row["method"] for row in after[len(before) :]] == ["fast:min_degree=2,refit_steps=2"]
+    assert after[-1]["floor_per_16_rows"] >= 2 > before[1]["floor_per_16_rows"]
+    assert "fast:min_degree=2,refit_steps=2" in done.stdout
+
+
+def test_settings_are_judged_on_the_end_of_the_calibration_text(quality, tmp_path):
+    arguments = [*quality[1][:3], "--development", "--blocks", "1", "--json", tmp_path / "rows.json"]
+    sizes = ["--num-samples", 8, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32]
+    run("quality.py", *arguments, *sizes, "--methods", "best:block_tuning=4")
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["config"]["targets"] == ["layers.1"]
+    assert len(row["tuning"]) == 1
+    assert row["kl"] > 0
 
 
 def test_quality_knows_rows_that_are_older_than_an_option(quality, tmp_path):

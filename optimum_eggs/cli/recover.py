@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=["lora", "values"], default="lora", help="what is trained (default: lora)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA (default: 16)")
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default: 200)")
-    parser.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3 for lora, 3e-4 for values)")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        help="highest learning rate, as a share of the weights' root mean square (default: 5e-3 lora, 1.5e-3 values)",
+    )
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (default: 512)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a step of each process (default: 4)")
     parser.add_argument(

@@ -83,11 +83,12 @@ def prune_block(
     config: EGGSConfig,
     meter: Meter,
     stream: DenseStream | None,
+    go_on: bool = True,
 ) -> BlockResult:
-    """Prune block `index` in place and pass the walk, and the dense stream, through it."""
+    """Prune block `index` in place and, with `go_on`, pass the walk and the dense stream through it."""
     todo, plan.layers[index] = plan.layers[index], {}  # the plan must not keep the dense layers in memory
     prefix = f"{plan.block_list.block_name(index)}."
-    if stream is not None:
+    if stream is not None and (todo or go_on):
         stream.advance(block, index)
     gains = _permute(walk, block, index, prefix, todo, config, meter)
     solved: list[_Solved] = []
@@ -100,7 +101,8 @@ def prune_block(
             masks = {todo[layer.name]: layer.mask() for layer in solved}
             steps, rate = config.block_tuning, config.tuning_lr
             tuning = tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed)
-    walk.advance(block, index)
+    if go_on:
+        walk.advance(block, index)
 
     left_dense = []
     reached = {layer.name for layer in solved}

@@ -123,7 +123,8 @@ def prune_blocks(
                 walk.advance(block, index)
                 plan.layers[index] = {}
             else:
-                done.append(prune_block(walk, block, index, plan, config, meter, stream))
+                go_on = any(plan.layers[index + 1 :])  # behind the last block to prune, nothing needs to run
+                done.append(prune_block(walk, block, index, plan, config, meter, stream, go_on))
                 if keeper is not None:
                     keeper.keep(block, index, done[-1])
             blocks.release(index)

@@ -15,6 +15,7 @@ from ..errors import CalibrationError, ModelError
 from ..nn.dense import is_conv1d, is_dense_linear
 from ..ranks import Ranks
 from .precision import in_float32
+from .rates import sizes
 
 HELD_OUT, MOST_HELD_OUT = 1 / 8, 8
 """Share of the calibration batches that a block is not tuned on, but judged by; and the most of them."""
@@ -90,8 +91,7 @@ def tune_block(
     states; no batch comes again before all others have. Six times the held-out ones are judged, and the best weights
     seen are kept; if none was better than those it began with, the block stays as it was.
 
-    The rate of every tensor is relative to its size, since models differ tenfold in that of their weights, and an Adam
-    step does not look at it.
+    The rate of every tensor is relative to its size.
 
     Memory: five float32 copies of the block (weights, gradients, two moments, best weights), and one batch's
     activations.
@@ -126,15 +126,16 @@ def tune_block(
         return float(total) / len(judging) / walk.ranks.size
 
     with _trainable(block, masks) as (parameters, kept):
+        of_size = sizes(parameters)
         before = best = held_out_error()
         best_step, best_values = 0, [parameter.detach().clone() for parameter in parameters]
-        optimizer = torch.optim.Adam([{"params": [p], "size": size} for p, size in _sizes(parameters).items()])
+        optimizer = torch.optim.Adam([{"params": [p]} for p in parameters])
         order: list[int] = []
         for step in range(steps):
             order = order or torch.randperm(len(training), generator=generator).tolist()
             rate = learning_rate * min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["size"]
+            for group, size in zip(optimizer.param_groups, of_size, strict=True):
+                group["lr"] = rate * size
             with torch.enable_grad():
                 own = torch.autograd.grad(error(order.pop()), parameters, allow_unused=True)
             with walk.exchange():
@@ -154,13 +155,6 @@ def tune_block(
             parameter.data.copy_(value)
             walk.ranks.copy_from(0, parameter.data)  # processors of several kinds round otherwise
     return BlockTuning(index, before, best, steps, best_step)
-
-
-def _sizes(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, float]:
-    """Root mean square of each tensor's entries that are not zero. One that is all zero gets the median of the rest."""
-    found = {p: float(p.detach()[p.detach() != 0].square().mean().nan_to_num().sqrt()) for p in parameters}
-    others = sorted(size for size in found.values() if size) or [1.0]
-    return {p: size or others[len(others) // 2] for p, size in found.items()}
 
 
 def _mean_over(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHODS = ("lora", "values")
-_LEARNING_RATES = {"lora": 1e-3, "values": 3e-4}
+_LEARNING_RATES = {"lora": 5e-3, "values": 1.5e-3}  # as shares of the root mean square of what is changed
 _SETTINGS, _TAUGHT = "settings.json", "teacher.safetensors"
 _MOST_HELD_OUT = 16  # windows: judging more of them took time from training
 
@@ -48,8 +48,8 @@ class RecoverySettings:
         method: `"lora"` trains a masked LoRA on every packed layer and merges it; `"values"` trains the packed values.
         rank: Of the LoRA; its alpha is twice that.
         steps: Optimiser steps.
-        learning_rate: At its highest, after a twentieth of the steps; it falls to zero as a cosine. Default: 1e-3 for
-            `"lora"`, 3e-4 for `"values"`.
+        learning_rate: At its highest, after a twentieth of the steps; it falls to zero as a cosine. A share of the root
+            mean square of the weights that are changed. Default: 5e-3 for `"lora"`, 1.5e-3 for `"values"`.
         seq_len: Tokens in a window.
         batch_size: Windows in a step of each process.
         held_out: Share of the windows that training does not see, at least two windows and at most 16.

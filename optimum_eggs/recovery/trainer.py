@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from ..engine.rates import sizes
 from .distill import block_error, divergence
 
 
@@ -39,6 +40,14 @@ class RecoveryTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(_Bar)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments, `learning_rate` being a share of the size of what each parameter changes."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            share = options.pop("lr")
+            self.optimizer = kind(parameter_groups(model or self.model, share), **options)
+        return self.optimizer
+
     def compute_loss(
         self,
         model: Any,
@@ -62,3 +71,20 @@ class RecoveryTrainer(Trainer):
             error = block_error(outputs.hidden_states[1:], theirs.hidden_states[1:])  # the first is the embedding
             loss = loss + self._block_matching * error
         return (loss, outputs) if return_outputs else loss
+
+
+def parameter_groups(model: nn.Module, share: float) -> list[dict[str, Any]]:
+    """A group for each parameter that is trained, its `lr` being `share` of the root mean square of what it changes.
+
+    That is the layer's own weight for the two factors of a LoRA, and otherwise the parameter itself.
+    """
+    changes = {
+        id(parameter): module.get_base_layer().weight
+        for module in model.modules()
+        if hasattr(module, "get_base_layer") and hasattr(module, "lora_A")
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    of_size = sizes([changes.get(id(parameter), parameter) for parameter in trained])
+    return [{"params": [each], "lr": share * size} for each, size in zip(trained, of_size, strict=True)]

@@ -178,7 +178,7 @@ def test_a_mixture_is_recovered(name, method, save, tmp_path, text_file):
 
     folder = save(name)
     settings = RecoverySettings(
-        [str(text_file)], method=method, seq_len=16, batch_size=2, steps=4, evaluations=2, rank=2, learning_rate=1e-2
+        [str(text_file)], method=method, seq_len=16, batch_size=2, steps=4, evaluations=2, rank=2, learning_rate=1e-1
     )
     recover(folder, tmp_path / "recovered", settings)
     found = inspect_checkpoint(tmp_path / "recovered")

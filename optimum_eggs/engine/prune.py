@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from ..nn import NMLinear
 from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
 from .block import BlockResult, DenseStream, prune_block
+from .estimate import announcement, estimate
 from .plan import PrunePlan, make_plan
 from .report import PruneReport
 from .tune import check_tunable
@@ -43,7 +45,8 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.
         config: What to do. Its `calibration` is not read here.
         windows: Token ids (windows, tokens), int64.
-        progress: Show a progress bar. Default: if stderr is a terminal.
+        progress: Write to stderr what is to be done and about how long it takes, and show a progress bar; or neither.
+            Default: the bar only if stderr is a terminal.
 
     Returns:
         The report.
@@ -113,6 +116,7 @@ def prune_blocks(
         walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
         stream = DenseStream(walk) if config.block_tuning else None
         hide = ranks.hide_bar(progress)
+        announced = progress is False or not ranks.first
         bar = tqdm(range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=hide)
         for index in bar:
             block = blocks.materialise(index)
@@ -123,6 +127,10 @@ def prune_blocks(
                 walk.advance(block, index)
                 plan.layers[index] = {}
             else:
+                if not announced and plan.layers[index]:
+                    announced = True
+                    found = estimate(walk, block, index, plan, config)
+                    tqdm.write(announcement(model, walk, plan, config, found), file=sys.stderr)
                 go_on = any(plan.layers[index + 1 :])  # behind the last block to prune, nothing needs to run
                 done.append(prune_block(walk, block, index, plan, config, meter, stream, go_on))
                 if keeper is not None:

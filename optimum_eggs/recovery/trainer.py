@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class RecoveryTrainer(Trainer):
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             share = options.pop("lr")
-            self.optimizer = kind(parameter_groups(model or self.model, share), **options)
+            self.optimizer = kind(parameter_groups(cast(nn.Module, self.model), share), **options)
         return self.optimizer
 
     def compute_loss(
@@ -78,10 +78,10 @@ def parameter_groups(model: nn.Module, share: float) -> list[dict[str, Any]]:
 
     That is the layer's own weight for the two factors of a LoRA, and otherwise the parameter itself.
     """
-    changes = {
+    adapted: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    changes: dict[int, Tensor] = {
         id(parameter): module.get_base_layer().weight
-        for module in model.modules()
-        if hasattr(module, "get_base_layer") and hasattr(module, "lora_A")
+        for module in adapted
         for parameter in module.parameters()
         if parameter.requires_grad
     }

@@ -22,6 +22,7 @@ from ..ranks import ALONE, Ranks
 from .allocation import allocate_by_error
 from .block import BlockResult, DenseStream, prune_block
 from .plan import PrunePlan, make_plan
+from .precision import check_float32
 from .report import PruneReport
 from .tune import check_tunable
 
@@ -83,11 +84,14 @@ class Keeper(Protocol):
 
 
 def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Ranks = ALONE) -> None:
-    """Raise unless the windows fit the model and the processes, and blocks can be tuned where that is asked for."""
+    """Raise unless the windows fit the model and the processes, and its blocks run as the configuration needs."""
     ranks.check(len(windows), config.batch_size)
     _check_windows(windows, model)
     if config.block_tuning:
-        check_tunable(model, -(-len(windows) // config.batch_size), config.batch_size)
+        check_float32(model, f"block_tuning={config.block_tuning}")
+        check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
+    if config.permutation:
+        check_float32(model, "permutation=True")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ..calibration import BlockProvider, InMemoryBlocks, Walk
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
-from ..measure import Meter
+from ..measure import Meter, devices_of
 from ..nn import NMLinear
 from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
@@ -57,7 +57,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     check_run(model, config, windows)
     plan = make_plan(model, config)
     try:
-        with Meter() as meter:
+        with Meter(devices_of(model)) as meter:
             done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
     except BaseException:
         if not any(isinstance(module, NMLinear) for module in model.modules()):

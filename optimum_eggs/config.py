@@ -27,6 +27,13 @@ RETIRED = ("allocation", "descent_sweeps", "error_correction", "floor_tolerance"
 """Keys of earlier releases, that packed models may hold; no measurement supported what they did."""
 
 
+class _NotInherited:
+    """Takes the place of an inherited attribute that a class is not to have."""
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise AttributeError
+
+
 class EGGSConfig(QuantizationConfigMixin):
     """How to prune a model to N:M sparsity.
 
@@ -83,6 +90,9 @@ class EGGSConfig(QuantizationConfigMixin):
     >>> EGGSConfig.from_dict(config.to_dict()) == config
     True
     """
+
+    # transformers' class is a dataclass of one field: `dataclasses.replace` would drop all other values without a word.
+    __dataclass_fields__ = _NotInherited()
 
     def __init__(
         self,
@@ -149,7 +159,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.seq_len = check.integer("seq_len", seq_len, least=2)
         self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
         self.seed = check.integer("seed", seed, least=0)
-        size = (1 if self.block_tuning else 4) if batch_size is None else batch_size
+        size = _batch_size(self.block_tuning) if batch_size is None else batch_size
         self.batch_size = check.integer("batch_size", size, least=1)
         self.min_expert_tokens = check.integer("min_expert_tokens", min_expert_tokens, least=0)
 
@@ -195,6 +205,39 @@ class EGGSConfig(QuantizationConfigMixin):
             if base == values and band == self.band:
                 return name
         return None
+
+    def replace(self, **changes: Any) -> EGGSConfig:
+        """A configuration with other values; `copy.replace` of Python 3.13 does the same.
+
+        What follows from other values follows again: `min_degree`, `band` and `batch_size`, where they are what they
+        would be by default. A preset brings its own values for the whole method, `band` included.
+
+        Args:
+            changes: As for a new configuration.
+
+        Raises:
+            ConfigError: as for a new configuration.
+
+        >>> config = EGGSConfig("4:8", preset="best", seed=3).replace(pattern="1:8", min_degree=2)
+        >>> config.pattern, config.solver, config.seed, config.band
+        (NMPattern(n=1, m=8), 'admm', 3, 64)
+        >>> config.replace(preset="fast").solver
+        'score'
+        """
+        by_default = {
+            "min_degree": _min_degree(None, _preset_values(self.preset)["min_degree"], self.selection, self.pattern),
+            "band": _band(None, self.min_degree, self.selection, self.pattern),
+            "batch_size": _batch_size(self.block_tuning),
+        }
+        dropped = {key for key, value in by_default.items() if getattr(self, key) == value}
+        if "pattern" in changes:
+            dropped |= {"n", "m"}
+        if "preset" in changes:
+            dropped |= {*METHOD, "band"}
+        kept = {key: value for key, value in vars(self).items() if key not in dropped}
+        return type(self)(**kept | changes)
+
+    __replace__ = replace
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types. Data and tokenizer are left out: `calibration` stays only where it names its sources."""
@@ -304,6 +347,10 @@ def _band(given: int | None, min_degree: int, selection: str, pattern: NMPattern
             f"group and the floor takes {min_degree * pattern.m}; use a band of {need} or more, or a smaller min_degree"
         )
     return band
+
+
+def _batch_size(block_tuning: int) -> int:
+    return 1 if block_tuning else 4
 
 
 def _calibration_names(source: Any) -> str | dict[str, float] | None:

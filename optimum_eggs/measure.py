@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,11 +21,28 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def devices_of(model: torch.nn.Module) -> set[torch.device]:
+    """Where the weights of a model are."""
+    return {parameter.device for parameter in model.parameters()}
+
+
+def finish(devices: Iterable[torch.device]) -> None:
+    """Wait until each of `devices` has done what it was asked to: a GPU is still at work when a call to it returns."""
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
+
+
 class Meter:
     """Measures wall seconds, CPU seconds and peak resident memory of named stages.
 
     Stages may nest: time spent in an inner stage is not counted for the outer one. Memory is sampled by a thread
-    while the meter is open; on CUDA, the allocator's own peak of the whole run is added to the summary.
+    while the meter is open; on CUDA, the allocator's own peak of the whole run is added to the summary, that of the
+    device where it is the highest.
+
+    Args:
+        devices: Where work is done, besides the CPU. A stage ends when they have finished.
+        interval: Seconds between two samples of memory.
 
     >>> with Meter() as meter:
     ...     with meter.stage("work"):
@@ -34,7 +51,8 @@ class Meter:
     ['work']
     """
 
-    def __init__(self, interval: float = 0.01) -> None:
+    def __init__(self, devices: Iterable[torch.device | str] = (), interval: float = 0.01) -> None:
+        self._devices = [torch.device(device) for device in devices]
         self._interval = interval
         self._process = psutil.Process()
         self._stack: list[str] = []
@@ -46,18 +64,18 @@ class Meter:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Meter:
-        self._begin = (time.perf_counter(), time.process_time())
+        self._begin = self._now()
         self.start_rss = self._process.memory_info().rss
         self._peak_rss = self.start_rss
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        for device in self._cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._done.set()
         self._thread.join()
-        self._end = (time.perf_counter(), time.process_time())
+        self._end = self._now()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -85,12 +103,20 @@ class Meter:
             "peak_rss": self._peak_rss,
             "stages": stages,
         }
-        if torch.cuda.is_available():
-            total["peak_cuda"] = torch.cuda.max_memory_allocated()
+        if self._cuda:
+            total["peak_cuda"] = max(map(torch.cuda.max_memory_allocated, self._cuda))
         return total
 
+    @property
+    def _cuda(self) -> list[torch.device]:
+        return [device for device in self._devices if device.type == "cuda"]
+
+    def _now(self) -> tuple[float, float]:
+        finish(self._devices)
+        return time.perf_counter(), time.process_time()
+
     def _switch(self) -> None:
-        now = (time.perf_counter(), time.process_time())
+        now = self._now()
         if self._stack:
             name = self._stack[-1]
             self._wall[name] = self._wall.get(name, 0.0) + now[0] - self._mark[0]

@@ -15,7 +15,7 @@ from .engine.report import REPORT_NAME
 from .errors import ConfigError, ModelError
 from .folders import check_output, new_folder
 from .hf.attach import attach_quantizer
-from .hf.loading import load_model, load_tokenizer, own_memory, parse_dtype
+from .hf.loading import hub_options, load_model, load_tokenizer, own_memory, parse_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,9 +71,7 @@ class EGGSPruner(OptimumQuantizer):
         if not isinstance(model_or_path, str | Path):
             return cls(model_or_path, tokenizer)
         if tokenizer is None:
-            hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-            chosen = {key: kwargs[key] for key in hub if key in kwargs}
-            tokenizer = load_tokenizer(model_or_path, gguf_file=gguf_file, **chosen)
+            tokenizer = load_tokenizer(model_or_path, gguf_file=gguf_file, **hub_options(kwargs))
         model = load_model(model_or_path, gguf_file=gguf_file, dtype=dtype, **kwargs)
         own_memory(model)
         return cls(model, tokenizer)

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from optimum_eggs.config import SELECTIONS, UPDATES, EGGSConfig
 from optimum_eggs.errors import ConfigError
 from optimum_eggs.importance import IMPORTANCE
 from optimum_eggs.pattern import NMPattern
-from optimum_eggs.presets import PRESETS
+from optimum_eggs.presets import METHOD, PRESETS
 
 
 def through_json(config: EGGSConfig) -> EGGSConfig:
@@ -194,6 +195,94 @@ def test_deepcopy_copies_the_lists():
     twin.ignore.append("down")
     twin.pruned_modules["b"] = "2:4"
     assert (config.targets, config.ignore, config.pruned_modules) == (["up"], ["lm_head"], {"a": "2:4"})
+
+
+OWN = EGGSConfig(
+    "4:8", preset="best", refit_steps=7, num_samples=7, seed=3, targets=["up"], tokenizer=object(), calibration=[[1, 2]]
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "expected"),
+    [
+        (EGGSConfig("4:8", preset="best", num_samples=7), {"seed": 4}, {"preset": "best", "num_samples": 7}),
+        (OWN, {}, {"refit_steps": 7, "num_samples": 7, "seed": 3, "targets": ["up"]}),
+        (OWN, {"pattern": "2:4"}, {"pattern": NMPattern(2, 4), "refit_steps": 7, "block_tuning": 140}),
+        (OWN, {"n": 3}, {"pattern": NMPattern(3, 8)}),
+        (OWN, {"preset": "fast"}, {"preset": "fast", "refit_steps": 15, "batch_size": 4, "num_samples": 7}),
+        (OWN, {"preset": "ria", "min_degree": None}, {"preset": "ria", "min_degree": 0}),
+        (OWN, {"preset": "fast", "refit_steps": 7}, {"preset": None, "solver": "score", "refit_steps": 7}),
+        (OWN, {"refit_steps": 10}, {"preset": "best"}),
+        (OWN, {"block_tuning": 0}, {"batch_size": 4}),
+        (OWN, {"targets": None}, {"targets": None}),
+        # What follows from other values follows again, and what was chosen stays.
+        (EGGSConfig("1:8"), {"min_degree": 2}, {"band": 64}),
+        (EGGSConfig("1:8", min_degree=2), {"min_degree": 1, "pattern": "2:4"}, {"band": 16}),
+        (EGGSConfig(band=32), {"min_degree": 2}, {"band": 32, "preset": None}),
+        (EGGSConfig(band=32), {"band": None}, {"band": 16, "preset": "fast"}),
+        (EGGSConfig(band=32), {"preset": "ria"}, {"band": 16, "preset": "ria"}),
+        (EGGSConfig(), {"selection": "none"}, {"min_degree": 0}),
+        (EGGSConfig(preset="ria"), {"selection": "optimal"}, {"min_degree": 1}),
+        (EGGSConfig("4:8"), {"selection": "diagonal"}, {"band": 8, "min_degree": 1}),
+        (EGGSConfig("4:8", preset="paper"), {"selection": "optimal"}, {"band": 16}),
+        (EGGSConfig(batch_size=9), {"preset": "best"}, {"batch_size": 9}),
+    ],
+)
+def test_replacing_values_keeps_the_others(config, changes, expected):
+    before = config.to_dict()
+    found = config.replace(**changes)
+    given = {key: value for key, value in changes.items() if value is not None and key != "pattern"}
+    expected = given | expected
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert config.to_dict() == before
+    assert found.tokenizer is config.tokenizer
+    assert found.calibration is config.calibration
+    method = set(METHOD) | {"n", "m", "band", "batch_size", "preset"}
+    untouched = before.keys() - method - changes.keys() - {"calibration"}
+    assert {key: found.to_dict()[key] for key in untouched} == {key: before[key] for key in untouched}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("other", PRESETS)
+def test_replacing_the_preset_gives_the_other_one(name, other):
+    assert EGGSConfig("4:8", preset=name, seed=3).replace(preset=other) == EGGSConfig("4:8", preset=other, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 4}, r"seeds=4: EGGSConfig has no such key; did you mean 'seed'"),
+        ({"pattern": "1:4", "n": 2, "m": 4}, r"pattern='1:4' contradicts n=2, m=4"),
+        ({"selection": "none", "min_degree": 1}, r"min_degree=1 with selection='none'"),
+        ({"band": 1, "min_degree": 2}, r"use a band of 4 or more"),
+    ],
+)
+def test_a_replacement_is_checked_as_a_new_configuration_is(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        EGGSConfig().replace(**changes)
+
+
+def test_lists_are_not_shared_with_the_replacement():
+    found = OWN.replace(seed=1)
+    found.targets.append("down")
+    found.ignore.append("down")
+    assert (OWN.targets, OWN.ignore) == (["up"], ["lm_head"])
+
+
+def test_dataclasses_refuse_what_they_would_lose():
+    # transformers' base class is a dataclass of one field: a replacement by its fields would drop all others.
+    assert not dataclasses.is_dataclass(EGGSConfig())
+    with pytest.raises(TypeError, match="dataclass"):
+        dataclasses.replace(OWN, seed=4)
+
+
+@pytest.mark.skipif(not hasattr(copy, "replace"), reason="copy.replace came with Python 3.13")
+def test_copy_replace_is_the_same():
+    assert copy.replace(OWN, seed=4) == OWN.replace(seed=4)
+
+
+def test_what_copy_replace_calls_is_the_same():
+    assert OWN.__replace__(seed=4) == OWN.replace(seed=4)
 
 
 def test_names_given_as_an_iterator_are_all_kept():

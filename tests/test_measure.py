@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_eggs import measure
-from optimum_eggs.measure import Meter
+from optimum_eggs.measure import Meter, devices_of
 
 
 @pytest.fixture
@@ -16,6 +16,20 @@ def clock(monkeypatch):
     fake = SimpleNamespace(perf_counter=lambda: now.wall, process_time=lambda: now.cpu)
     monkeypatch.setattr(measure, "time", fake)
     return now
+
+
+@pytest.fixture
+def gpus(clock, monkeypatch):
+    """GPUs that are still at work for some seconds: who waits for one of them sees the clock go on."""
+    pending, peaks = {}, {}
+
+    def wait(device):
+        clock.wall += pending.pop(str(device), 0)
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.__setitem__(str(device), 0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[str(device)])
+    return SimpleNamespace(pending=pending, peaks=peaks)
 
 
 def seconds(meter):
@@ -64,6 +78,47 @@ def test_a_stage_that_fails_is_closed(clock):
         with meter.stage("works"):
             clock.wall += 2
     assert seconds(meter) == {"fails": 0, "works": 2}
+
+
+def test_a_stage_ends_when_the_gpus_are_done(clock, gpus):
+    gpus.pending["cuda:0"] = 100
+    with Meter(["cuda:0", torch.device("cuda", 1)]) as meter:  # what was asked for before is not counted
+        with meter.stage("outer"):
+            gpus.pending["cuda:1"] = 10
+            with meter.stage("inner"):
+                gpus.pending.update({"cuda:0": 3, "cuda:1": 4})
+            gpus.pending["cuda:0"] = 2
+        gpus.pending["cuda:1"] = 5
+    assert seconds(meter) == {"outer": 12, "inner": 7}
+    assert meter.summary()["seconds"] == 24
+
+
+def test_the_memory_of_the_gpu_that_takes_most_is_reported(gpus):
+    with Meter(["cuda:0", "cpu", "cuda:1"]) as meter:
+        gpus.peaks.update({"cuda:0": 7, "cuda:1": 9, "cuda:2": 11})
+    assert meter.summary()["peak_cuda"] == 9
+
+
+def test_where_no_gpu_is_used_none_is_asked(clock, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a GPU was asked")
+
+    for holder, name in (
+        (torch.accelerator, "synchronize"),
+        (torch.cuda, "reset_peak_memory_stats"),
+        (torch.cuda, "max_memory_allocated"),
+    ):
+        monkeypatch.setattr(holder, name, refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with Meter(["cpu", "meta"]) as meter, meter.stage("work"):
+        clock.wall += 1
+    assert seconds(meter) == {"work": 1}
+    assert "peak_cuda" not in meter.summary()
+
+
+def test_the_devices_of_a_model():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    assert devices_of(model) == {torch.device("cpu"), torch.device("meta")}
 
 
 def test_memory_freed_within_a_stage_is_in_its_peak():

@@ -108,11 +108,16 @@ def _check_weights(layers: Mapping[str, nn.Module]) -> None:
     """Raise unless the weights of layers, by name, can be pruned.
 
     Raises:
-        ModelError: a weight is not in memory.
+        ModelError: a weight is not in memory, or only a part of it.
         NumericalError: a weight is NaN or infinite.
     """
     for name, module in layers.items():
         weight = dense_weight(module)
+        if hasattr(weight, "placements"):  # torch's DTensor, which some builds of torch do not have
+            raise ModelError(
+                f"{name}: its weight is split over processes ({weight.placements}); load the model whole, or let "
+                "processes share the work with `torchrun -m optimum_eggs prune`"
+            )
         if weight.device.type == "meta":
             raise ModelError(
                 f"{name}: its weight is not in memory (device meta), as with offloading to disk; load the model "

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+from ..errors import ModelError
+
+
+def check_float32(model: nn.Module, asked: str) -> None:
+    """Raise unless the blocks of `model` run in float32, as what was `asked` for needs.
+
+    Raises:
+        ModelError: its attention takes half precision alone, as flash attention does.
+    """
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    attention = str(getattr(text_config, "_attn_implementation", ""))
+    if "flash" in attention:
+        raise ModelError(
+            f"{asked} runs blocks in float32, which attn_implementation={attention!r} cannot do; load the model with "
+            "attn_implementation='sdpa'"
+        )
 
 
 @contextmanager

@@ -16,13 +16,14 @@ from ..calibration import BlockProvider, InMemoryBlocks, Walk
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
-from ..measure import Meter
+from ..measure import Meter, devices_of
 from ..nn import NMLinear
 from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
 from .block import BlockResult, DenseStream, prune_block
 from .estimate import announcement, estimate
 from .plan import PrunePlan, make_plan
+from .precision import check_float32
 from .report import PruneReport
 from .tune import check_tunable
 
@@ -58,7 +59,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     check_run(model, config, windows)
     plan = make_plan(model, config)
     try:
-        with Meter() as meter:
+        with Meter(devices_of(model)) as meter:
             done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
     except BaseException:
         if not any(isinstance(module, NMLinear) for module in model.modules()):
@@ -85,11 +86,14 @@ class Keeper(Protocol):
 
 
 def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Ranks = ALONE) -> None:
-    """Raise unless the windows fit the model and the processes, and blocks can be tuned where that is asked for."""
+    """Raise unless the windows fit the model and the processes, and its blocks run as the configuration needs."""
     ranks.check(len(windows), config.batch_size)
     _check_windows(windows, model)
     if config.block_tuning:
-        check_tunable(model, -(-len(windows) // config.batch_size), config.batch_size)
+        check_float32(model, f"block_tuning={config.block_tuning}")
+        check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
+    if config.permutation:
+        check_float32(model, "permutation=True")
 
 
 @torch.no_grad()

@@ -42,24 +42,17 @@ class BlockTuning:
     best_step: int
 
 
-def check_tunable(model: nn.Module, batches: int, batch_size: int) -> None:
-    """Raise unless blocks can be tuned, and there is something to tune on and something to judge by.
+def check_tunable(batches: int, batch_size: int) -> None:
+    """Raise unless there are gradients, something to tune on, and something to judge by.
 
     Raises:
         CalibrationError: there is only one batch.
-        ModelError: gradients cannot be had, as under `torch.inference_mode()`, or not in float32, as with flash
-            attention.
+        ModelError: gradients cannot be had, as under `torch.inference_mode()`.
     """
     if batches < 2:
         raise CalibrationError(
             f"block_tuning holds out a part of the calibration windows, and batch_size={batch_size} leaves only one "
             "batch; use a smaller batch_size or more windows"
-        )
-    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
-    if "flash" in attention:
-        raise ModelError(
-            f"block_tuning runs blocks in float32, which attn_implementation={attention!r} cannot do; load the model "
-            "with attn_implementation='sdpa'"
         )
     if torch.is_inference_mode_enabled():
         raise ModelError("block_tuning needs gradients, and torch.inference_mode() forbids them; use torch.no_grad()")

@@ -42,6 +42,16 @@ def split_gguf(model_id: str | Path, gguf_file: str | None) -> tuple[str, str | 
     return str(model_id), gguf_file
 
 
+def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where to find a model, and so where its config and tokenizer are.
+
+    >>> hub_options({"revision": "main", "device_map": "cpu"})
+    {'revision': 'main'}
+    """
+    known = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    return {key: value for key, value in kwargs.items() if key in known}
+
+
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """Dtype of the weights of a saved model, from its config alone; float32 if it does not say.
 
@@ -77,11 +87,8 @@ def load_model(
 
     source, gguf_file = split_gguf(model_id, gguf_file)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    hub = {
-        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
-    }
     with translated(source, "model"):
-        config = transformers.AutoConfig.from_pretrained(source, **extra, **hub)
+        config = transformers.AutoConfig.from_pretrained(source, **extra, **hub_options(kwargs))
         kind = model_class(config) or transformers.AutoModelForCausalLM
         model = kind.from_pretrained(source, dtype=parse_dtype(dtype), **extra, **kwargs)
     if gguf_file:

@@ -60,6 +60,7 @@ class EGGSHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        _check_not_split(model, self.pre_quantized)
         if not self.pre_quantized:
             return
         pruned = self.quantization_config.pruned_modules
@@ -85,6 +86,7 @@ class EGGSHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._loading = None
+        _check_not_split(model, self.pre_quantized)  # older versions of transformers split it after the first look
         if self.pre_quantized:
             for name, layer in packed_layers(model).items():
                 layer.weight.requires_grad_(False)  # the loader turns gradients on
@@ -133,6 +135,32 @@ class EGGSHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Packed models are not compiled by `generate`."""
         return False
+
+
+def _check_not_split(model: PreTrainedModel, packed: bool) -> None:
+    """Raise if transformers splits the model over processes in a way that it cannot take.
+
+    Packed layers stay whole under FSDP, which puts them together before they run, and in a pipeline.
+
+    Raises:
+        ModelError: a tensor or expert parallel plan, or any at all for a model that is to be pruned.
+    """
+    asked = getattr(model.config, "distributed_config", None)
+    keys = ["tp_size", "ep_size"] if packed else ["tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size"]
+    sizes = {key: getattr(asked, key, None) or 1 for key in keys}
+    sizes["tp_size"] = max(sizes["tp_size"], getattr(model, "_tp_size", None) or 1)
+    key = next((key for key, size in sizes.items() if size > 1), None)
+    if key is None:
+        return
+    if packed:
+        raise ModelError(
+            f"{key}={sizes[key]} would split packed layers, which know no such plan; load the model with a device_map, "
+            "or make it dense with `optimum-cli eggs export` and load that"
+        )
+    raise ModelError(
+        f"{key}={sizes[key]} would split the model that is to be pruned; load it whole, or let processes share the "
+        "work with `torchrun -m optimum_eggs prune`"
+    )
 
 
 def _swap_in(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..packing.legal import illegal_groups
 from ..pattern import NMPattern
 from .expander import bands
 
@@ -71,7 +72,7 @@ def certify(mask: Tensor, weight: Tensor, pattern: NMPattern, extra_bands: tuple
     heights = sorted({band for band in (pattern.m, 16, 64, 256, *extra_bands) if band < rows} | {rows})
     out_degree = columns * pattern.density
     return Certificate(
-        legal=bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all()),
+        legal=not len(illegal_groups(mask, pattern)),
         input_degree_min=int(degree.min()),
         input_degree_mean=mean,
         input_degree_max=int(degree.max()),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError
+from ..packing.legal import check_legal
 from ..pattern import NMPattern
 from .expander import bands, check_floor
 
@@ -17,17 +17,7 @@ def check_mask(mask: Tensor, pattern: NMPattern, min_degree: int = 0, band: int 
         ShapeError: it is not boolean, m does not divide in, or a group does not keep exactly n.
         ConfigError: the floor does not hold in it, or could hold in none.
     """
-    if mask.shape[1] % pattern.m:
-        raise ShapeError(f"mask has in={mask.shape[1]}, which is not a multiple of m={pattern.m}")
-    if mask.dtype != torch.bool:
-        raise ShapeError(f"mask has dtype {mask.dtype}; it must be torch.bool")
-    kept = mask.unflatten(1, (-1, pattern.m)).sum(-1)
-    if not bool((kept == pattern.n).all()):
-        row, group = (kept != pattern.n).nonzero()[0].tolist()
-        raise ShapeError(
-            f"mask keeps {int(kept[row, group])} of the {pattern.m} positions of row {row}, group {group}; "
-            f"{pattern} keeps exactly {pattern.n}; start from a mask of this pattern, such as that of `topn_mask`"
-        )
+    check_legal(mask, pattern)
     check_floor(len(mask), pattern, min_degree, band)
     for start, stop, height in bands(len(mask), band) if min_degree else []:
         degree = mask[start:stop].unflatten(0, (-1, height)).sum(1)

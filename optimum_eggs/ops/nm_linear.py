@@ -119,10 +119,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, weight_meta = ctx.saved_tensors
     wanted, pattern = ctx.needs_input_grad, NMPattern(ctx.n, ctx.m)
     grad_x = grad_weight = grad_bias = None
+    by_token = torch.atleast_2d(grad).flatten(0, -2)  # (tokens, out); a single token may come as a vector
     if wanted[0]:
         grad_x = grad @ spread(weight, weight_meta, pattern)  # dense for as long as this product takes
     if wanted[1]:
-        left, right = grad.flatten(0, -2).t(), x.flatten(0, -2)
+        left, right = by_token.t(), torch.atleast_2d(x).flatten(0, -2)
         height = max(1, _GRAD_NUMBERS // x.shape[-1])
         parts = []
         for start in range(0, len(left), height):
@@ -130,7 +131,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             parts.append(gather(left[rows] @ right, weight_meta[rows], pattern))
         grad_weight = torch.cat(parts)
     if ctx.has_bias and wanted[3]:
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = by_token.sum(0)
     return grad_x, grad_weight, None, grad_bias, None, None
 
 

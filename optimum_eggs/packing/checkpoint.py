@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..pattern import NMPattern
 from .layout import FORMAT_VERSION, meta_width
+from .legal import illegal_groups, kept_in_group
 from .pack import unpack_mask
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -188,14 +189,14 @@ def tensor_problems(weight: Tensor, meta: Tensor, pattern: NMPattern) -> Iterato
     """(rule, problem) for each thing wrong with the contents of a packed layer whose shapes are right."""
     in_features = weight.shape[1] // pattern.n * pattern.m
     bits = unpack_mask(meta, meta.shape[1] * 8)
-    kept = bits[:, :in_features].unflatten(1, (-1, pattern.m)).sum(-1)
-    wrong = (kept != pattern.n).nonzero()
+    mask = bits[:, :in_features]
+    wrong = illegal_groups(mask, pattern)
     if len(wrong):
         row, group = wrong[0].tolist()
         yield (
             "pattern",
-            f"weight_meta keeps {int(kept[row, group])} of {pattern.m} in row {row}, group {group} (and in "
-            f"{len(wrong) - 1} more groups); {pattern} keeps exactly {pattern.n}",
+            f"weight_meta keeps {kept_in_group(mask, pattern, row, group)} of {pattern.m} in row {row}, group {group} "
+            f"(and in {len(wrong) - 1} more groups); {pattern} keeps exactly {pattern.n}",
         )
     if bool(bits[:, in_features:].any()):
         yield "padding", f"weight_meta has bits set beyond in_features={in_features}; they must be zero"

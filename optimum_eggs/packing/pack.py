@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..pattern import NMPattern
 from .layout import meta_width, packed_width
+from .legal import check_legal
 
 
 def pack(weight: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
@@ -27,16 +28,8 @@ def pack(weight: Tensor, mask: Tensor, pattern: NMPattern) -> tuple[Tensor, Tens
     """
     if weight.dim() != 2 or weight.shape != mask.shape:
         raise ShapeError(f"weight {tuple(weight.shape)} and mask {tuple(mask.shape)} must both be (out, in)")
-    if mask.dtype != torch.bool:
-        raise ShapeError(f"mask has dtype {mask.dtype}; it must be torch.bool")
     width = packed_width(weight.shape[1], pattern)
-    kept = mask.unflatten(1, (-1, pattern.m)).sum(-1)
-    if not bool((kept == pattern.n).all()):
-        row, group = (kept != pattern.n).nonzero()[0].tolist()
-        raise ShapeError(
-            f"mask keeps {int(kept[row, group])} of the {pattern.m} positions of row {row}, group {group}; "
-            f"{pattern} keeps exactly {pattern.n}"
-        )
+    check_legal(mask, pattern)
     return weight[mask].view(-1, width), pack_mask(mask)
 
 

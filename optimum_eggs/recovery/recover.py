@@ -143,7 +143,7 @@ def recover(
         raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
     stored = stored_dtype(model_id)
     state = PartialState(cpu=not torch.cuda.is_available())
-    with Meter() as meter:
+    with Meter([state.device]) as meter:
         model, tokenizer = load_model(model_id, dtype="float32"), load_tokenizer(model_id)
         if not packed_layers(model):
             raise ModelError(f"{model_id}: no packed layer is in it; prune it first")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..hf.attach import packed_layers
 from ..hf.loading import load_model
+from ..measure import devices_of
 from .timing import Seconds, alternate
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ def time_models(
 
     prompts = [_tokens(model, prompt) for model in models]
     starts = [_tokens(model, 1) for model in models]
-    prefill = alternate([partial(_prefill, *pair) for pair in zip(models, prompts, strict=True)], repeats)
-    decode = alternate([partial(_decode, *pair, new_tokens) for pair in zip(models, starts, strict=True)], repeats)
+    prefills = [partial(_prefill, *pair) for pair in zip(models, prompts, strict=True)]
+    decodes = [partial(_decode, *pair, new_tokens) for pair in zip(models, starts, strict=True)]
+    devices = set().union(*map(devices_of, models))  # transformers' own quantizers choose theirs
+    prefill, decode = (alternate(runs, repeats, devices=devices) for runs in (prefills, decodes))
     return [
         ModelTiming(
             str(folder),

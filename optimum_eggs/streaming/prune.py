@@ -119,7 +119,7 @@ def prune_checkpoint(
             raise OutputError(f"{work}: processes see {begun} finished blocks in it; use a disk that all of them share")
         on_disk = budget is not None and _stream_bytes(source, config, windows) > budget * ranks.size
         try:
-            with Meter() as meter:
+            with Meter([source.device]) as meter:
                 done = prune_blocks(
                     source.model,
                     source,

@@ -19,6 +19,8 @@ class Shards:
     """Collects tensors into safetensors files of up to `limit` bytes; a tensor that is larger has a file of its own.
 
     One file is called as transformers calls it; several are numbered, and an index says where each tensor is.
+    `huggingface_hub.split_torch_state_dict_into_shards` makes the same of a whole state dict; here the sizes are only
+    known one block after the other, since a layer may be left dense.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:

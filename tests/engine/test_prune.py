@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -139,7 +138,7 @@ def test_a_text_that_reaches_none_of_the_layers_asked_for_is_refused(config):
     model = tiny.make_model("llama")
     model.model.layers[0].mlp.spare = torch.nn.Linear(32, 32)
     with pytest.raises(CalibrationError, match=r"nothing was pruned: model\.layers\.0\.mlp\.spare was not"):
-        prune_model(model, dataclasses.replace(config, targets=["mlp.spare"]), WINDOWS)
+        prune_model(model, config.replace(targets=["mlp.spare"]), WINDOWS)
 
 
 def test_activations_that_are_not_finite_name_the_layer(config):

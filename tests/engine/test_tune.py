@@ -7,6 +7,7 @@ import torch
 from optimum_eggs import EGGSConfig, NMLinear
 from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list
 from optimum_eggs.engine import prune_model
+from optimum_eggs.engine.prune import check_run
 from optimum_eggs.engine.tune import token_error, tune_block
 from optimum_eggs.errors import CalibrationError, ModelError
 from optimum_eggs.masks import topn_mask
@@ -147,12 +148,33 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_done():
     model = tiny.make_model("llama")
     with torch.inference_mode(), pytest.raises(ModelError, match=r"inference_mode\(\) forbids them; use torch.no_grad"):
         prune_model(model, EGGSConfig("2:4", preset="best"), WINDOWS)
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(
-        ModelError, match=r"'flash_attention_2' cannot do; load the model with attn_implementation='sdpa'"
-    ):
-        prune_model(model, EGGSConfig("2:4", preset="best"), WINDOWS)
     assert not any(isinstance(layer, NMLinear) for layer in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"preset": "best"}, "block_tuning=140 runs"),
+        ({"preset": "best", "block_tuning": 0}, "permutation=True runs"),
+        ({"permutation": True}, "permutation=True runs"),
+    ],
+)
+def test_attention_in_half_precision_alone_is_refused_before_anything_is_done(changes, why):
+    model = tiny.make_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(
+        ModelError, match=rf"{why} blocks in float32, .*'flash_attention_2' cannot do; .* attn_implementation='sdpa'"
+    ):
+        prune_model(model, EGGSConfig("2:4", **changes), WINDOWS)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_attention_in_half_precision_is_left_alone_where_nothing_runs_in_float32():
+    model = tiny.make_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    check_run(model, EGGSConfig("2:4"), WINDOWS)
 
 
 def test_any_seed_will_do(meter):

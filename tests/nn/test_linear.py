@@ -158,19 +158,20 @@ def test_the_mode_is_kept(training):
 
 def gradients(forward, x, *parameters):
     x = x.clone().requires_grad_()
-    (forward(x) * gaussian(3, 10, seed=4)).sum().backward()
+    (forward(x) * gaussian(*x.shape[:-1], 10, seed=4)).sum().backward()
     return x.grad, *(parameter.grad for parameter in parameters)
 
 
-def test_gradients_are_those_of_the_dense_layer():
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 5), (1, 2, 3), (0,), (2, 0)])
+def test_gradients_are_those_of_the_dense_layer(batch):
     layer = packed().requires_grad_()
-    dense, x = layer.to_linear(), gaussian(3, 24, seed=2)
+    dense, x = layer.to_linear(), gaussian(*batch, 24, seed=2)
     of_x, of_weight, of_bias = gradients(layer, x, layer.weight, layer.bias)
     dense_x, dense_w, dense_b = gradients(dense, x, dense.weight, dense.bias)
     assert torch.equal(of_x, dense_x)
     assert torch.equal(of_weight, dense_w[layer.mask()].view(10, 12))
     assert torch.equal(of_bias, dense_b)
-    assert bool(of_x.any())
+    assert bool(of_x.any()) == bool(x.numel())
 
 
 def test_gradients_reach_x_through_a_frozen_layer():

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,30 @@ def test_the_kernel_is_right_up_to_rounding_in_the_interpreter():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["90"]
+
+
+@needs_triton
+def test_the_kernel_is_launched_on_the_device_of_its_input(monkeypatch):
+    from optimum_eggs.ops.triton import decode
+
+    events = []
+
+    @contextmanager
+    def device_of(tensor):
+        events.append(tensor)
+        yield
+        events.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: events.append("launched")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(decode, "_kernel", Kernel())
+    x = torch.zeros(1, 8)
+    decode.decode(x, torch.zeros(3, 4), torch.zeros(3, 1, dtype=torch.uint8), None, 2, 4)
+    assert events[0] is x
+    assert events[1:] == ["launched", "left"]
 
 
 @needs_triton

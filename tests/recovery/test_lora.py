@@ -81,6 +81,22 @@ def test_the_masked_product_and_its_gradients(shape, monkeypatch):
     assert torch.autograd.gradcheck(lambda a, b: masked_low_rank(a, b, layer.weight_meta, layer.pattern), (down, up))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["added to the weight", "beside it"])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 5), (0,), (2, 0)])
+def test_inputs_of_any_shape_and_their_gradients(batch, dropout):
+    torch.manual_seed(0)
+    base = NMLinear.from_linear(nn.Linear(24, 10), NMPattern(2, 4))
+    config = LoraConfig(r=3, target_modules=["0"], lora_dropout=dropout, init_lora_weights=False)
+    layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    x = gaussian(*batch, 24, seed=2).requires_grad_()
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    dense = base.dense_weight() + layer.scaling["default"] * base.mask() * (up @ down)
+    expected, y = nn.functional.linear(x, dense, base.bias), layer(x)
+    torch.testing.assert_close(y, expected)
+    for own, exact in zip(*(torch.autograd.grad(z.square().sum(), (x, down, up)) for z in (y, expected)), strict=True):
+        torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_merging_gives_what_was_trained_and_keeps_every_zero(name, safe, folders, tmp_path):

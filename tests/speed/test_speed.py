@@ -28,6 +28,19 @@ def test_a_turn_of_several_calls_counts_as_one_of_them(monkeypatch):
     assert [seconds.median for seconds in found] == [2.0, 5.0]
 
 
+def test_a_turn_ends_when_the_gpu_is_done(monkeypatch):
+    now, pending = [0.0], [100.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def wait(device):
+        assert device == torch.device("cuda:1")
+        now[0] += pending.pop() if pending else 0
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", wait)
+    found = alternate([lambda: pending.append(2.0), lambda: pending.append(5.0)], 3, devices=[torch.device("cuda:1")])
+    assert [seconds.median for seconds in found] == [2.0, 5.0]
+
+
 @pytest.mark.skipif(not INSTRUCTION_SETS, reason="no native extension")
 def test_memory_is_read_at_some_speed():
     assert read_bandwidth(1 << 20, repeats=2) > 0.1

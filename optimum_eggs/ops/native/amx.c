@@ -13,6 +13,7 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
+#include "spread.h"
 #include "tokens.h"
 
 enum {
@@ -42,14 +43,10 @@ INLINE const char *spread_row(const char *v, const char *end, const uint8_t *met
                               const uint8_t *meta_ahead, int64_t columns, int step, char *line) {
     _mm_prefetch((const char *)meta_ahead, _MM_HINT_T0);
     for (int64_t column = 0; column < columns; column += DEPTH, line += TILE) {
-        uint32_t bits;
-        memcpy(&bits, meta + column / 8, 4);
+        uint32_t bits = spread_bits(meta + column / 8);
         if (column + DEPTH > columns) bits &= (1u << (columns - column)) - 1;
         _mm_prefetch(ahead + column * step / DEPTH * 2, _MM_HINT_T0);
-        __m512i wide = step == 8    ? _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)v))
-                       : step == 16 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)v))
-                                    : _mm512_loadu_si512(v);
-        _mm512_storeu_si512(line, _mm512_maskz_expand_epi16(bits, wide));
+        _mm512_storeu_si512(line, _mm512_maskz_expand_epi16(bits, spread_read(v, step)));
         v += 2 * (step ? step : (int)_mm_popcnt_u32(bits));
         if (!step && v > end) v = end;  // bits that lie about their number
     }

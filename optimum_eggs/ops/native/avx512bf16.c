@@ -7,6 +7,7 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
+#include "spread.h"
 
 enum {
     LANES = 32,
@@ -26,26 +27,6 @@ enum { INTEL = 2048, ZEN4 = 8192, ZEN5 = 4096 };
 INLINE void fetch(const void *from, int scale, int ahead) {
     if (ahead == ZEN4) _mm_prefetch((const char *)from + ahead / scale, _MM_HINT_T1);
     else _mm_prefetch((const char *)from + ahead / scale, _MM_HINT_T0);
-}
-
-INLINE uint32_t load_bits(const uint8_t *meta) {
-    uint32_t bits;
-    memcpy(&bits, meta, 4);
-    return bits;
-}
-
-// `step` values are kept of 32 positions; 0 where their number varies. With 8 and 16, only the bytes that hold them are read.
-INLINE __m512bh spread_out(const void *v, uint32_t bits, int step) {
-    __m512i wide = step == 8    ? _mm512_castsi128_si512(_mm_loadu_si128(v))
-                   : step == 16 ? _mm512_castsi256_si512(_mm256_loadu_si256(v))
-                                : _mm512_loadu_si512(v);
-    return (__m512bh)_mm512_maskz_expand_epi16(bits, wide);
-}
-
-INLINE const char *advance(const char *v, const char *end, uint32_t bits, int step) {
-    if (step) return v + 2 * step;
-    v += 2 * _mm_popcnt_u32(bits);
-    return v < end ? v : end;  // bits that lie about their number
 }
 
 INLINE __m512bh load_x(const uint16_t *x) { return (__m512bh)_mm512_loadu_si512(x); }
@@ -74,9 +55,9 @@ INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, in
         }
         for (int half = 0; half < 2; half++) {
             for (int r = 0; r < count; r++) {
-                uint32_t bits = load_bits(meta[r] + column / 8 + 4 * half);
-                w[r] = spread_out(v[r], bits, step);
-                v[r] = advance(v[r], end[r], bits, step);
+                uint32_t bits = spread_bits(meta[r] + column / 8 + 4 * half);
+                w[r] = (__m512bh)_mm512_maskz_expand_epi16(bits, spread_read(v[r], step));
+                v[r] = spread_next(v[r], end[r], bits, step);
             }
             for (int t = 0; t < tokens; t++) {
                 __m512bh xv = load_x(x + t * ldx + column + LANES * half);
@@ -90,9 +71,9 @@ INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, in
     for (; column < p->in; column += LANES) {
         uint32_t valid = column + LANES > p->in ? (1u << (p->in - column)) - 1 : 0xffffffffu;
         for (int r = 0; r < count; r++) {
-            uint32_t bits = load_bits(meta[r] + column / 8) & valid;
-            __m512bh w = spread_out(v[r], bits, step);
-            v[r] = advance(v[r], end[r], bits, step);
+            uint32_t bits = spread_bits(meta[r] + column / 8) & valid;
+            __m512bh w = (__m512bh)_mm512_maskz_expand_epi16(bits, spread_read(v[r], step));
+            v[r] = spread_next(v[r], end[r], bits, step);
             for (int t = 0; t < tokens; t++)
                 sum[r][t] = _mm512_dpbf16_ps(sum[r][t], w, load_x(x + t * ldx + column));
         }

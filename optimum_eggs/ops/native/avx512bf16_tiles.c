@@ -11,6 +11,7 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
+#include "spread.h"
 #include "tokens.h"
 
 enum {
@@ -24,16 +25,12 @@ enum {
 
 // The next 32 columns of a row into its line.
 INLINE const char *spread(const char *v, const char *end, const uint8_t *meta, int64_t left, int step, char *line) {
-    uint32_t bits;
-    memcpy(&bits, meta, 4);
+    uint32_t bits = spread_bits(meta);
     if (left < DEPTH) bits &= (1u << left) - 1;
-    __m512i wide = step == 8    ? _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)v))
-                   : step == 16 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)v))
-                                : _mm512_loadu_si512(v);
+    __m512i values = spread_read(v, step);
     _mm_prefetch(v + AHEAD, _MM_HINT_T0);
-    _mm512_storeu_si512(line, _mm512_maskz_expand_epi16(bits, wide));
-    v += 2 * (step ? step : (int)_mm_popcnt_u32(bits));
-    return step || v < end ? v : end;  // bits that lie about their number
+    _mm512_storeu_si512(line, _mm512_maskz_expand_epi16(bits, values));
+    return spread_next(v, end, bits, step);
 }
 
 // `count` rows from r0 by `tiles` vectors of tokens. Both numbers are constants in every call.

@@ -77,21 +77,22 @@ def decode(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, 
     columns = x.shape[-1]
     tokens = x.numel() // columns
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
-    _kernel[(triton.cdiv(rows, _ROWS),)](
-        x,
-        weight,
-        weight_meta,
-        weight if bias is None else bias,
-        y,
-        tokens,
-        rows,
-        columns,
-        width,
-        weight_meta.shape[1],
-        32 // m * n,
-        HAS_BIAS=bias is not None,
-        TOKENS=triton.next_power_of_2(tokens),
-        ROWS=_ROWS,
-        WORDS=_WORDS,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+        _kernel[(triton.cdiv(rows, _ROWS),)](
+            x,
+            weight,
+            weight_meta,
+            weight if bias is None else bias,
+            y,
+            tokens,
+            rows,
+            columns,
+            width,
+            weight_meta.shape[1],
+            32 // m * n,
+            HAS_BIAS=bias is not None,
+            TOKENS=triton.next_power_of_2(tokens),
+            ROWS=_ROWS,
+            WORDS=_WORDS,
+        )
     return y

@@ -222,7 +222,7 @@ class EGGSConfig(QuantizationConfigMixin):
         >>> config.pattern, config.solver, config.seed, config.band
         (NMPattern(n=1, m=8), 'admm', 3, 64)
         >>> config.replace(preset="fast").solver
-        'score'
+        'sparsegpt'
         """
         by_default = {
             "min_degree": _min_degree(None, _preset_values(self.preset)["min_degree"], self.selection, self.pattern),

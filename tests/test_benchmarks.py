@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -88,6 +89,13 @@ def test_solvers_are_compared_on_the_layers_asked_for(dense_folder, text_file):
     for layer in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         assert f"| model.layers.1.{layer} | ALPS |" in printed
     assert "model.layers.0" not in printed
+
+
+def test_solvers_are_compared_with_published_programs(tmp_path):
+    shutil.copy(SCRIPTS.parent / "tests" / "golden" / "solvers" / "nearly_sparse.safetensors", tmp_path)
+    printed = run("golden.py", tmp_path).stdout
+    for program in ("alps", "alps-float64", "sparsegpt", "wanda", "ria"):
+        assert f"| nearly_sparse | 64x128 | 2:4 | {program} |" in printed
 
 
 def test_training_is_timed_packed_and_dense(packed_folder, dense_folder):

@@ -25,4 +25,4 @@ def sizes(tensors: Sequence[Tensor]) -> list[float]:
 
 def _size(tensor: Tensor) -> float:
     kept = int(tensor.count_nonzero())
-    return float(tensor.norm()) / kept**0.5 if kept else 0.0
+    return float(tensor.float().square().sum() / kept) ** 0.5 if kept else 0.0

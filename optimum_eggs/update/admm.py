@@ -10,11 +10,13 @@ from torch import Tensor
 from ..errors import NumericalError
 from .objective import check_problem, damped_gram
 
-# Published constants of ALPS: how ρ starts, and by how much it grows every third step, given the share of the kept
-# weights that changed since.
-_FIRST_PENALTY = 0.1
+# Constants of the published program: where ρ starts, by how much it grows every third step, given how much the mask has
+# changed since, and when it ends.
+_FIRST_PENALTY, _LARGEST_PENALTY = 0.1, 1e6
 _EVERY = 3
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+_STUCK, _SHRINKAGE = 0.005, 5
+_SETTLED, _AT_LEAST = 3e-4, 30
 
 
 def admm(
@@ -22,56 +24,84 @@ def admm(
 ) -> tuple[Tensor, Tensor]:
     """Minimise ‖(W − Z)X‖²_F + λ‖W − Z‖²_F over Z and its mask (ALPS: Meng et al., NeurIPS 2024, arXiv 2406.07831).
 
-    With H = XXᵀ + λI scaled to a unit diagonal, λ = damping · mean(diag XXᵀ), and W₀ the scaled weight:
-    B = (W₀H − V + ρD)(H + ρI)⁻¹, D = P(B + V/ρ), V = V + ρ(B − D). The penalty ρ starts at 0.1 and grows every third
-    step by 1.3, 1.2 or 1.1, as the mask has changed by 10 %, 0.5 % or at all; the iteration ends when it has not.
+    With H = XXᵀ + λI scaled to a unit diagonal, λ = damping · mean(diag XXᵀ), and W the scaled weight, it begins with
+    D = P(W), V = 0, and repeats B = (WH − V + ρD)(H + ρI)⁻¹, D = P(B + V/ρ), V = V + ρ(B − D). P(B) comes out.
 
-    What comes out is a good mask with values near the optimum: refit them.
+    The rules are those of the authors' program (https://github.com/mazumder-lab/ALPS). Every third step counts the
+    positions that entered or left the mask of D since the count before, as a share of those kept. ρ starts at 0.1. It
+    grows by 1.3 above 10 %, by 1.2 above 0.5 %, and by 1.1 below, once it has grown. Before, it is too large to move
+    the mask, and is divided by 5; if the mask has changed nevertheless, B, D and V begin anew. The end is a mask that
+    does not change although ρ has grown, or one that changes by less than 0.03 % after more than 30 steps.
+
+    What comes out is a good mask with values near the optimum: refit them. That program does ten steps of
+    `masked_refit`, from these values.
 
     Args:
         weight: W (out, in), float32 or float64.
         gram: XXᵀ (in, in), in the dtype of `weight`.
-        project: From a score (out, in) to the mask (out, in) of the largest total score that is allowed.
+        project: From a score (out, in) to the mask (out, in) of the largest total score that is allowed. It is called
+            once at the start, once in every step, and once at the end.
         damping: Relative size of λ.
-        iterations: The most that are done.
+        iterations: The most steps that are done.
 
     Returns:
-        The mask (out, in) and Z (out, in), zero off the mask. Memory: eight buffers of (out, in), three of (in, in).
+        The mask (out, in) and Z (out, in), zero off the mask. Memory: eight buffers of (out, in) and three of (in, in);
+        before that, for the eigendecomposition, four of (in, in) in float64.
 
     Raises:
         ShapeError: the shapes do not belong together.
         NumericalError: the eigendecomposition fails.
     """
     check_problem(weight, gram)
-    damped = damped_gram(gram, damping)
+    scale, values, vectors = (found.to(weight.dtype) for found in _eigen(gram, damping))
+    scaled = weight * scale
+    penalty, grown = _FIRST_PENALTY, False
+    inverse = _inverse(values, vectors, penalty)
+    reference = project(scaled.square())
+    kept = max(1, int(reference.sum()))
+    start = scaled * reference
+    smooth, split, dual = scaled, start, torch.zeros_like(scaled)
+    for step in range(1, iterations + 1):
+        # WH = W(H + ρI) − ρW, so B = W − (V + ρ(W − D))(H + ρI)⁻¹. In WH the large eigenvalues of H would drown, in
+        # float32, what the small ones have to say.
+        smooth = torch.addmm(scaled, torch.add(dual, scaled - split, alpha=penalty), inverse, alpha=-1)
+        target = torch.add(smooth, dual, alpha=1 / penalty)
+        mask = project(target.square())
+        split = target.mul_(mask)
+        dual.add_(smooth - split, alpha=penalty)
+        if step % _EVERY:
+            continue
+        changed = int((mask != reference).sum()) / kept
+        reference = mask
+        if changed > _STUCK or (changed and grown):
+            grown = True
+            penalty = min(penalty * next(growth for share, growth in _GROWTH if changed > share), _LARGEST_PENALTY)
+        elif grown:
+            break
+        else:
+            penalty /= _SHRINKAGE
+            if changed:
+                smooth, split, dual = scaled, start, torch.zeros_like(scaled)
+        if step > _AT_LEAST and changed < _SETTLED:
+            break
+        inverse = _inverse(values, vectors, penalty)
+    mask = project(smooth.square())
+    return mask, smooth * mask / scale
+
+
+def _eigen(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64: √diag(XXᵀ + λI) (in,), and the eigenvalues (in,) and eigenvectors (in, in) of H."""
+    damped = damped_gram(gram.double(), damping)
     scale = damped.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, 1)  # a dead input, without damping
     damped.div_(scale).div_(scale[:, None])
-    scaled = weight * scale
-    pull = scaled @ damped
-    # float32 is enough for the eigenvectors: what is inverted is H + ρI, and ρ is never below 0.1 of the diagonal.
     try:
         values, vectors = torch.linalg.eigh(damped)
     except torch.linalg.LinAlgError as error:
         raise NumericalError(f"the Gram matrix has no eigendecomposition ({error}); raise damping={damping}") from error
-    values.clamp_min_(0)
-    del damped
+    return scale, values.clamp_min_(0), vectors
 
-    penalty = _FIRST_PENALTY
-    mask = reference = project(scaled.square())
-    kept = max(1, int(mask.sum()))
-    split, dual = scaled * mask, torch.zeros_like(scaled)
-    for step in range(1, iterations + 1):
-        smooth = torch.addcmul(pull - dual, split, split.new_tensor(penalty))
-        smooth = ((smooth @ vectors).div_(values + penalty)) @ vectors.t()
-        target = smooth + dual / penalty
-        mask = project(target.square())
-        split = target * mask
-        dual.add_(smooth.sub_(split), alpha=penalty)
-        if step % _EVERY == 0:
-            changed = int((mask & ~reference).sum())
-            if not changed:
-                break
-            penalty *= next(growth for share, growth in _GROWTH if changed >= share * kept)
-            reference = mask
-    return mask, split / scale
+
+def _inverse(values: Tensor, vectors: Tensor, penalty: float) -> Tensor:
+    """(H + ρI)⁻¹ (in, in)."""
+    return (vectors / (values + penalty)) @ vectors.t()

@@ -1,8 +1,9 @@
 """Calibration: text to token windows, and the walk of those windows through a model, block by block."""
 
 from .blocks import BlockList, find_block_list
+from .providers import BlockProvider, InMemoryBlocks
 from .statistics import GramAccumulator
-from .walk import BlockProvider, InMemoryBlocks, Walk
+from .walk import Walk
 from .windows import token_windows
 
 __all__ = [

@@ -2,92 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
 from ..measure import Meter
 from ..nn import dense_weight
 from ..ranks import ALONE, Ranks
-from .blocks import BlockList
+from .calls import DONE, Call, cast, record_calls, shared
+from .hooks import Stop, hooked, input_of
+from .providers import BlockProvider
 from .statistics import GramAccumulator
-
-
-class BlockProvider(Protocol):
-    """Where blocks come from: all in memory, or one at a time from somewhere else."""
-
-    def __len__(self) -> int:
-        """Number of blocks."""
-
-    def skeleton(self, index: int) -> nn.Module:
-        """Block `index`, with or without its weights."""
-
-    def materialise(self, index: int) -> nn.Module:
-        """Block `index`, ready to run."""
-
-    def release(self, index: int) -> None:
-        """Block `index` is done with."""
-
-    def entered(self) -> None:
-        """All windows are before the first block: what is outside the blocks is done with."""
-
-    def run(self, window: Tensor) -> None:
-        """Run the whole model on windows (batch, tokens); the walk replaces what its blocks do."""
-
-
-class InMemoryBlocks:
-    """The blocks of a model that is in memory as a whole."""
-
-    def __init__(self, model: nn.Module, block_list: BlockList) -> None:
-        self.model, self.blocks = model, block_list.blocks
-        self.device = next(model.parameters()).device
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def skeleton(self, index: int) -> nn.Module:
-        """Block `index`."""
-        return self.blocks[index]
-
-    def materialise(self, index: int) -> nn.Module:
-        """Block `index`; it is there already."""
-        return self.blocks[index]
-
-    def release(self, index: int) -> None:
-        """Nothing: the block stays."""
-
-    def entered(self) -> None:
-        """Nothing: the rest of the model stays too."""
-
-    def run(self, window: Tensor) -> None:
-        """Run the model on windows (batch, tokens)."""
-        self.model(input_ids=window.to(self.device))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How a model calls a block: the arguments besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_keyword: bool
-
-    def apply(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call `block` on `hidden`, and return the hidden states it gives."""
-        if self.by_keyword:
-            output = block(*self.args, hidden_states=hidden, **self.kwargs)
-        else:
-            output = block(hidden, *self.args, **self.kwargs)
-        return output if isinstance(output, Tensor) else output[0]
-
-
-class _Stop(Exception):  # noqa: N818 - no error: it ends a pass early
-    """Ends a forward pass whose rest is not needed."""
 
 
 class Walk:
@@ -124,15 +52,15 @@ class Walk:
         self.provider, self.meter, self.store, self.ranks = provider, meter, store, ranks
         windows, batch_size = ranks.share(windows, batch_size), batch_size // ranks.size
         self.hidden = store()
-        self._calls: list[list[_Call]] = []  # [batch][block]
+        self._calls: list[list[Call]] = []  # [batch][block]
         pool: dict[tuple, list[Tensor]] = {}
         with meter.stage("forward"), torch.no_grad():
             first = provider.materialise(0)
             output: list[Any] = []
             for batch in windows.split(batch_size):
-                hidden, calls = _record_calls(provider, first, batch, output)
+                hidden, calls = record_calls(provider, first, batch, output)
                 self.hidden.append(hidden)
-                self._calls.append([_shared(call, pool) for call in calls])
+                self._calls.append([shared(call, pool) for call in calls])
         provider.entered()
 
     def exchange(self) -> AbstractContextManager[None]:
@@ -166,13 +94,13 @@ class Walk:
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                x = _input(args, kwargs)
+                x = input_of(args, kwargs)
                 keep_alive.append(x)
                 seen.setdefault(name, []).append((x.data_ptr(), x.shape, x.stride(), x.dtype))
 
             return hook
 
-        with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
+        with self.meter.stage("forward"), torch.no_grad(), hooked({linears[k]: note(k) for k in linears}):
             self.run(block, index, batch)
         return seen
 
@@ -199,11 +127,11 @@ class Walk:
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 with self.meter.stage("statistics"):
-                    found[name].add(_input(args, kwargs))
+                    found[name].add(input_of(args, kwargs))
 
             return hook
 
-        with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
+        with self.meter.stage("forward"), torch.no_grad(), hooked({linears[k]: note(k) for k in linears}):
             for batch in range(len(self.hidden)):
                 self.run(block, index, batch)
         with self.exchange():
@@ -219,12 +147,12 @@ class Walk:
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                x = _input(args, kwargs).flatten(0, -2).to(torch.float32)
+                x = input_of(args, kwargs).flatten(0, -2).to(torch.float32)
                 squares[name] += x.square().sum(0)
 
             return hook
 
-        with self.meter.stage("forward"), torch.no_grad(), _hooked({linears[k]: note(k) for k in linears}):
+        with self.meter.stage("forward"), torch.no_grad(), hooked({linears[k]: note(k) for k in linears}):
             for batch in range(len(self.hidden)):
                 self.run(block, index, batch)
         with self.exchange():
@@ -244,7 +172,7 @@ class Walk:
         with self.meter.stage("forward"), torch.no_grad():
             for batch in range(len(self.hidden)):
                 self.hidden[batch] = self.run(block, index, batch)
-                self._calls[batch][index] = _DONE
+                self._calls[batch][index] = DONE
 
     def run(
         self,
@@ -258,7 +186,7 @@ class Walk:
         states = self.hidden[batch] if hidden is None else hidden
         call = self._calls[batch][index]
         if dtype is not None:
-            call, states = _cast(call, dtype), states.to(dtype)
+            call, states = cast(call, dtype), states.to(dtype)
         return call.apply(block, states.to(next(block.parameters()).device))
 
     def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int) -> Tensor | None:
@@ -266,10 +194,10 @@ class Walk:
         seen: list[Tensor] = []
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.append(_input(args, kwargs))
-            raise _Stop
+            seen.append(input_of(args, kwargs))
+            raise Stop
 
-        with _hooked({linear: hook}), suppress(_Stop):
+        with hooked({linear: hook}), suppress(Stop):
             self.run(block, index, batch)
         return seen[0] if seen else None
 
@@ -284,107 +212,3 @@ def _united(found: Sequence[list[list[str]]]) -> list[list[str]]:
             united += [fresh] if fresh else []
             placed.update(fresh)
     return united
-
-
-_DONE = _Call((), {}, False)
-
-
-def _input(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else kwargs["input"]
-
-
-@contextmanager
-def _hooked(hooks: dict[nn.Module, Callable[..., None]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _record_calls(
-    provider: BlockProvider, first: nn.Module, batch: Tensor, output: list[Any]
-) -> tuple[Tensor, list[_Call]]:
-    """Run the model with blocks that only record how they are called. Returns block 0's input, and the calls.
-
-    `output` holds what block 0 really returns, once it ran: the others return the like of it.
-    """
-    count = len(provider)
-    calls: dict[int, _Call] = {}
-    entry: list[Tensor] = []
-    run_first = first.forward
-
-    def stand_in(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            by_keyword = not (args and isinstance(args[0], Tensor))
-            hidden = kwargs.pop("hidden_states", None) if by_keyword else args[0]
-            if not isinstance(hidden, Tensor) or index != len(calls):
-                raise ModelError(
-                    f"block {index} is called out of order, more than once, or without hidden states; such a model "
-                    "cannot be walked block by block, unless `block_list` names another list"
-                )
-            calls[index] = _Call(args if by_keyword else args[1:], kwargs, by_keyword)
-            if index == 0:
-                entry.append(hidden)
-            if index == count - 1:
-                raise _Stop
-            if not output:  # shows whether blocks return a tensor, or a tuple that begins with one
-                again = {"hidden_states": hidden} if by_keyword else {}
-                output.append(run_first(*args, **again, **kwargs))
-            return hidden if isinstance(output[0], Tensor) else (hidden, *output[0][1:])
-
-        return forward
-
-    with _forward_replaced([(provider.skeleton(i), stand_in(i)) for i in range(count)]), suppress(_Stop):
-        provider.run(batch)
-    if len(calls) != count:
-        raise ModelError(
-            f"the model ran {len(calls)} of its {count} blocks; it cannot be walked block by block, unless "
-            "`block_list` names another list"
-        )
-    return entry[0], [calls[i] for i in range(count)]
-
-
-@contextmanager
-def _forward_replaced(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    # `forward` may sit on the instance already (accelerate puts its hooks there), so it is put back as it was.
-    before = [module.__dict__.get("forward") for module, _ in pairs]
-    try:
-        for module, forward in pairs:
-            module.forward = forward
-        yield
-    finally:
-        for (module, _), old in zip(pairs, before, strict=True):
-            if old is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = old
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with every floating-point tensor in it cast."""
-    if isinstance(value, _Call):
-        return _Call(_cast(value.args, dtype), _cast(value.kwargs, dtype), value.by_keyword)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _shared(value: Any, pool: dict[tuple, list[Tensor]]) -> Any:
-    """`value` with equal tensors made one: every batch brings the same masks and rotary tables."""
-    if isinstance(value, _Call):
-        return _Call(_shared(value.args, pool), _shared(value.kwargs, pool), value.by_keyword)
-    if isinstance(value, dict):
-        return {key: _shared(item, pool) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_shared(item, pool) for item in value)
-    if isinstance(value, Tensor):
-        known = pool.setdefault((value.shape, value.dtype, value.device), [])
-        for other in known:
-            if other is value or torch.equal(other, value):
-                return other
-        known.append(value)
-    return value

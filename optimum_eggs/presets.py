@@ -6,6 +6,12 @@ from typing import Any
 
 from .errors import ConfigError
 
+NUM_SAMPLES = 128
+"""Calibration windows, where nothing else is said."""
+
+SEQ_LEN = 2048
+"""Tokens in each, where nothing else is said and the model reads that many."""
+
 METHOD: dict[str, Any] = {
     "solver": "score",
     "importance": "ria",

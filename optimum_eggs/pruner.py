@@ -15,7 +15,7 @@ from .engine.report import REPORT_NAME
 from .errors import ConfigError, ModelError
 from .folders import check_output, new_folder
 from .hf.attach import attach_quantizer
-from .hf.loading import load_model, load_tokenizer, own_memory, parse_dtype
+from .hf.loading import HUB_OPTIONS, load_model, load_tokenizer, own_memory, parse_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +63,8 @@ class EGGSPruner(OptimumQuantizer):
             tokenizer: In place of the model's own.
             gguf_file: Name of a GGUF file in the folder or repository.
             dtype: Dtype to load the weights in; default `"auto"`, the checkpoint's own.
-            kwargs: Passed to transformers' `from_pretrained` (`revision`, `token`, `device_map`, …).
+            kwargs: Passed to transformers' `from_pretrained` (`revision`, `token`, `device_map`, …). Code that comes
+                with the model or its tokenizer is run with `trust_remote_code=True` alone.
 
         Raises:
             ModelError: the model or its tokenizer cannot be found or loaded.
@@ -71,8 +72,7 @@ class EGGSPruner(OptimumQuantizer):
         if not isinstance(model_or_path, str | Path):
             return cls(model_or_path, tokenizer)
         if tokenizer is None:
-            hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-            chosen = {key: kwargs[key] for key in hub if key in kwargs}
+            chosen = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
             tokenizer = load_tokenizer(model_or_path, gguf_file=gguf_file, **chosen)
         model = load_model(model_or_path, gguf_file=gguf_file, dtype=dtype, **kwargs)
         own_memory(model)

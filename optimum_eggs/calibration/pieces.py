@@ -80,7 +80,7 @@ def _lines(text: str, low: int, high: int) -> Iterator[_Cut]:
 
 
 def _letters(text: str, low: int, high: int) -> Iterator[_Cut]:
-    """Anywhere that is not beside a space, for writing without any; a space that a tokenizer adds in front is dropped."""
+    """Anywhere that is not beside a space, for writing without any; what a tokenizer adds in front is dropped."""
     for at in range(high - 1, low, -1):
         if not text[at - 1].isspace() and not text[at].isspace():
             yield _Cut(at, at)

@@ -8,10 +8,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from optimum_eggs.calibration.pieces import token_pieces
 
-ROWS = ["", " = A title = \n", "", " First words , of a row . \n", " 12 345 more ... \n", "", "", "plain", "\tx  y\n\n", ""]
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+ROWS = [
+    "",
+    " = A title = \n",
+    "",
+    " First words , of a row . \n",
+    " 12 345 more ... \n",
+    "",
+    "",
+    "plain",
+    "\tx  y\n\n",
+    "",
+]
+LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHINESE = "人们在寂静的夜里走过长长的桥。他说，明天会更好！" * 400
 
 

@@ -44,7 +44,7 @@ def collect(args: argparse.Namespace) -> dict[str, tuple[Tensor, GramAccumulator
         seq_len=args.seq_len,
         sampling="sequential",
         seed=0,
-    )
+    ).ids
     plan = make_plan(pruner.model, EGGSConfig(args.pattern))
     found = {}
     with Meter() as meter, evaluation_mode(pruner.model):

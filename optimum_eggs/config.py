@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .importance import IMPORTANCE, unknown_importance
 from .packing import FORMAT_VERSION
 from .pattern import NMPattern
-from .presets import METHOD, PRESETS, preset
+from .presets import METHOD, NUM_SAMPLES, PRESETS, preset
 
 QUANT_METHOD = "eggs"
 SOLVERS = ("score", "admm", "sparsegpt")
@@ -62,11 +62,18 @@ class EGGSConfig(QuantizationConfigMixin):
             norms, so that its output comes near the dense model's; each on `batch_size` windows. A part of the windows
             is held out to stop by. 0 for none.
         tuning_lr: Peak learning rate of block tuning, as a share of the root mean square of each tensor's entries.
-        calibration: A text file, the name of a data set (`"wikitext2"`, `"c4"` or any id on the Hub), a list of
-            texts, token ids, a `datasets.Dataset`, or a mapping of files and names to the share of the windows that
-            each gives. Data itself is never stored in the configuration.
-        split, text_column: Where to find the text in a data set from the Hub. Default: `"train"`, `"text"`.
-        num_samples, seq_len: Number of calibration windows, and tokens in each.
+        calibration: A text file, the name of a data set, a list of texts, token ids, a `datasets.Dataset` of texts or
+            of token ids, or a mapping of files and names to the share of the windows that each gives. A data set is
+            named `"wikitext2"`, `"c4"`, or by any id on the Hub, with its configuration and revision behind it if need
+            be: `"Salesforce/wikitext:wikitext-2-raw-v1@main"`. `"sample"` is a text of mixed kinds that is shipped with
+            this package, for a first try; a file of that name is written `"./sample"`. Data itself is never stored in
+            the configuration.
+        split, text_column: Where to find the text in a data set. Default: `"train"`; `"input_ids"` where there is such
+            a column, else `"text"`.
+        dataset_config_name, dataset_revision: Configuration, and branch, tag or commit, of a data set from the Hub
+            whose name in `calibration` says none.
+        num_samples: Number of calibration windows.
+        seq_len: Tokens in each. Default: 2048, or the model's context where that is shorter.
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.
         seed: Seed of everything random.
         batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block
@@ -78,6 +85,8 @@ class EGGSConfig(QuantizationConfigMixin):
             dotted name; it may leave out leading and trailing parts (`"down_proj"`, `"layers.0"`, `"*.mlp.*"`).
         block_list: Name of the list of blocks (`"model.layers"`), if it cannot be found by structure.
         tokenizer: Tokenizer for the calibration text when pruning on load; by default the model's own. Not stored.
+        token: For data sets on the Hub that are private or gated and, when pruning on load, for the tokenizer. Default:
+            that of `hf auth login`, or HF_TOKEN. Never stored.
         pruned_modules: The layers pruned: name -> `"n:m"`. Written by the pruner; it is what a loader goes by.
         format_version: Version of the packed format.
 
@@ -117,8 +126,10 @@ class EGGSConfig(QuantizationConfigMixin):
         calibration: Any = None,
         split: str | None = None,
         text_column: str | None = None,
-        num_samples: int = 128,
-        seq_len: int = 2048,
+        dataset_config_name: str | None = None,
+        dataset_revision: str | None = None,
+        num_samples: int = NUM_SAMPLES,
+        seq_len: int | None = None,
         sampling: str = "random",
         seed: int = 0,
         batch_size: int | None = None,
@@ -127,6 +138,7 @@ class EGGSConfig(QuantizationConfigMixin):
         ignore: Sequence[str] | None = ("lm_head",),
         block_list: str | None = None,
         tokenizer: Any = None,
+        token: str | None = None,
         pruned_modules: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
@@ -155,8 +167,10 @@ class EGGSConfig(QuantizationConfigMixin):
         self.calibration = calibration
         self.split = check.text("split", split)
         self.text_column = check.text("text_column", text_column)
+        self.dataset_config_name = check.text("dataset_config_name", dataset_config_name)
+        self.dataset_revision = check.text("dataset_revision", dataset_revision)
         self.num_samples = check.integer("num_samples", num_samples, least=1)
-        self.seq_len = check.integer("seq_len", seq_len, least=2)
+        self.seq_len = None if seq_len is None else check.integer("seq_len", seq_len, least=2)
         self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
         self.seed = check.integer("seed", seed, least=0)
         size = _batch_size(self.block_tuning) if batch_size is None else batch_size
@@ -167,6 +181,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.ignore = check.names("ignore", ignore) or []
         self.block_list = check.text("block_list", block_list)
         self.tokenizer = tokenizer
+        self.token = token
         self.pruned_modules = check.pruned_modules(pruned_modules)
         self.preset = self._matching_preset(preset)
 
@@ -240,8 +255,8 @@ class EGGSConfig(QuantizationConfigMixin):
     __replace__ = replace
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types. Data and tokenizer are left out: `calibration` stays only where it names its sources."""
-        fields = {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
+        """As JSON types, without data, tokenizer and token: `calibration` stays only where it names its sources."""
+        fields = {key: value for key, value in self.__dict__.items() if key not in ("tokenizer", "token")}
         fields["calibration"] = _calibration_names(self.calibration)
         return copy.deepcopy(fields)
 

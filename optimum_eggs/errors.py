@@ -4,7 +4,7 @@ Each message names the thing, its value, the rule it broke and what to do about 
 [`EGGSError`], so `except EGGSError` catches bad input and nothing else.
 """
 
-from typing import Any
+from typing import Any, overload
 
 
 def first_line(error: Exception) -> str:
@@ -24,6 +24,31 @@ def shorten(value: Any) -> str:
     """
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@overload
+def without(secret: str | bool | None, said: str) -> str: ...
+@overload
+def without(secret: str | bool | None, said: Exception) -> Exception | None: ...
+
+
+def without(secret: str | bool | None, said: str | Exception) -> str | Exception | None:
+    """What was said, without a secret in it: of a text that part is left out, of an error all.
+
+    >>> without("hf_abc", "Illegal header value: Bearer hf_abc"), without("hf_abc", ValueError("hf_abc"))
+    ('Illegal header value: Bearer ***', None)
+    """
+    hidden = secret.strip() if isinstance(secret, str) else ""
+    if isinstance(said, str):
+        return said.replace(hidden, "***") if hidden else said
+    return None if hidden and _says(said, hidden) else said
+
+
+def _says(error: BaseException | None, secret: str) -> bool:
+    """Whether an error, or one that led to it, has `secret` in its message."""
+    if error is None:
+        return False
+    return secret in str(error) or _says(error.__cause__, secret) or _says(error.__context__, secret)
 
 
 class EGGSError(Exception):

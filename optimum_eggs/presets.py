@@ -6,6 +6,12 @@ from typing import Any
 
 from .errors import ConfigError
 
+NUM_SAMPLES = 128
+"""Calibration windows, where nothing else is said."""
+
+SEQ_LEN = 2048
+"""Tokens in each, where nothing else is said and the model reads that many."""
+
 METHOD: dict[str, Any] = {
     "solver": "score",
     "importance": "ria",
@@ -18,7 +24,7 @@ METHOD: dict[str, Any] = {
     "damping": 0.01,
     "permutation": False,
     "block_tuning": 0,
-    "tuning_lr": 0.005,
+    "tuning_lr": 0.01,
 }
 """Every value that makes a method, as it is where a preset says nothing else."""
 
@@ -28,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": METHOD | _FLOOR | {"solver": "sparsegpt", "weight_update": "refit"},
     "best": METHOD
     | _FLOOR
-    | {"permutation": True, "solver": "admm", "weight_update": "refit", "refit_steps": 10, "block_tuning": 140},
+    | {"permutation": True, "solver": "admm", "weight_update": "refit", "refit_steps": 10, "block_tuning": 200},
     "paper": METHOD | {"selection": "diagonal", "min_degree": 1},
     "alps": METHOD | {"solver": "admm", "weight_update": "refit", "refit_steps": 10},
     "sparsegpt": METHOD | {"solver": "sparsegpt"},

@@ -63,7 +63,8 @@ class EGGSPruner(OptimumQuantizer):
             tokenizer: In place of the model's own.
             gguf_file: Name of a GGUF file in the folder or repository.
             dtype: Dtype to load the weights in; default `"auto"`, the checkpoint's own.
-            kwargs: Passed to transformers' `from_pretrained` (`revision`, `token`, `device_map`, …).
+            kwargs: Passed to transformers' `from_pretrained` (`revision`, `token`, `device_map`, …). Code that comes
+                with the model or its tokenizer is run with `trust_remote_code=True` alone.
 
         Raises:
             ModelError: the model or its tokenizer cannot be found or loaded.

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import shutil
@@ -132,6 +133,18 @@ def test_costs_are_counted_and_checked(dense_folder, text_file):
         "report",
         "all",
     ]
+
+
+def test_kinds_of_the_sample_follow_each_other_in_turns():
+    spec = importlib.util.spec_from_file_location("make_sample", SCRIPTS / "make_sample.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    parts = list(made.in_turns([["a" * 2000] * 8, ["b" * 4000] * 2]))
+    assert [part[0] for part in parts] == ["a", "b", "a", "a", "b", "a"]
+    assert "".join(parts).count("a") == 16000
+    assert made.first(["abc", "de", "f"], 6) == ["abc", "de"]
+    country = {"People": {"Climate": {"text": "Hot. Dry. ++ Windy."}, "Ports": {"text": "One, Two"}, "Area": {}}}
+    assert list(made.sections(country)) == ["Climate: Hot. Dry. Windy."]
 
 
 def test_books_are_read_from_their_package(tmp_path):

@@ -84,6 +84,8 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
         ({"batch_size": False}, r"batch_size=False must be an integer of at least 1"),
         ({"split": ""}, r"split='' must be a text that is not empty, or None"),
         ({"text_column": 3}, r"text_column=3 must be a text"),
+        ({"dataset_config_name": ""}, r"dataset_config_name='' must be a text"),
+        ({"dataset_revision": 3}, r"dataset_revision=3 must be a text"),
         ({"block_list": ""}, r"block_list='' must be a text"),
         (
             {"targets": "down_proj"},
@@ -207,7 +209,7 @@ OWN = EGGSConfig(
     [
         (EGGSConfig("4:8", preset="best", num_samples=7), {"seed": 4}, {"preset": "best", "num_samples": 7}),
         (OWN, {}, {"refit_steps": 7, "num_samples": 7, "seed": 3, "targets": ["up"]}),
-        (OWN, {"pattern": "2:4"}, {"pattern": NMPattern(2, 4), "refit_steps": 7, "block_tuning": 140}),
+        (OWN, {"pattern": "2:4"}, {"pattern": NMPattern(2, 4), "refit_steps": 7, "block_tuning": 200}),
         (OWN, {"n": 3}, {"pattern": NMPattern(3, 8)}),
         (OWN, {"preset": "fast"}, {"preset": "fast", "refit_steps": 15, "batch_size": 4, "num_samples": 7}),
         (OWN, {"preset": "ria", "min_degree": None}, {"preset": "ria", "min_degree": 0}),
@@ -305,6 +307,18 @@ def test_calibration_is_stored_only_where_it_names_its_sources(source, stored):
 
 def test_the_tokenizer_is_not_stored():
     assert "tokenizer" not in EGGSConfig(tokenizer=object()).to_dict()
+
+
+def test_a_token_is_nowhere_to_be_read():
+    config = EGGSConfig(token="hf_secret", calibration="me/private")
+    assert "hf_secret" not in json.dumps(config.to_dict()) + repr(config) + config.to_json_string()
+    assert copy.deepcopy(config).token == "hf_secret"
+
+
+def test_a_data_set_keeps_its_configuration_and_revision():
+    config = EGGSConfig(calibration="me/data:plain@v1", dataset_config_name="all", dataset_revision="v2")
+    again = through_json(config)
+    assert (again.calibration, again.dataset_config_name, again.dataset_revision) == ("me/data:plain@v1", "all", "v2")
 
 
 def test_changing_the_stored_form_leaves_the_configuration_alone():

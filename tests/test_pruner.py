@@ -8,7 +8,9 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 
 from optimum_eggs import EGGSConfig, EGGSPruner
-from optimum_eggs.errors import ConfigError, ModelError, NumericalError, OutputError
+from optimum_eggs.engine.run import with_seq_len
+from optimum_eggs.errors import CalibrationError, ConfigError, ModelError, NumericalError, OutputError
+from optimum_eggs.presets import SEQ_LEN
 
 
 def test_it_is_an_optimum_quantizer():
@@ -25,6 +27,31 @@ def test_a_pattern_is_enough(tokenizer):
     assert report.config["n"] == 1
     assert pruner.report is report
     assert report.calibration["source"] == "Tensor in memory"
+
+
+def test_windows_are_as_long_as_the_model_reads_unless_told_otherwise(tokenizer, text_file):
+    positions = tiny.make_model("gpt2").config.max_position_embeddings
+    assert positions < SEQ_LEN
+    pruner = EGGSPruner(tiny.make_model("gpt2"), tokenizer)
+    given = EGGSConfig("2:4", num_samples=4)
+    report = pruner.prune(given, calibration=text_file)
+    assert report.config["seq_len"] == report.calibration["seq_len"] == positions
+    assert given.seq_len is None
+    assert with_seq_len(given, torch.nn.Linear(2, 2)).seq_len == SEQ_LEN
+    with pytest.raises(
+        CalibrationError, match=rf"seq_len={positions + 1} is more than the model's context of {positions}"
+    ):
+        EGGSPruner(tiny.make_model("gpt2"), tokenizer).prune(
+            EGGSConfig("2:4", num_samples=4, seq_len=positions + 1), calibration=text_file
+        )
+
+
+def test_the_report_says_that_windows_overlap(tokenizer, config):
+    texts = [tiny.make_text(60)]
+    report = EGGSPruner(tiny.make_model("llama"), tokenizer).prune(config, calibration=texts)
+    assert report.calibration["overlapping"] is True
+    report = EGGSPruner(tiny.make_model("llama"), tokenizer).prune(config, calibration=texts * 20)
+    assert report.calibration["overlapping"] is False
 
 
 def test_the_saved_folder_is_complete_and_names_no_local_folder(packed_folder, text_file):

@@ -4,7 +4,7 @@ from .blocks import BlockList, find_block_list
 from .providers import BlockProvider, InMemoryBlocks
 from .statistics import GramAccumulator
 from .walk import Walk
-from .windows import token_windows
+from .windows import Windows, token_windows
 
 __all__ = [
     "BlockList",
@@ -12,6 +12,7 @@ __all__ = [
     "GramAccumulator",
     "InMemoryBlocks",
     "Walk",
+    "Windows",
     "find_block_list",
     "token_windows",
 ]

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .documents import documents, rotated
+from .documents import SOURCES, Column, documents, is_tokenised
+from .pieces import PIECE, token_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SEPARATOR = "\n\n"
+logger = logging.getLogger(__name__)
+
 _POOL = 4  # from a large source, this many times the tokens needed are read, and the windows drawn from those
-_PIECE = 1 << 17  # characters tokenised at a time
+_LARGE = 1 << 21  # characters; of a single text that is longer, only a stretch is tokenised
+_LONGEST_TOKEN = 8  # characters, roughly: a piece of so many times the tokens wanted holds them
+_LEAST = 8  # a text that is too short must have this part of the tokens asked for
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration windows.
+
+    Attributes:
+        ids: Token ids (windows, seq_len), int64.
+        overlapping: Whether the text was too short for windows of its own, so that evenly spread ones share tokens.
+    """
+
+    ids: Tensor
+    overlapping: bool = False
 
 
 def token_windows(
@@ -28,62 +47,68 @@ def token_windows(
     seq_len: int,
     sampling: str = "random",
     seed: int = 0,
-    split: str | None = None,
-    text_column: str | None = None,
-) -> Tensor:
-    """Calibration windows (num_samples, seq_len), int64.
+    **loading: Any,
+) -> Windows:
+    """Calibration windows of a source.
 
     Texts are joined with blank lines and tokenised without special tokens. `"sequential"` takes the first windows, end
-    to end; `"random"` draws starts uniformly with `seed` (from a source of many texts: within a stretch of
-    consecutive ones that starts at a random text). Windows given as token ids of exactly `seq_len` are taken as they
-    are. A mapping of sources to shares gives each its share of the windows, by largest remainder.
+    to end; `"random"` draws starts uniformly with `seed` (from a source of many texts, or of one that is longer than
+    2 Mi characters: within a stretch that starts at a random text or line). Windows given as token ids of exactly
+    `seq_len` are taken as they are. A mapping of sources to shares gives each its share of the windows, by largest
+    remainder.
+
+    A text that is too short for num_samples windows is cut into as many that overlap, whose starts are spread evenly,
+    if it has an eighth of the tokens, at least two windows of them, and a start for each.
+
+    Args:
+        source: As for [`documents`], or token ids, or a mapping of sources to shares.
+        tokenizer: Not needed for token ids.
+        num_samples: Number of windows.
+        seq_len: Tokens in each.
+        sampling: `"random"` or `"sequential"`.
+        seed: Of what is random.
+        loading: Where to find the text in a data set: as for [`documents`].
 
     Raises:
-        CalibrationError: no source, an unknown kind of source, or fewer tokens than num_samples · seq_len.
+        CalibrationError: no source, an unknown kind of source, or too few tokens.
     """
     if source is None:
-        raise CalibrationError("calibration=None: pass a text file, the name of a data set, texts or token ids")
+        raise CalibrationError(f"calibration=None: pass {SOURCES}; or texts or token ids")
     if isinstance(source, Mapping):
-        return _mixed(source, tokenizer, num_samples, seq_len, sampling, seed, split, text_column)
+
+        def draw(name: Any, count: int) -> Windows:
+            return token_windows(
+                name, tokenizer, num_samples=count, seq_len=seq_len, sampling=sampling, seed=seed, **loading
+            )
+
+        return _mixed(source, num_samples, seed, draw)
     generator = torch.Generator().manual_seed(seed)
     ids = given_ids(source)
-    if ids is not None and ids.dim() == 2:
-        return _choose(ids, num_samples, seq_len, sampling, generator)
     if ids is None:
-        pool = num_samples * seq_len * (_POOL if sampling == "random" else 1)
-        texts = documents(source, split, text_column)
-        if sampling == "random" and isinstance(texts, Sized) and len(texts) > 1:
-            texts = rotated(texts, int(torch.randint(len(texts), (1,), generator=generator)))
-        ids = token_stream(texts, tokenizer, pool)
+        needed = num_samples * seq_len
+        ids = _read(documents(source, **loading), tokenizer, needed, sampling, generator)
+    if ids.dim() == 2:
+        return _choose(ids, num_samples, seq_len, sampling, generator)
     return _cut(ids, num_samples, seq_len, sampling, generator)
 
 
-def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase | None, pool: int | None = None) -> Tensor:
-    """Token ids (tokens,) of the texts joined with blank lines, without special tokens.
+def token_stream(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None, pool: int | None = None) -> Tensor:
+    """Token ids (tokens,) of the texts joined with blank lines, without special tokens: those of the joined text.
 
-    Long texts are tokenised in pieces of 128 Ki characters that end with a line. With `pool`, reading stops when
-    there are at least that many tokens.
+    Rows of token ids are joined as they are. With `pool`, reading stops when there are at least that many tokens.
 
     Raises:
         CalibrationError: there is no tokenizer.
     """
-    if tokenizer is None:
-        raise CalibrationError("tokenizer=None: text needs a tokenizer; pass one, or pass token ids")
-    parts: list[Tensor] = []
-    chunk: list[str] = []
-    size = 0
-    for text in texts:
-        if not text:
-            continue
-        chunk.append(text)
-        size += len(text)
-        if pool is not None and size > 8 * pool:  # characters; should they be too few tokens, there is another round
-            parts += _encode(SEPARATOR.join(chunk) + SEPARATOR, tokenizer)
-            chunk, size = [], 0
-            if sum(len(part) for part in parts) >= pool:
-                break
-    if chunk:
-        parts += _encode(SEPARATOR.join(chunk), tokenizer)
+    rows: Iterable[list[int]]
+    if isinstance(texts, Column) and texts.holds_ids:
+        rows = texts
+    else:
+        if tokenizer is None:
+            raise CalibrationError("tokenizer=None: text needs a tokenizer; pass one, or pass token ids")
+        size = PIECE if pool is None else min(PIECE, _LONGEST_TOKEN * pool)
+        rows = token_pieces(texts, _encoder(tokenizer), size)
+    parts = [torch.tensor(row, dtype=torch.int64) for row in _up_to(rows, pool)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
@@ -115,35 +140,22 @@ def shares(weights: Mapping[Any, float], total: int) -> list[int]:
     return counts
 
 
-def _mixed(
-    source: Mapping[Any, float],
-    tokenizer: Any,
-    num_samples: int,
-    seq_len: int,
-    sampling: str,
-    seed: int,
-    split: str | None,
-    text_column: str | None,
-) -> Tensor:
+def _mixed(source: Mapping[Any, float], num_samples: int, seed: int, draw: Callable[[Any, int], Windows]) -> Windows:
     if not source:
         raise CalibrationError("calibration={}: the mapping is empty; name at least one source")
-    parts = []
-    for (name, _), count in zip(source.items(), shares(source, num_samples), strict=True):
-        if count:
-            part = token_windows(
-                name,
-                tokenizer,
-                num_samples=count,
-                seq_len=seq_len,
-                sampling=sampling,
-                seed=seed,
-                split=split,
-                text_column=text_column,
-            )
-            parts.append(part)
+    counts = shares(source, num_samples)
+    parts = [draw(name, count) for name, count in zip(source, counts, strict=True) if count]
     # Mixed within batches, so that no batch is of one kind of text alone.
-    windows = torch.cat(parts)
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    ids = torch.cat([part.ids for part in parts])
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return Windows(ids[order], any(part.overlapping for part in parts))
+
+
+def needs_tokenizer(source: Any, text_column: str | None = None) -> bool:
+    """Whether windows of `source` take a tokenizer: no source at all and token ids take none."""
+    if source is None or (text_column is None and is_tokenised(source)):
+        return False
+    return isinstance(source, Mapping) or given_ids(source) is None
 
 
 def given_ids(source: Any) -> Tensor | None:
@@ -173,7 +185,55 @@ def given_ids(source: Any) -> Tensor | None:
     return None
 
 
-def _choose(rows: Tensor, num_samples: int, seq_len: int, sampling: str, generator: torch.Generator) -> Tensor:
+def _read(
+    texts: Sequence[str] | Column,
+    tokenizer: PreTrainedTokenizerBase | None,
+    needed: int,
+    sampling: str,
+    generator: torch.Generator,
+) -> Tensor:
+    """Token ids: as many as are needed, or a pool to draw from. Rows of ids that are of one length stay rows."""
+    pool: int | None = needed
+    if sampling == "random":
+        texts, pool = _from_somewhere(texts, needed * _POOL, generator)
+    if isinstance(texts, Column) and texts.holds_ids:
+        ids = given_ids(list(_up_to(texts, pool)))
+        return torch.empty(0, dtype=torch.int64) if ids is None else ids
+    return token_stream(texts, tokenizer, pool)
+
+
+def _from_somewhere(
+    texts: Sequence[str] | Column, pool: int, generator: torch.Generator
+) -> tuple[Sequence[str] | Column, int | None]:
+    """Texts from a random one on, then those before it; of one alone, that from a random line on if it is large.
+
+    Beside them the tokens to read: one text that is not large is read to its end.
+    """
+    count = len(texts)
+    if count > 1:
+        start = int(torch.randint(count, (1,), generator=generator))
+        return (texts.select_from(start) if isinstance(texts, Column) else [*texts[start:], *texts[:start]]), pool
+    if count == 0 or (isinstance(texts, Column) and texts.holds_ids):
+        return texts, pool
+    (text,) = texts
+    if len(text) <= _LARGE:
+        return [text], None
+    start = int(torch.randint(len(text), (1,), generator=generator))
+    start = text.find("\n", start) + 1 or start
+    return [text[start:], text[:start]], pool
+
+
+def _up_to(rows: Iterable[list[int]], pool: int | None) -> Iterator[list[int]]:
+    """Rows until they have so many tokens together."""
+    total = 0
+    for row in rows:
+        yield row
+        total += len(row)
+        if pool is not None and total >= pool:
+            return
+
+
+def _choose(rows: Tensor, num_samples: int, seq_len: int, sampling: str, generator: torch.Generator) -> Windows:
     """Windows from rows of ids: the rows themselves if they are seq_len long, else cut from their concatenation."""
     if rows.shape[1] != seq_len:
         return _cut(rows.flatten(), num_samples, seq_len, sampling, generator)
@@ -183,36 +243,42 @@ def _choose(rows: Tensor, num_samples: int, seq_len: int, sampling: str, generat
             "lower num_samples"
         )
     if sampling == "sequential":
-        return rows[:num_samples]
-    return rows[torch.randperm(len(rows), generator=generator)[:num_samples]]
+        return Windows(rows[:num_samples])
+    return Windows(rows[torch.randperm(len(rows), generator=generator)[:num_samples]])
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Token ids of the pieces of a text."""
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     # verbose=False: a text longer than the model's context is what is wanted here
-    ids = (tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in _pieces(text))
-    return [torch.tensor(piece, dtype=torch.int64) for piece in ids]
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text after line ends: a tokenizer takes some 150 bytes of memory for every character it is given."""
-    start = 0
-    while len(text) - start > _PIECE:
-        end = text.rfind("\n", start, start + _PIECE) + 1
-        end = end or start + _PIECE
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _cut(ids: Tensor, num_samples: int, seq_len: int, sampling: str, generator: torch.Generator) -> Tensor:
+def _cut(ids: Tensor, num_samples: int, seq_len: int, sampling: str, generator: torch.Generator) -> Windows:
+    """Windows from a stream of ids (tokens,)."""
     needed = num_samples * seq_len
     if len(ids) < needed:
+        return _overlapping(ids, num_samples, seq_len)
+    if sampling == "sequential":
+        return Windows(ids[:needed].view(num_samples, seq_len))
+    starts = torch.randint(len(ids) - seq_len + 1, (num_samples,), generator=generator)
+    return Windows(ids.unfold(0, seq_len, 1)[starts])
+
+
+def _overlapping(ids: Tensor, num_samples: int, seq_len: int) -> Windows:
+    """Windows from fewer tokens than they have together, with starts spread evenly."""
+    needed = num_samples * seq_len
+    least = min(needed, max(2 * seq_len, -(-needed // _LEAST), seq_len + num_samples - 1))
+    if len(ids) < least:
+        fewer = "" if least == needed else f", or {least} at the least for windows that overlap"
         raise CalibrationError(
             f"calibration: the text has {len(ids)} tokens, and num_samples={num_samples} windows of seq_len={seq_len} "
-            f"need {needed}; give more text, or lower num_samples or seq_len"
+            f"need {needed}{fewer}; give more text, or lower num_samples or seq_len"
         )
-    if sampling == "sequential":
-        return ids[:needed].view(num_samples, seq_len)
-    starts = torch.randint(len(ids) - seq_len + 1, (num_samples,), generator=generator)
-    return ids.unfold(0, seq_len, 1)[starts]
+    logger.warning(
+        "calibration: the text has %d tokens, and num_samples=%d windows of seq_len=%d need %d; the windows overlap",
+        len(ids),
+        num_samples,
+        seq_len,
+        needed,
+    )
+    starts = torch.arange(num_samples) * (len(ids) - seq_len) // (num_samples - 1)
+    return Windows(ids.unfold(0, seq_len, 1)[starts], overlapping=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prune`."""
     from ..hf.loading import DTYPES
-    from ..presets import PRESETS
+    from ..presets import NUM_SAMPLES, PRESETS, SEQ_LEN
 
     parser.add_argument("model", metavar="MODEL", help="folder, id on the Hub, or GGUF file of a dense model")
     parser.add_argument("output", metavar="OUT", help="folder to make")
@@ -28,14 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         action="append",
-        required=True,
         metavar="FILE|NAME[=SHARE]",
-        help="text file or data set; given several times they are mixed, in proportion to their shares",
+        help="text file, data set (wikitext2, c4, or ID[:CONFIGURATION][@REVISION] on the Hub), or sample, the text "
+        "shipped here for a first try; given several times they are mixed, in proportion to their shares",
     )
     parser.add_argument("--split", help="split of a data set from the Hub (default: train)")
     parser.add_argument("--text-column", help="text column of a data set from the Hub (default: text)")
-    parser.add_argument("--num-samples", type=int, default=128, help="calibration windows (default: 128)")
-    parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (default: 2048)")
+    parser.add_argument(
+        "--num-samples", type=int, default=NUM_SAMPLES, help=f"calibration windows (default: {NUM_SAMPLES})"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, help=f"tokens in a window (default: {SEQ_LEN}, or the model's context where shorter)"
+    )
     parser.add_argument("--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn")
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
     parser.add_argument("--batch-size", type=int, help="windows run at a time (default: 4, and 1 with block tuning)")
@@ -49,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-tuning", type=int, metavar="STEPS", help="steps that a block is tuned for (0: none)")
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="prune only layers of these names")
     parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: main)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with MODEL")
     parser.add_argument("--gguf-file", metavar="NAME", help="name of a GGUF file in MODEL")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to load and prune in (default: auto)")
     parser.add_argument("--save-dtype", choices=DTYPES, default="auto", help="dtype to save in (default: as loaded)")
@@ -69,12 +75,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
+    from ..calibration.documents import SOURCES
     from ..config import EGGSConfig
     from ..folders import check_output
     from ..ranks import join_ranks
 
     ranks = join_ranks()
     # Everything that can be refused is refused before a model is loaded.
+    if not args.calibration:
+        raise ConfigError(f"--calibration is missing: give {SOURCES}")
     check_output(args.output, args.overwrite)
     config = EGGSConfig(
         args.pattern,
@@ -131,7 +140,7 @@ def _is_on_disk(args: argparse.Namespace) -> bool:
     from ..hf.loading import split_gguf
     from ..streaming import is_streamable
 
-    return split_gguf(args.model, args.gguf_file)[1] is None and is_streamable(args.model)
+    return split_gguf(args.model, args.gguf_file)[1] is None and is_streamable(args.model, args.revision)
 
 
 def _from_disk(args: argparse.Namespace, config: EGGSConfig, ranks: Ranks) -> PruneReport:
@@ -149,6 +158,8 @@ def _from_disk(args: argparse.Namespace, config: EGGSConfig, ranks: Ranks) -> Pr
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
         ranks=ranks,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -161,8 +172,10 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
             f"memory_budget={args.memory_budget!r}: {args.model} is not in safetensors files, which alone are read "
             "block by block; leave --memory-budget out, or save the model to a folder first"
         )
-    placement = {"device_map": args.device} if args.device else {}
-    pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **placement)
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    options |= {"device_map": args.device} if args.device else {}
+    options |= {"revision": args.revision} if args.revision else {}
+    pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **options)
     report = pruner.prune(config)
     pruner.save_pretrained(
         args.output,

@@ -68,7 +68,8 @@ class PruneReport:
         layers: One entry for each pruned layer.
         tuning: One entry for each block that was tuned.
         left_dense: Every weight matrix of the blocks, embedding or head that was left dense, with the reason.
-        calibration: What the windows were: source, count, length, SHA-256 of the token ids.
+        calibration: What the windows were: source, count, length, whether they overlap because the text was short, and
+            the SHA-256 of the token ids.
         base_model: Id and revision of the dense model on the Hub; None for one from a folder.
         measurements: Seconds, CPU seconds and peak resident bytes, in all and by stage.
     """

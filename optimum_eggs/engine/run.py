@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..calibration import token_windows
+from ..calibration import Windows, token_windows
+from ..calibration.context import context_length
 from ..config import EGGSConfig
 from ..names import hub_id, public_name
+from ..presets import SEQ_LEN
 from .prune import prune_model
 from .report import PruneReport
 
@@ -25,14 +28,25 @@ def calibrate_and_prune(
         EGGSError: as `token_windows` and `prune_model`.
     """
     source = config.calibration if calibration is None else calibration
+    config = with_seq_len(config, model)
     windows = calibration_windows(source, tokenizer, config)
-    report = prune_model(model, config, windows, progress)
-    name_sources(report, source, model)
+    report = prune_model(model, config, windows.ids, progress)
+    name_sources(report, source, windows, model)
     return report
 
 
-def calibration_windows(source: Any, tokenizer: Any, config: EGGSConfig) -> Tensor:
-    """Windows (windows, tokens) of token ids from `source`, drawn as the configuration says."""
+def with_seq_len(config: EGGSConfig, model: Any) -> EGGSConfig:
+    """The configuration with the `seq_len` that it stands for with `model`, if none was given."""
+    if config.seq_len is not None:
+        return config
+    settled = copy.copy(config)
+    settled.seq_len = min(SEQ_LEN, context_length(model) or SEQ_LEN)
+    return settled
+
+
+def calibration_windows(source: Any, tokenizer: Any, config: EGGSConfig) -> Windows:
+    """Windows from `source`, drawn as a configuration with its `seq_len` says."""
+    assert config.seq_len is not None
     return token_windows(
         source,
         tokenizer,
@@ -42,13 +56,17 @@ def calibration_windows(source: Any, tokenizer: Any, config: EGGSConfig) -> Tens
         seed=config.seed,
         split=config.split,
         text_column=config.text_column,
+        config_name=config.dataset_config_name,
+        revision=config.dataset_revision,
+        token=config.token,
     )
 
 
-def name_sources(report: PruneReport, source: Any, model: Any) -> None:
+def name_sources(report: PruneReport, source: Any, windows: Windows, model: Any) -> None:
     """Put into the report what the calibration data and the dense model are called, as others may know them."""
     report.config = EGGSConfig.from_dict(report.config | {"calibration": public_name(source)}).to_dict()
     report.calibration["source"] = report.config["calibration"] or f"{type(source).__name__} in memory"
+    report.calibration["overlapping"] = windows.overlapping
     report.base_model = _base_model(model)
 
 

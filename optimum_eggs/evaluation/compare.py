@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..calibration.context import context_length
 from ..calibration.documents import documents
 from ..calibration.windows import token_stream, windows_digest
 from ..errors import CalibrationError, ConfigError, ModelError
@@ -171,8 +172,8 @@ def _common_windows(folders: Sequence[str], tokenizers: Sequence[Any], args: Any
 
 
 def _check_context(model: Any, seq_len: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and seq_len > context:
+    context = context_length(model)
+    if context is not None and seq_len > context:
         raise CalibrationError(f"seq_len={seq_len} is more than the model's context of {context}; lower seq_len")
 
 

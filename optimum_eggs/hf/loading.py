@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, ConfigError, EGGSError, ModelError, first_line
+from ..errors import CheckpointError, ConfigError, EGGSError, ModelError, first_line, without
+from ..names import hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_OPTIONS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+    "trust_remote_code",
+    "code_revision",
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -43,13 +56,12 @@ def split_gguf(model_id: str | Path, gguf_file: str | None) -> tuple[str, str | 
 
 
 def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where to find a model, and so where its config and tokenizer are.
+    """Those of `from_pretrained`'s arguments that hold for a model's configuration and tokenizer too.
 
     >>> hub_options({"revision": "main", "device_map": "cpu"})
     {'revision': 'main'}
     """
-    known = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    return {key: value for key, value in kwargs.items() if key in known}
+    return {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS}
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
@@ -77,7 +89,8 @@ def load_model(
         model_id: Folder, id on the Hub, or path of a GGUF file.
         gguf_file: Name of a GGUF file in it; it is loaded as an ordinary dense model.
         dtype: As for transformers; default `"auto"`.
-        kwargs: Passed to `from_pretrained`.
+        kwargs: Passed to `from_pretrained`. With `trust_remote_code=True`, code that comes with the model is run; never
+            without.
 
     Raises:
         ModelError: the model cannot be found or loaded.
@@ -87,21 +100,43 @@ def load_model(
 
     source, gguf_file = split_gguf(model_id, gguf_file)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    with translated(source, "model"):
-        config = transformers.AutoConfig.from_pretrained(source, **extra, **hub_options(kwargs))
-        kind = model_class(config) or transformers.AutoModelForCausalLM
+    kwargs = {"trust_remote_code": False, **kwargs}  # where nothing is said, transformers would ask on the terminal
+    hub = hub_options(kwargs)
+    with translated(source, "model", kwargs.get("token")):
+        config = transformers.AutoConfig.from_pretrained(source, **extra, **hub)
+        kind = model_class(config, kwargs["trust_remote_code"]) or transformers.AutoModelForCausalLM
         model = kind.from_pretrained(source, dtype=parse_dtype(dtype), **extra, **kwargs)
     if gguf_file:
         # The weights are dense by now; transformers would still refuse to save a model that says it is GGUF.
         quantizer: Any = model.hf_quantizer
         quantizer.remove_quantization_config(model)
+    if hub_id(source):
+        set_commit(model, _cached(source, hub))
     return model
 
 
-def model_class(config: Any) -> Any:
-    """The class in transformers that a configuration names, or None."""
+def set_commit(model: PreTrainedModel, file: str | None) -> None:
+    """Note in a model's configuration which commit on the Hub it is of, from where the cache has a file of it."""
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", file or "")
+    if found:
+        model.config._commit_hash = found[1]  # older versions of transformers do so themselves
+
+
+def _cached(source: str, hub: Mapping[str, Any]) -> str | None:
+    """Where the cache has the configuration of a model that was just loaded from the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = "/".join(part for part in (hub.get("subfolder"), "config.json") if part)
+    found = try_to_load_from_cache(source, name, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+    return found if isinstance(found, str) else None
+
+
+def model_class(config: Any, trust_remote_code: bool = False) -> Any:
+    """The class in transformers that a configuration names; None if there is none, or if it brings trusted code."""
     import transformers
 
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None
     names = getattr(config, "architectures", None) or []
     return getattr(transformers, names[0], None) if names else None
 
@@ -119,7 +154,7 @@ def own_memory(model: torch.nn.Module) -> None:
 
 
 def load_tokenizer(model_id: str | Path, *, gguf_file: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
+    """Load the tokenizer of a model; arguments as of [`load_model`].
 
     Raises:
         ModelError: there is none.
@@ -128,7 +163,8 @@ def load_tokenizer(model_id: str | Path, *, gguf_file: str | None = None, **kwar
 
     source, gguf_file = split_gguf(model_id, gguf_file)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    with translated(source, "tokenizer"):
+    kwargs = {"trust_remote_code": False, **kwargs}
+    with translated(source, "tokenizer", kwargs.get("token")):
         return AutoTokenizer.from_pretrained(source, **extra, **kwargs)
 
 
@@ -137,18 +173,12 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
-def calibration_tokenizer(calibration: Any, model_id: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, if the calibration source is text; None if it is token ids."""
-    from ..calibration.windows import given_ids
-
-    if calibration is None or (not isinstance(calibration, Mapping) and given_ids(calibration) is not None):
-        return None
-    return load_tokenizer(model_id, **kwargs)
-
-
 @contextmanager
-def translated(source: str, what: str) -> Iterator[None]:
-    """Turns what transformers raises for a missing or damaged model into one of this package's errors."""
+def translated(source: str, what: str, token: str | bool | None = None) -> Iterator[None]:
+    """Turns what transformers raises for a missing or damaged model into one of this package's errors.
+
+    Its message and what led to it do not hold the `token`.
+    """
     path = Path(source)
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not path.exists():
@@ -163,4 +193,9 @@ def translated(source: str, what: str) -> Iterator[None]:
         raise CheckpointError(f"{source}: a weight file is damaged ({first_line(error)}); download it again") from error
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         # the last two are what transformers raises for JSON of other types than it expects
-        raise ModelError(f"{source}: cannot load the {what}: {first_line(error)}") from error
+        said = without(token, first_line(error))
+        raise ModelError(f"{source}: cannot load the {what}: {said}") from without(token, error)
+    except Exception as error:
+        if without(token, error) is None:
+            raise ModelError(f"{source}: cannot load the {what}: {without(token, first_line(error))}") from None
+        raise

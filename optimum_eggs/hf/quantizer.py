@@ -15,18 +15,21 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..config import QUANT_METHOD, EGGSConfig
 from ..errors import CheckpointError, ModelError
+from ..names import hub_id
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.dense import is_conv1d
 from ..nn.experts import conversions_for, is_fused_experts, split_experts
 from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors
 from ..pattern import NMPattern
 from .attach import attach_quantizer, packed_layers, share_with_card, unpack_layers
+from .loading import load_tokenizer, own_memory, set_commit
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..engine import PruneReport
 
@@ -62,6 +65,8 @@ class EGGSHfQuantizer(HfQuantizer):
     ) -> None:
         _check_not_split(model, self.pre_quantized)
         if not self.pre_quantized:
+            if hub_id(model.config._name_or_path):
+                set_commit(model, next(iter(checkpoint_files or []), None))
             return
         pruned = self.quantization_config.pruned_modules
         if not pruned:
@@ -101,10 +106,9 @@ class EGGSHfQuantizer(HfQuantizer):
 
     def _prune(self, model: PreTrainedModel) -> PreTrainedModel:
         from ..engine import calibrate_and_prune
-        from .loading import calibration_tokenizer, own_memory
 
         config = self.quantization_config
-        tokenizer = config.tokenizer or calibration_tokenizer(config.calibration, model.config._name_or_path)
+        tokenizer = config.tokenizer or _own_tokenizer(model, config)
         own_memory(model)
         report = calibrate_and_prune(model, tokenizer, config)
         attach_quantizer(model, EGGSConfig.from_dict(report.config))
@@ -161,6 +165,21 @@ def _check_not_split(model: PreTrainedModel, packed: bool) -> None:
         f"{key}={sizes[key]} would split the model that is to be pruned; load it whole, or let processes share the "
         "work with `torchrun -m optimum_eggs prune`"
     )
+
+
+def _own_tokenizer(model: PreTrainedModel, config: EGGSConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the revision that `model` was loaded from, if the calibration source is text.
+
+    Code that comes with it is run if that of the model was.
+    """
+    from ..calibration.windows import needs_tokenizer
+
+    if not needs_tokenizer(config.calibration, config.text_column):
+        return None
+    revision = getattr(model.config, "_commit_hash", None)
+    trusted = type(model).__module__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+    options = {"revision": revision} if revision else {}
+    return load_tokenizer(model.config._name_or_path, token=config.token, trust_remote_code=trusted, **options)
 
 
 def _swap_in(

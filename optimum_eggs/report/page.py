@@ -122,8 +122,8 @@ def _summary(report: dict[str, Any]) -> str:
     calibration = report["calibration"]
     lines.append(
         (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
-        + f"alibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens"
-        + (f", in {took['seconds']:,.0f} s." if took else ".")
+        + f"alibrated on {calibration['windows']} {'overlapping ' if calibration.get('overlapping') else ''}windows of "
+        f"{calibration['seq_len']} tokens" + (f", in {took['seconds']:,.0f} s." if took else ".")
     )
     lacking = [layer["scores_alone"] for layer in report["layers"] if layer.get("scores_alone")]
     if lacking:

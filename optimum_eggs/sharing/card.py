@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..calibration.documents import DatasetName, dataset_id
 from ..engine.report import REPORT_NAME
 from ..errors import ModelError
 from ..names import hub_id
@@ -75,7 +76,7 @@ def _metadata(report: dict[str, Any], repository: str, base_card: ModelCard | No
     relation: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
     source = report["config"].get("calibration")
     names = list(source) if isinstance(source, dict) else [source] if isinstance(source, str) else []
-    data_sets = [name for name in names if hub_id(name) and "." not in name]
+    data_sets = [found for name in names if (found := dataset_id(name))]
     return ModelCardData(
         base_model=base,
         datasets=data_sets or None,
@@ -95,12 +96,15 @@ def _metadata(report: dict[str, Any], repository: str, base_card: ModelCard | No
 def _results(report: dict[str, Any]) -> list[EvalResult]:
     found = []
     for entry in report.get("evaluations", []):
+        named = DatasetName.parse(entry["dataset"])
         for metric, value in entry["metrics"].items():
             found.append(
                 EvalResult(
                     task_type="text-generation",
-                    dataset_type=entry["dataset"],
+                    dataset_type=named.path,
                     dataset_name=entry["dataset"],
+                    dataset_config=named.config_name,
+                    dataset_revision=named.revision,
                     dataset_split=entry.get("split"),
                     metric_type=metric,
                     metric_value=round(value, 4),
@@ -125,14 +129,15 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
     base = hub_id((report.get("base_model") or {}).get("id"))
     recovered = report.get("recovery")
     what = f"[{base}](https://huggingface.co/{base})" if base else "a dense model"
-    windows = f"{calibration['windows']} windows of {calibration['seq_len']} tokens"
+    overlapping = "overlapping " if calibration.get("overlapping") else ""
+    windows = f"{calibration['windows']} {overlapping}windows of {calibration['seq_len']} tokens"
     source = report["config"].get("calibration")
     preset = report["config"].get("preset")
     dense = report.get("left_dense", [])
     method = [
         f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, were pruned "
         f"{'with the preset `' + preset + '`' if preset else 'with the configuration below'}, calibrated on {windows}"
-        + (f" of `{source}`." if hub_id(source if isinstance(source, str) else None) else ".")
+        + (f" of `{source}`." if isinstance(source, str) and (hub_id(source) or dataset_id(source)) else ".")
     ]
     alone = summary.get("layers_by_weights_alone")
     if alone:

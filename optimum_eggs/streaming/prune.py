@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..calibration.states import StatesOnDisk
 from ..calibration.windows import windows_digest
@@ -24,7 +25,7 @@ from ..engine.block import BlockResult
 from ..engine.plan import make_plan
 from ..engine.prune import check_run, make_report, prune_blocks
 from ..engine.report import REPORT_NAME, PruneReport
-from ..engine.run import calibration_windows, name_sources
+from ..engine.run import calibration_windows, name_sources, with_seq_len
 from ..errors import ConfigError, EGGSError, OutputError
 from ..folders import check_output, put_in_place
 from ..hf.attach import attach_quantizer
@@ -55,6 +56,9 @@ def prune_checkpoint(
     overwrite: bool = False,
     progress: bool | None = None,
     ranks: Ranks = ALONE,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
 ) -> PruneReport:
     """Prune a dense checkpoint into a packed one, without ever holding the model.
 
@@ -81,6 +85,10 @@ def prune_checkpoint(
         progress: Show a progress bar on stderr. Default: if it is a terminal.
         ranks: The processes that do it together, of `optimum_eggs.ranks.join_ranks()`. All of them call this with the
             same arguments, and must see the same files of `model` and beside `output`; the first of them writes.
+        revision: Branch, tag or commit of a model on the Hub.
+        token: For a model on the Hub that is private or gated; that of data sets is in `config`. Default: that of
+            `hf auth login`, or HF_TOKEN.
+        trust_remote_code: Run code that comes with the model or its tokenizer.
 
     Raises:
         EGGSError: bad input, before anything is written, but for weights that are damaged, which are seen when their
@@ -94,9 +102,14 @@ def prune_checkpoint(
         target = parse_dtype(save_dtype)
         budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
         shard_size = _bytes("max_shard_size", max_shard_size)
-        source = DenseSource(model, dtype, device, config.block_list)
-        tokenizer = config.tokenizer or (load_tokenizer(source.folder) if has_tokenizer(source.folder) else None)
-        windows = calibration_windows(config.calibration, tokenizer, config)
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        source = DenseSource(model, dtype, device, config.block_list, revision=revision, token=token, **trust)
+        tokenizer = config.tokenizer
+        if tokenizer is None and has_tokenizer(source.folder):
+            tokenizer = load_tokenizer(source.folder, **trust)
+        config = with_seq_len(config, source.model)
+        drawn = calibration_windows(config.calibration, tokenizer, config)
+        windows = drawn.ids
         check_run(source.model, config, windows, ranks)
         plan = make_plan(source.model, config, loaded=False)
 
@@ -134,7 +147,7 @@ def prune_checkpoint(
                 )
             report = make_report(plan, config, windows, done, meter)
             report.measurements |= {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
-            name_sources(report, config.calibration, source.model)
+            name_sources(report, config.calibration, drawn, source.model)
             with ranks.together():  # and the others end when the output is there
                 if ranks.first:
                     made = work / _ASSEMBLED
@@ -227,6 +240,8 @@ def _assemble(
     attach_quantizer(source.model, EGGSConfig.from_dict(report.config))
     source.model.config.architectures = [type(source.model).__name__]
     source.model.config.dtype = dtype or source.dtype
+    if source.model._auto_class is not None:  # as transformers saves code that came with the model
+        custom_object_save(source.model, made, config=source.model.config)
     source.model.config.save_pretrained(made)
     if source.model.can_generate():
         source.model.generation_config.save_pretrained(made)

@@ -45,6 +45,9 @@ class DenseSource:
         dtype: Dtype to load in; default: the checkpoint's own.
         device: Where to.
         block_list: Dotted name of the list of blocks, if it is known.
+        revision: Branch, tag or commit on the Hub.
+        token: For a model on the Hub that is private or gated.
+        trust_remote_code: Run code that comes with the model.
 
     Attributes:
         model: The model; its weights are on the meta device, but for what is loaded at the moment.
@@ -62,16 +65,20 @@ class DenseSource:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
         block_list: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        self.folder, self.device = fetch(model), _device(device)
+        self.folder, self.device = fetch(model, revision, token), _device(device)
         folder = self.folder
         self.files = weight_files(folder)
         entries = read_headers(self.files)
         with translated(str(folder), "model"):
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             self.dtype = _settled_dtype(parse_dtype(dtype), config, [entry.dtype for entry in entries.values()])
             with torch.device("meta"):
-                self.model: Any = _empty_model(config, self.dtype)
+                self.model: Any = _empty_model(config, self.dtype, trust_remote_code)
             if (self.folder / "generation_config.json").is_file():
                 self.model.generation_config = GenerationConfig.from_pretrained(folder)
         quantized = getattr(config, "quantization_config", None)
@@ -265,8 +272,8 @@ def _settled_dtype(dtype: str | torch.dtype, config: Any, stored: list[str]) -> 
     return next((_DTYPES[name] for name in stored if name in _DTYPES), torch.float32)
 
 
-def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    kind = model_class(config)
+def _empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    kind = model_class(config, trust_remote_code)
     if kind is None:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return kind._from_config(config, dtype=dtype)

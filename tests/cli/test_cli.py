@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs.cli.main import main
+from optimum_eggs.cli.prune import parse_sources
 from optimum_eggs.inspection import inspect_checkpoint
 
 OPTIMUM_CLI = Path(sys.executable).with_name("optimum-cli")
@@ -135,6 +136,27 @@ def test_perplexity_agrees_with_an_independent_sum(packed_folder, text_file, tok
             total += 15 * float(model(window, labels=window).loss)
     expected = torch.tensor(total / 45).exp().item()
     assert json.loads(done.stdout)["model"]["perplexity"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_calibration_it_says_what_there_is(dense_folder, tmp_path):
+    done = within("prune", dense_folder, tmp_path / "out", code=2)
+    assert done.stderr.startswith(
+        "error: --calibration is missing: give a text file, the name of a data set ('wikitext2'"
+    )
+    assert "or 'sample', the text that is shipped with this package for a first try" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_may_name_a_configuration_and_a_revision():
+    given = ["me/data.v1:plain@v2=3", "sample"]
+    assert parse_sources(given) == {"me/data.v1:plain@v2": 3.0, "sample": 1.0}
+
+
+def test_the_text_that_is_shipped(dense_folder, tmp_path):
+    sources = ["--calibration", "sample"]
+    report = json.loads(within("prune", dense_folder, tmp_path / "out", *sources, *SMALL, "--json").stdout)
+    assert report["calibration"]["source"] == "sample"
+    assert report["config"]["calibration"] == "sample"
 
 
 def test_several_sources_are_mixed(dense_folder, text_file, tmp_path):

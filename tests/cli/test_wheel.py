@@ -52,6 +52,9 @@ def test_the_command_works_from_a_wheel(tmp_path):
         (extension,) = (site / "optimum_eggs" / "ops" / "native").glob("_native*")
         assert ".abi3." in extension.name  # one build for every Python
     assert (site / "optimum_eggs" / "py.typed").is_file()
+    for name in ("sample.txt.gz", "sample.md"):
+        shipped = site / "optimum_eggs" / "calibration" / name
+        assert shipped.read_bytes() == (ROOT / "optimum_eggs" / "calibration" / name).read_bytes()
     assert not list((site / "optimum").rglob("__init__.py"))  # one there would hide the rest of optimum
 
     done = subprocess.run(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -48,6 +49,15 @@ def test_windows_are_consecutive_and_the_rest_is_left_out(tokenizer, text_file):
     windows = evaluation_windows(text_file, tokenizer, 16)
     assert windows.flatten().tolist() == ids[: len(ids) // 16 * 16]
     assert torch.equal(evaluation_windows(text_file, tokenizer, 16, 3), windows[:3])
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4"])
+def test_a_data_set_has_the_tokens_that_published_scripts_count(name, tokenizer, monkeypatch):
+    rows = ["", " = A title = \n", "", " A line of a row . \n", " another ... \n", "", "", "two\n\nlines"] * 3000
+    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: datasets.Dataset.from_dict({"text": rows}))
+    ids = tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"]
+    windows = evaluation_windows(name, tokenizer, 64, split="validation")
+    assert windows.flatten().tolist() == ids[: len(ids) // 64 * 64]
 
 
 @pytest.mark.parametrize(("seq_len", "count"), [(1, None), (16, 0)])

@@ -53,6 +53,34 @@ def test_what_was_measured_is_stated(folder):
     assert "2:4" in data["tags"]
 
 
+@pytest.mark.parametrize(
+    ("source", "listed"),
+    [
+        ("c4", ["allenai/c4"]),
+        ("me/data.v1:plain@v2", ["me/data.v1"]),
+        ({"sample": 1.0, "wikitext2": 1.0, "text.txt": 1.0}, ["Salesforce/wikitext"]),
+        ("sample", None),
+        (None, None),
+    ],
+)
+def test_data_sets_are_listed_by_their_ids(folder, source, listed):
+    report = json.loads((folder / "report.json").read_text())
+    entry = {"dataset": "me/data:plain@v2", "conditions": "2 windows", "metrics": {"perplexity": 3.0}}
+    edit(folder, config=report["config"] | {"calibration": source}, evaluations=[entry | {"split": "test"}])
+    card = model_card(folder, "me/tiny")
+    assert card.data.to_dict().get("datasets") == listed
+    assert (f"of `{source}`." in card.text) == isinstance(source, str)
+    judged = card.data.to_dict()["model-index"][0]["results"][0]["dataset"]
+    assert (judged["type"], judged["config"], judged["revision"]) == ("me/data", "plain", "v2")
+
+
+def test_windows_that_overlap_are_said_to(folder):
+    report = json.loads((folder / "report.json").read_text())
+    assert "overlapping windows" not in model_card(folder, "me/tiny").text
+    edit(folder, calibration=report["calibration"] | {"overlapping": True})
+    assert "calibrated on 8 overlapping windows of 16 tokens" in model_card(folder, "me/tiny").text
+
+
 def test_recovery_and_speed_are_stated(folder):
     recovery = {
         "settings": {"method": "lora", "seq_len": 512, "teacher": "org/dense"},

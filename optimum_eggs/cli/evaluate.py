@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `evaluate`."""
-    from ..hf.loading import DTYPES
+    from ..dtypes import DTYPES
 
     parser.add_argument("model", metavar="DIR", help="folder of a model, packed or dense")
     parser.add_argument("--text", metavar="FILE|NAME", help="text to predict: a file or a data set")

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prune`."""
-    from ..config import ALLOCATIONS
-    from ..hf.loading import DTYPES
+    from ..dtypes import DTYPES
     from ..presets import PRESETS
 
     parser.add_argument("model", metavar="MODEL", help="folder, id on the Hub, or GGUF file of a dense model")
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--band", type=int, help="rows over which that floor holds")
     parser.add_argument("--block-tuning", type=int, metavar="STEPS", help="steps that a block is tuned for (0: none)")
-    parser.add_argument("--allocation", choices=ALLOCATIONS, help="N in every layer, or on average (error)")
+    parser.add_argument("--allocation", choices=["uniform", "error"], help="N in every layer, or on average (error)")
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="prune only layers of these names")
     parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
     parser.add_argument("--gguf-file", metavar="NAME", help="name of a GGUF file in MODEL")

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError, EGGSError, ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def parse_dtype(name: str | torch.dtype | None) -> str | torch.dtype:

@@ -14,9 +14,9 @@ from ..calibration.windows import token_stream, windows_digest
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..hf.attach import packed_layers
 from ..hf.loading import load_model, load_tokenizer
+from ..masks.recognise import follows
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..packing.checkpoint import read_headers, weight_files
-from ..pattern import NMPattern
 from .paired import Comparison, compare
 from .perplexity import Perplexity, perplexity_of
 from .reading import read
@@ -136,15 +136,8 @@ def _is_pruned(model: nn.Module, packed: Mapping[str, NMLinear]) -> bool:
     modules = dict(model.named_modules())
     dense = {name: modules[name] for name in packed if name in modules and is_dense_linear(modules[name])}
     return bool(packed_layers(model)) or (
-        bool(dense) and all(_follows(dense_weight(dense[name]), packed[name].pattern) for name in dense)
+        bool(dense) and all(follows(dense_weight(dense[name]), packed[name].pattern) for name in dense)
     )
-
-
-def _follows(weight: Tensor, pattern: NMPattern) -> bool:
-    """Whether no group of a weight (out, in) has more than n values that are not zero."""
-    if weight.shape[1] % pattern.m:
-        return False
-    return bool((weight.unflatten(1, (-1, pattern.m)).count_nonzero(-1) <= pattern.n).all())
 
 
 def _task_runner(args: Any) -> TaskRunner:

@@ -65,7 +65,9 @@ def _per_layer(
 
 
 def errors(report: Report) -> Figure | None:
-    """Relative error of every layer on the calibration inputs."""
+    """Relative error of every layer on the calibration inputs, where there were any."""
+    if any(layer["relative_error"] is None for layer in report["layers"]):
+        return None
     figure, axes = _per_layer(
         report, "Error of each layer", "relative squared error", lambda layer: layer["relative_error"]
     )

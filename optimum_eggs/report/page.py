@@ -120,11 +120,14 @@ def _summary(report: dict[str, Any]) -> str:
     ]
     preset = report["config"].get("preset")
     calibration = report["calibration"]
-    lines.append(
-        (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
-        + f"alibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens"
-        + (f", in {took['seconds']:,.0f} s." if took else ".")
-    )
+    if calibration:
+        lines.append(
+            (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
+            + f"alibrated on {calibration['windows']} windows of {calibration['seq_len']} tokens"
+            + (f", in {took['seconds']:,.0f} s." if took else ".")
+        )
+    else:
+        lines.append("Packed as they were: how their zeros came about is not known.")
     lacking = [layer["scores_alone"] for layer in report["layers"] if layer.get("scores_alone")]
     if lacking:
         short, pairs = (sum(found[key] for found in lacking) for key in ("short", "pairs"))
@@ -159,7 +162,7 @@ def _layers(report: dict[str, Any]) -> str:
             html.escape(layer["name"]),
             f"{layer['out_features']} × {layer['in_features']}",
             html.escape(layer["pattern"]),
-            f"{layer['relative_error']:.4f}",
+            "" if layer["relative_error"] is None else f"{layer['relative_error']:.4f}",
             f"{found['input_degree_min']}",
             f"{found['input_degree_mean']:.0f}",
             f"{found['input_degree_cv']:.3f}",

@@ -121,19 +121,13 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
 
 
 def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, folder: Path) -> dict[str, str]:
-    summary, calibration = report["summary"], report["calibration"]
+    summary = report["summary"]
+    as_it_was = not report["calibration"]
     base = hub_id((report.get("base_model") or {}).get("id"))
     recovered = report.get("recovery")
     what = f"[{base}](https://huggingface.co/{base})" if base else "a dense model"
-    windows = f"{calibration['windows']} windows of {calibration['seq_len']} tokens"
-    source = report["config"].get("calibration")
-    preset = report["config"].get("preset")
     dense = report.get("left_dense", [])
-    method = [
-        f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, were pruned "
-        f"{'with the preset `' + preset + '`' if preset else 'with the configuration below'}, calibrated on {windows}"
-        + (f" of `{source}`." if hub_id(source if isinstance(source, str) else None) else ".")
-    ]
+    method = [_packed_as_it_was(summary) if as_it_was else _pruned(report)]
     alone = summary.get("layers_by_weights_alone")
     if alone:
         method.append(
@@ -149,13 +143,13 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
             f"{recovered['windows']} windows of {settings['seq_len']} tokens"
             + (", towards the dense model's probabilities." if settings.get("teacher") else ".")
         )
-    shown = {key: value for key, value in config.items() if key != "pruned_modules"}
+    done = "stored packed, with the zeros that it had:" if as_it_was else "pruned and stored packed:"
     return {
         "begin": BEGIN,
         "end": END,
         "title": repository.split("/")[-1],
         "repository": repository,
-        "summary": f"This is {what}, pruned to {summary['pattern']} sparsity and stored packed, by "
+        "summary": f"This is {what}, {done} {summary['pattern']} sparsity, by "
         "[optimum-eggs](https://pypi.org/project/optimum-eggs).",
         "method": "\n\n".join(method),
         "measured": _measured(report),
@@ -165,10 +159,58 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
             if (folder / "figures" / f"{name}.png").is_file()
         ),
         "certificate": _certificate(report),
-        "config": pprint.pformat(shown, compact=True, width=100),
-        "source": repr(base) if base else '"path/or/id"',
-        "calibration": f"{windows}; SHA-256 of the token ids {calibration['sha256']}",
+        "again": _again(report, config, base, as_it_was),
     }
+
+
+def _pruned(report: dict[str, Any]) -> str:
+    summary, source, preset = report["summary"], report["config"].get("calibration"), report["config"].get("preset")
+    return (
+        f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, were pruned "
+        f"{'with the preset `' + preset + '`' if preset else 'with the configuration below'}, calibrated on "
+        + _windows(report)
+        + (f" of `{source}`." if hub_id(source if isinstance(source, str) else None) else ".")
+    )
+
+
+def _packed_as_it_was(summary: dict[str, Any]) -> str:
+    filled = summary["zeros_kept"]
+    return (
+        f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, had the zeros "
+        "already and were packed without a change of any value. What put the zeros there is not known here."
+        + (f" {filled:,} of the positions that count as kept hold a zero." if filled else "")
+    )
+
+
+def _windows(report: dict[str, Any]) -> str:
+    return f"{report['calibration']['windows']} windows of {report['calibration']['seq_len']} tokens"
+
+
+def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_it_was: bool) -> str:
+    """The code that makes the model again."""
+    source = repr(base) if base else '"path/or/id"'
+    if as_it_was:
+        patterns = set(config["pruned_modules"].values())  # one that all layers have may have been asked for
+        named = {"pattern": patterns.pop() if len(patterns) == 1 else None, "targets": config["targets"]}
+        given = {key: value for key, value in named.items() if value is not None} | {"ignore": config["ignore"]}
+        names = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        lines = [
+            "from optimum_eggs import EGGSPruner",
+            "",
+            f"pruner = EGGSPruner.from_pretrained({source})",
+            f"pruner.pack({names})",
+        ]
+    else:
+        shown = {key: value for key, value in config.items() if key != "pruned_modules"}
+        digest = f"{_windows(report)}; SHA-256 of the token ids {report['calibration']['sha256']}"
+        lines = [
+            "from optimum_eggs import EGGSConfig, EGGSPruner",
+            "",
+            f"config = EGGSConfig.from_dict({pprint.pformat(shown, compact=True, width=100)})",
+            f"pruner = EGGSPruner.from_pretrained({source})",
+            f"pruner.prune(config, calibration=...)  # {digest}",
+        ]
+    return "\n".join([*lines, 'pruner.save_pretrained("out")'])
 
 
 def _measured(report: dict[str, Any]) -> str:

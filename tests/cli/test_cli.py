@@ -204,6 +204,34 @@ def test_a_packed_model_is_not_pruned_again_and_a_dense_one_not_exported(
     assert "this model is not packed" in done.stderr
 
 
+def test_what_is_n_of_m_already_is_packed_without_a_change(packed_folder, text_file, tmp_path):
+    within("export", packed_folder, tmp_path / "sparse")
+    tensors = load_file(tmp_path / "sparse" / "model.safetensors")
+    shutil.copytree(tmp_path / "sparse", tmp_path / "bare")
+    for path in (tmp_path / "bare").glob("tokenizer*"):
+        path.unlink()
+
+    printed = eggs("pack", tmp_path / "bare", tmp_path / "again").stdout
+    assert "packed as they are: 14 layers at 2:4" in printed
+    assert "left dense: lm_head: matches `ignore`" in printed
+    assert "no violation" in within("inspect", tmp_path / "again").stdout
+    within("export", tmp_path / "again", tmp_path / "dense")
+    again = load_file(tmp_path / "dense" / "model.safetensors")
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+    report = json.loads(within("pack", tmp_path / "sparse", tmp_path / "out", "--pattern", "2:4", "--json").stdout)
+    assert report["summary"]["layers_pruned"] == 14
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    done = within("evaluate", tmp_path / "out", "--text", text_file, "--seq-len", 16, "--num-windows", 2)
+    assert "recorded in" in done.stdout
+
+    done = within("pack", tmp_path / "sparse", tmp_path / "no", "--pattern", "1:4", code=2)
+    assert "no layer of the 14 looked at is 1:4" in done.stderr
+    assert "exists and is not empty" in within("pack", tmp_path / "sparse", tmp_path / "out", code=2).stderr
+    assert not (tmp_path / "no").exists()
+
+
 def damage(folder, change):
     from safetensors.torch import save_file
 
@@ -262,7 +290,9 @@ def test_an_error_ends_a_process_with_2_and_without_a_traceback(dense_folder, te
 
 def test_help_lists_the_subcommands():
     for entry in ("module", "optimum-cli"):
-        assert "{prune,evaluate,inspect,export,benchmark,recover,report,push}" in eggs("--help", entry=entry).stdout
+        assert (
+            "{prune,pack,evaluate,inspect,export,benchmark,recover,report,push}" in eggs("--help", entry=entry).stdout
+        )
 
 
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from optimum_eggs import EGGSPruner
 from optimum_eggs.cli.main import main
 from optimum_eggs.errors import ModelError
+from optimum_eggs.hf.loading import load_model
 from optimum_eggs.packing import pack_mask, unpack_mask
 from optimum_eggs.report import report_page
 from optimum_eggs.report.figures import perplexities
@@ -154,6 +156,18 @@ def test_the_command_writes_the_page_and_pictures_for_the_card(folder, tmp_path,
     assert "perplexities.png" not in model_card(folder).text  # not measured
     assert main(["report", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"page": str(folder / "report.html")}
+
+
+def test_the_page_of_a_model_packed_as_it_was_shows_no_error(packed_folder, tmp_path):
+    pruner = EGGSPruner(load_model(packed_folder).dequantize())
+    pruner.pack()
+    pruner.save_pretrained(tmp_path / "out")
+    page = report_page(tmp_path / "out", tmp_path / "out" / "figures")
+    assert "Packed as they were" in page
+    assert "alibrated on" not in page
+    assert "Error of each layer" not in page
+    assert "What the weakest input keeps" in page
+    assert not (tmp_path / "out" / "figures" / "errors.png").exists()
 
 
 def test_bad_input_is_refused(dense_folder, folder, tmp_path, capsys):

@@ -103,6 +103,23 @@ def test_the_card_makes_the_model_again(folder):
     assert config.to_dict() == EGGSConfig.from_dict(stored | {"pruned_modules": None}).to_dict()
 
 
+def test_the_card_of_a_model_packed_as_it_was_claims_no_more(packed_folder, tmp_path):
+    from optimum_eggs import EGGSPruner
+    from optimum_eggs.hf.loading import load_model
+
+    pruner = EGGSPruner(load_model(packed_folder).dequantize())
+    pruner.pack("3:4", ignore=["lm_head", "layers.0"])
+    pruner.save_pretrained(tmp_path / "out")
+    text = str(model_card(tmp_path / "out", "me/tiny"))
+    filled = pruner.report.to_dict()["summary"]["zeros_kept"]
+    assert filled > 0
+    assert f"{filled:,} of the positions that count as kept hold a zero" in text
+    assert "without a change of any value" in text
+    assert "pruner.pack(pattern='3:4', ignore=['lm_head', 'layers.0'])" in text
+    for claim in ("calibrated", "preset", "windows", "were pruned", "None windows"):
+        assert claim not in text
+
+
 def test_a_dense_folder_has_no_card(dense_folder):
     with pytest.raises(ModelError, match=r"report.json"):
         model_card(dense_folder)

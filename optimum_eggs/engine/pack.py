@@ -135,6 +135,6 @@ def _pack(model: nn.Module, name: str, index: int, pattern: NMPattern, meter: Me
             str(pattern),
             None,
             None,
-            certify(mask, weight, pattern),
+            certify(mask, pattern),
             zeros_kept=int(mask.sum() - weight.count_nonzero()),
         )

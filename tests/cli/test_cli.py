@@ -138,6 +138,18 @@ def test_perplexity_agrees_with_an_independent_sum(packed_folder, text_file, tok
     assert json.loads(done.stdout)["model"]["perplexity"]["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_spectra_are_measured_on_request_alone(dense_folder, text_file, tmp_path, monkeypatch):
+    def asked(*arguments):
+        raise AssertionError("spectra were measured")
+
+    monkeypatch.setattr("optimum_eggs.masks.spectra.second_singular_value", asked)
+    within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL)
+    within("inspect", tmp_path / "out")
+    within("benchmark", tmp_path / "out", *QUICK, "--layers-only")
+    with pytest.raises(AssertionError, match="spectra were measured"):
+        within("inspect", tmp_path / "out", "--spectra")
+
+
 def test_several_sources_are_mixed(dense_folder, text_file, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[::-1])

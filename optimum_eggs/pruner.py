@@ -157,7 +157,7 @@ class EGGSPruner(OptimumQuantizer):
         dtype: str | torch.dtype | None = None,
         max_shard_size: int | str = "50GB",
     ) -> None:
-        """Save the packed model, its config, its tokenizer and `report.json`.
+        """Save the packed model, its config, its tokenizer, `report.json` and a model card (README.md) made of it.
 
         The folder appears when it is complete; nothing is left behind otherwise.
 
@@ -171,6 +171,8 @@ class EGGSPruner(OptimumQuantizer):
             ModelError: the model is not pruned, or the last `prune` did not finish.
             OutputError: the folder is not empty, or cannot be written.
         """
+        from .sharing import write_card
+
         if self._broken:
             raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
         if self.report is None:
@@ -185,6 +187,7 @@ class EGGSPruner(OptimumQuantizer):
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             self.report.save(folder / REPORT_NAME)
+            write_card(folder, Path(save_directory).absolute().name)
 
     def push_to_hub(
         self: EGGSPruner | str | Path, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any

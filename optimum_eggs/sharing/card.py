@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pprint
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def model_card(
 
     Args:
         folder: A packed model with its `report.json`.
-        repository: Id on the Hub, for the title and the code; default: the folder's name.
+        repository: Id on the Hub, for the title and the code; default: the folder's name, which gives way to an id.
         base_card: Card of the dense model, for its licence and languages.
         tags: Further tags.
 
@@ -47,12 +48,14 @@ def model_card(
     config = read_json(path / "config.json").get("quantization_config")
     if not config or "config" not in report:
         raise ModelError(f"{path}: is no packed model with a report; prune it, or save it with EGGSPruner")
-    repository = repository or path.name
+    repository = repository or path.absolute().name
     data = _metadata(report, repository, base_card)
     data.tags = [*(data.tags or []), *tags]
     card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_texts(report, config, repository, path))
     existing = path / "README.md"
-    return _merged(ModelCard(existing.read_text(encoding="utf-8")), card) if existing.is_file() else card
+    if not existing.is_file():
+        return card
+    return _merged(ModelCard(existing.read_text(encoding="utf-8")), card, path.absolute().name)
 
 
 def write_card(
@@ -268,15 +271,23 @@ def has_own_text(readme: str) -> bool:
     return any(line.strip() and not line.startswith("# ") for line in text.splitlines())
 
 
-def _merged(existing: ModelCard, made: ModelCard) -> ModelCard:
-    """The user's card with our part put between the markers, or behind it; and our metadata where the user has none."""
+def _merged(existing: ModelCard, made: ModelCard, folder: str) -> ModelCard:
+    """The user's card with our part put between the markers, or behind it; and our metadata where the user has none.
+
+    A title that is the name of the `folder` is what a save has written there, and gives way.
+    """
     ours = made.text[made.text.index(BEGIN) : made.text.index(END) + len(END)]
     text = existing.text
     if BEGIN in text and END in text:
         text = text[: text.index(BEGIN)] + ours + text[text.index(END) + len(END) :]
     else:
         text = f"{text.rstrip()}\n\n{ours}\n"
+    title = re.search(r"^# .*$", made.text, re.MULTILINE)
+    assert title is not None
+    text = re.sub(rf"^# {re.escape(folder)}$", lambda _: title[0], text, count=1, flags=re.MULTILINE)
     theirs, own = existing.data.to_dict(), made.data.to_dict()
+    if theirs.get("model_name") == folder:
+        del theirs["model_name"]
     data = own | theirs
     data["tags"] = list(dict.fromkeys([*(theirs.get("tags") or []), *(own.get("tags") or [])]))
     if "model-index" in own:

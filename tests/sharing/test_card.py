@@ -93,6 +93,21 @@ def test_the_users_own_text_and_metadata_stay(folder):
     assert twice == once.replace("My words.", "Other words.")
 
 
+def test_the_card_that_a_save_leaves_becomes_that_of_the_repository(folder):
+    (folder / "README.md").unlink()
+    write_card(folder, folder.name)  # as a save does
+    edit(folder, evaluations=[{"dataset": "a", "conditions": "b", "metrics": {"perplexity": 2.0}}])
+    for name in ("tiny", "other"):  # pushed, and pushed elsewhere
+        card = write_card(folder, f"me/{name}").read_text()
+        assert f"# {name}\n" in card
+        assert f'from_pretrained("me/{name}")' in card
+        assert folder.name not in [line.strip("# ") for line in card.splitlines()]
+        assert ModelCard(card).data.to_dict()["model-index"][0]["name"] == name
+        (folder / "README.md").write_text(card.replace(f"# {name}\n", f"# {folder.name}\n"))
+    (folder / "README.md").write_text(card.replace("# other\n", "# A title of my own\n"))
+    assert "# A title of my own\n" in write_card(folder, "me/tiny").read_text()
+
+
 def test_the_card_makes_the_model_again(folder):
     text = model_card(folder, "me/tiny").text
     code = text[text.index("EGGSConfig.from_dict(") : text.index("pruner = EGGSPruner")]

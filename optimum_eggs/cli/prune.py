@@ -9,11 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .settings import add_set, make_config
 
 if TYPE_CHECKING:
     from ..config import EGGSConfig
     from ..engine import PruneReport
     from ..ranks import Ranks
+
+
+_FLAGS = (
+    "pattern",
+    "preset",
+    "calibration",
+    "split",
+    "text_column",
+    "num_samples",
+    "seq_len",
+    "sampling",
+    "seed",
+    "batch_size",
+    "min_degree",
+    "block_tuning",
+    "targets",
+    "ignore",
+)
+"""The keys of the configuration that have a flag of their own; `--set` reaches all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         action="append",
-        required=True,
         metavar="FILE|NAME[=SHARE]",
         help="text file or data set; given several times they are mixed, in proportion to their shares",
     )
@@ -41,13 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="windows run at a time (default: 4, and 1 with block tuning)")
     parser.add_argument(
         "--min-degree",
-        type=degree,
-        metavar="N|auto",
-        help="outputs that every input keeps in every band of rows; auto: the strongest that costs next to nothing",
+        type=int,
+        metavar="N",
+        help="outputs that every input keeps in every band of rows",
     )
-    parser.add_argument("--band", type=int, help="rows over which that floor holds")
     parser.add_argument("--block-tuning", type=int, metavar="STEPS", help="steps that a block is tuned for (0: none)")
-    parser.add_argument("--allocation", choices=["uniform", "error"], help="N in every layer, or on average (error)")
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="prune only layers of these names")
     parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
     parser.add_argument("--gguf-file", metavar="NAME", help="name of a GGUF file in MODEL")
@@ -66,35 +83,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a saved model at OUT, and what an interrupted run of other settings has left",
     )
+    add_set(parser, _FLAGS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
-    from ..config import EGGSConfig
     from ..folders import check_output
     from ..ranks import join_ranks
 
     ranks = join_ranks()
     # Everything that can be refused is refused before a model is loaded.
     check_output(args.output, args.overwrite)
-    config = EGGSConfig(
-        args.pattern,
-        preset=args.preset,
-        min_degree=args.min_degree,
-        band=args.band,
-        block_tuning=args.block_tuning,
-        allocation=args.allocation,
-        calibration=parse_sources(args.calibration),
-        split=args.split,
-        text_column=args.text_column,
-        num_samples=args.num_samples,
-        seq_len=args.seq_len,
-        sampling=args.sampling,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        targets=args.targets,
-        ignore=args.ignore,
-    )
+    flags = {key: getattr(args, key) for key in _FLAGS}
+    config = make_config(flags | {"calibration": parse_sources(args.calibration or [])}, args.set)
+    if config.calibration is None:
+        raise ConfigError("--calibration is missing: give a text file, or the name of a data set such as wikitext2")
     if _is_on_disk(args):
         report = _from_disk(args, config, ranks)
     elif ranks.size == 1:
@@ -175,12 +178,7 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
     return report
 
 
-def degree(text: str) -> int | str:
-    """An integer, or `"auto"`."""
-    return text if text == "auto" else int(text)
-
-
-def parse_sources(given: list[str]) -> str | dict[str, float]:
+def parse_sources(given: list[str]) -> str | dict[str, float] | None:
     """`["a.txt"]` to `"a.txt"`; `["a.txt=3", "c4"]` to `{"a.txt": 3.0, "c4": 1.0}`.
 
     Raises:
@@ -199,7 +197,7 @@ def parse_sources(given: list[str]) -> str | dict[str, float]:
         if name in sources:
             raise ConfigError(f"calibration={name!r} is given twice; give it once, with a share")
         sources[name] = share
-    return next(iter(sources)) if len(sources) == 1 else sources
+    return next(iter(sources)) if len(sources) == 1 else sources or None
 
 
 def _more(items: list[Any], shown: int) -> str:

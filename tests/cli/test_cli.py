@@ -20,7 +20,7 @@ from optimum_eggs.cli.main import main
 from optimum_eggs.inspection import inspect_checkpoint
 
 OPTIMUM_CLI = Path(sys.executable).with_name("optimum-cli")
-SMALL = ["--num-samples", "8", "--seq-len", "16", "--band", "8"]
+SMALL = ["--num-samples", "8", "--seq-len", "16", "--set", "band=8"]
 
 
 @dataclass
@@ -110,19 +110,65 @@ def test_only_a_dense_model_is_recorded_as_the_dense_one(packed_folder, dense_fo
         assert entry["metrics"]["perplexity"] > 1
 
 
-def test_tuning_floors_and_allocation_are_options(dense_folder, text_file, tmp_path):
-    options = ["--pattern", "4:8", "--preset", "best", "--block-tuning", "4", "--allocation", "error"]
-    sizes = ["--num-samples", "8", "--seq-len", "16", "--min-degree", "auto"]
+def test_tuning_and_floors_are_options(dense_folder, text_file, tmp_path):
+    options = ["--pattern", "4:8", "--preset", "best", "--block-tuning", "4"]
+    sizes = ["--num-samples", "8", "--seq-len", "16", "--min-degree", "2"]
     done = within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *sizes, *options)
     assert "blocks tuned: mean error on the windows held out 0." in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [block["steps"] for block in report["tuning"]] == [4, 4]
-    assert len({layer["pattern"] for layer in report["layers"]}) > 1
-    assert all(layer["error_without_floor"] is not None for layer in report["layers"])
+    assert all(layer["certificate"]["floors"][str(layer["band"])] >= 2 for layer in report["layers"])
     within("inspect", tmp_path / "out")
     done = within("prune", dense_folder, tmp_path / "no", "--calibration", text_file, "--min-degree", "some", code=2)
-    assert "argument --min-degree: invalid degree value: 'some'" in done.stderr
+    assert "argument --min-degree: invalid int value: 'some'" in done.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_every_key_can_be_set(dense_folder, text_file, tmp_path):
+    keys = {
+        "num_samples": 8,
+        "seq_len": 16,
+        "solver": "admm",
+        "damping": 0.02,
+        "permutation": True,
+        "targets": ["mlp"],
+        "ignore": ["lm_head", "layers.0"],
+        "calibration": str(text_file),
+    }
+    settings = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = within("prune", dense_folder, tmp_path / "out", *options, "--seq-len", "16", "--json")  # twice the same
+    report = json.loads(done.stdout)
+    assert {key: report["config"][key] for key in keys} == keys | {"calibration": text_file.name}
+    assert {layer["name"].split(".")[3] for layer in report["layers"]} == {"mlp"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "dampin=0.02"], "dampin=0.02: EGGSConfig has no such key; did you mean 'damping'?"),
+        (["--set", "damping"], "--set 'damping': is not of the form KEY=VALUE"),
+        (["--set", "=3"], "--set '=3': is not of the form KEY=VALUE"),
+        (["--set", "damping=some"], "damping='some' must be a finite number"),
+        (["--set", "damping=NaN"], "damping=nan must be a finite number"),
+        (["--set", "seed=4", "--set", "seed=5"], "seed is given as 4 and as 5; give it once"),
+        (["--num-samples", "128", "--set", "num_samples=64"], "num_samples is given as 128 and as 64; give it once"),
+        (["--pattern", "2:4", "--set", "pattern=1:4"], "pattern is given as '2:4' and as '1:4'; give it once"),
+        (["--set", "n=1", "--set", "m=4", "--pattern", "2:4"], "pattern='2:4' contradicts n=1, m=4"),
+        (["--set", "calibration=other.txt"], "calibration is given as "),
+        (["--set", "tokenizer=gpt2"], "tokenizer is not to be set, it is an object; the model's own is used"),
+        (["--set", 'pruned_modules={"a": "2:4"}'], "pruned_modules is not to be set, the pruner writes it"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options, message, dense_folder, text_file, tmp_path):
+    done = within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *options, code=2)
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_is_asked_for(dense_folder, tmp_path):
+    done = within("prune", dense_folder, tmp_path / "out", code=2)
+    assert "error: --calibration is missing: give a text file" in done.stderr
 
 
 def test_perplexity_agrees_with_an_independent_sum(packed_folder, text_file, tokenizer):

@@ -45,5 +45,5 @@ def test_help_imports_nothing_heavy(start, subcommand):
 
 def test_a_wrong_option_is_refused_without_them_too():
     done, loaded = run(MODULE, ["prune", "model", "out", "--no-such-flag"], code=2)
-    assert "--no-such-flag" in done.stderr or "required: --calibration" in done.stderr
+    assert "unrecognized arguments: --no-such-flag" in done.stderr
     assert not HEAVY & loaded

@@ -105,9 +105,9 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
 
     from optimum_eggs import EGGSPruner
     from optimum_eggs.evaluation import perplexity
-    from optimum_eggs.evaluation.compare import evaluation_windows
     from optimum_eggs.evaluation.paired import compare
     from optimum_eggs.evaluation.reading import read
+    from optimum_eggs.evaluation.windows import evaluation_windows
 
     pruner = EGGSPruner.from_pretrained(args.model, dtype="float32")
     dense_bytes = sum(p.numel() * p.element_size() for p in pruner.model.parameters())

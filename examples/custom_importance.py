@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optimum_eggs import EGGSConfig, EGGSPruner, register_importance
 from optimum_eggs.evaluation import perplexity
-from optimum_eggs.evaluation.compare import evaluation_windows
+from optimum_eggs.evaluation.windows import evaluation_windows
 
 
 def balanced_wanda(weight: Tensor, input_norm: Tensor, exponent: float) -> Tensor:

@@ -1,7 +1,8 @@
 """N:M sparse language models with an expander-graph floor on connectivity.
 
-Importing this package makes transformers know packed checkpoints, so that `from_pretrained` loads them, and PEFT know
-packed layers, so that a LoRA on them keeps their zeros.
+Importing this package makes transformers know packed checkpoints, so that `from_pretrained` loads them, PEFT know
+packed layers, so that a LoRA on them keeps their zeros, and torch know the operation that they call. Each is told when
+it is imported, be it before this package or after; until then nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .hf.quantizer import register
-from .recovery import install_in_peft
+from .imports import after_import
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ _HOME = {
     "register_importance": "importance",
 }
 
-register()
-install_in_peft()
+# transformers.quantizers, and not the registry within it: our quantizer imports both, and nothing that comes later.
+after_import("torch", f"{__name__}.ops")
+after_import("transformers.quantizers", f"{__name__}.hf.quantizer")
+after_import("peft.tuners.lora.model", f"{__name__}.recovery.install")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .errors import CheckpointError
 from .masks.certificate import Certificate, certify
+from .masks.spectra import Spectra, spectra
 from .packing import unpack
 from .packing.checkpoint import (
     TensorEntry,
@@ -38,7 +39,7 @@ class Violation:
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One packed layer of a checkpoint."""
+    """One packed layer of a checkpoint. `spectra` is None where it was not asked for."""
 
     name: str
     out_features: int
@@ -47,6 +48,7 @@ class InspectedLayer:
     packed_bytes: int
     dense_bytes: int
     certificate: Certificate
+    spectra: Spectra | None = None
 
 
 @dataclass
@@ -75,8 +77,14 @@ class Inspection:
         }
 
 
-def inspect_checkpoint(folder: str | Path, progress: bool | None = None) -> Inspection:
-    """Check a packed checkpoint and compute its certificates. Never raises for what is in the files: it is reported."""
+def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with_spectra: bool = False) -> Inspection:
+    """Check a packed checkpoint and compute its certificates. Never raises for what is in the files: it is reported.
+
+    Args:
+        folder: A packed model.
+        progress: Show a progress bar on stderr. Default: if it is a terminal.
+        with_spectra: Measure the spectral gaps of every layer too, which takes longer than all the rest.
+    """
     found = Inspection(str(folder))
     try:
         found.config = read_config(folder)
@@ -105,11 +113,18 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None) -> Insp
             found.violations.append(Violation(where, "not listed", "is packed, and config.json does not list it"))
     quiet = None if progress is None else not progress
     for key, (name, pattern) in tqdm(listed.items(), desc="Inspecting", unit="layer", disable=quiet):
-        _inspect_layer(found, key, name, pattern, entries)
+        _inspect_layer(found, key, name, pattern, entries, with_spectra)
     return found
 
 
-def _inspect_layer(found: Inspection, key: str, name: str, pattern: NMPattern, entries: dict[str, TensorEntry]) -> None:
+def _inspect_layer(
+    found: Inspection,
+    key: str,
+    name: str,
+    pattern: NMPattern,
+    entries: dict[str, TensorEntry],
+    with_spectra: bool,
+) -> None:
     problems = list(header_problems(key, pattern, entries))
     if not problems:
         weight, meta = (_read(entries, f"{key}.{part}") for part in ("weight", "weight_meta"))
@@ -119,8 +134,8 @@ def _inspect_layer(found: Inspection, key: str, name: str, pattern: NMPattern, e
         return
     in_features = weight.shape[1] // pattern.n * pattern.m
     min_degree, band = _promised_floor(found.config)
-    dense = unpack(weight, meta, pattern)
-    certificate = certify(unpack_mask(meta, in_features), dense, pattern, extra_bands=(band,) if min_degree else ())
+    mask = unpack_mask(meta, in_features)
+    certificate = certify(mask, pattern, extra_bands=(band,) if min_degree else ())
     if min_degree:
         holds = certificate.floors[min(band, weight.shape[0])]
         if holds < min_degree:
@@ -135,8 +150,9 @@ def _inspect_layer(found: Inspection, key: str, name: str, pattern: NMPattern, e
             in_features,
             str(pattern),
             packed_bytes=weight.numel() * weight.element_size() + meta.numel(),
-            dense_bytes=dense.numel() * weight.element_size(),
+            dense_bytes=mask.numel() * weight.element_size(),
             certificate=certificate,
+            spectra=spectra(mask, unpack(weight, meta, pattern)) if with_spectra else None,
         )
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,13 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 
 from .config import EGGSConfig
-from .engine import PruneReport, calibrate_and_prune
+from .engine import PruneReport, calibrate_and_prune, pack_model
 from .engine.report import REPORT_NAME
 from .errors import ConfigError, ModelError
 from .folders import check_output, new_folder
 from .hf.attach import attach_quantizer
 from .hf.loading import hub_options, load_model, load_tokenizer, own_memory, parse_dtype
+from .pattern import NMPattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,6 +114,40 @@ class EGGSPruner(OptimumQuantizer):
 
     quantize = prune
 
+    def pack(
+        self,
+        pattern: str | NMPattern | None = None,
+        *,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] | None = ("lm_head",),
+        progress: bool | None = None,
+    ) -> PruneReport:
+        """Pack the model in place as it is, where its weights are N:M already: no value changes.
+
+        For a dense model whose zeros another method has put there: Wanda, SparseGPT, Model Optimizer, llm-compressor,
+        or a training of your own. No calibration text is needed.
+
+        Args:
+            pattern: What to pack; the layers that do not follow it stay dense. Default: in each layer the tightest of
+                the usual patterns that it follows. A group may have fewer than n nonzeros.
+            targets: Name patterns of the layers to look at. Default: all in the blocks.
+            ignore: Name patterns of layers to leave dense.
+            progress: Show a progress bar on stderr. Default: if it is a terminal.
+
+        Returns:
+            The report, which is also kept as `report` and saved with the model. What only a pruning knows is None.
+
+        Raises:
+            EGGSError: no layer is N:M, or bad input; the model is untouched.
+        """
+        if self._broken:
+            raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
+        chosen = None if pattern is None else NMPattern.parse(pattern)
+        report = pack_model(self.model, chosen, targets=targets, ignore=ignore, progress=progress)
+        attach_quantizer(self.model, EGGSConfig.from_dict(report.config))
+        self.report = report
+        return report
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -120,7 +156,7 @@ class EGGSPruner(OptimumQuantizer):
         dtype: str | torch.dtype | None = None,
         max_shard_size: int | str = "50GB",
     ) -> None:
-        """Save the packed model, its config, its tokenizer and `report.json`.
+        """Save the packed model, its config, its tokenizer, `report.json` and a model card (README.md) made of it.
 
         The folder appears when it is complete; nothing is left behind otherwise.
 
@@ -134,10 +170,12 @@ class EGGSPruner(OptimumQuantizer):
             ModelError: the model is not pruned, or the last `prune` did not finish.
             OutputError: the folder is not empty, or cannot be written.
         """
+        from .sharing import write_card
+
         if self._broken:
             raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
         if self.report is None:
-            raise ModelError("the model is not pruned yet; call prune() first")
+            raise ModelError("the model is not pruned yet; call prune() first, or pack() if it has its zeros already")
         check_output(save_directory, overwrite)
         target = parse_dtype(dtype)
         if isinstance(target, torch.dtype):
@@ -148,6 +186,7 @@ class EGGSPruner(OptimumQuantizer):
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             self.report.save(folder / REPORT_NAME)
+            write_card(folder, Path(save_directory).absolute().name)
 
     def push_to_hub(
         self: EGGSPruner | str | Path, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any

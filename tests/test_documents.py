@@ -38,6 +38,7 @@ SMALLER = {  # the last of two equal options counts
     "pip install": "--dry-run --no-deps --no-build-isolation --quiet",
 }
 PACKED = ["out", "best", "values", "lora", "twin/packed", "l1b/packed"]
+SPARSE = ["sparse"]  # dense, with zeros
 DENSE = ["path/or/id", "path/or/dense", "dense", "sm2", "twin/dense", "l1b/dense"]
 TEXTS = [
     "calibration.txt",
@@ -94,6 +95,8 @@ def models(tmp_path_factory, tokenizer, text_file):
     pruner = EGGSPruner.from_pretrained(folder / "dense")
     pruner.prune(EGGSConfig("2:4", num_samples=4, seq_len=16), calibration=text_file)
     pruner.save_pretrained(folder / "packed")
+    pruner.model.dequantize().save_pretrained(folder / "sparse")
+    tokenizer.save_pretrained(folder / "sparse")
     (folder / "calibration.txt").write_text(tiny.make_text(128 * 2048))  # as many tokens as a configuration asks for
     return folder
 
@@ -105,8 +108,10 @@ def world(tmp_path, models, text_file):
     def made(code):
         for name in DENSE:
             shutil.copytree(models / "dense", tmp_path / name)
+        for name in SPARSE:
+            shutil.copytree(models / "sparse", tmp_path / name)
         for name in PACKED:
-            if not re.search(rf"eggs (prune|recover) \S+ {name} |save_pretrained\(\"{name}\"", code):
+            if not re.search(rf"eggs (prune|pack|recover) \S+ {name}\s|save_pretrained\(\"{name}\"", code):
                 shutil.copytree(models / "packed", tmp_path / name)
         for name in TEXTS:
             shutil.copy(text_file if name != "calibration.txt" else models / name, tmp_path / name)

@@ -11,7 +11,7 @@ import optimum_eggs
 
 PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
-    ["errors", "version"],
+    ["dtypes", "errors", "imports", "version"],
     ["pattern", "measure", "ranks"],
     ["importance", "packing", "presets", "folders", "names", "validation"],
     ["masks"],
@@ -73,7 +73,7 @@ def test_only_the_right_end_imports_transformers_at_the_top(path):
 def test_optional_packages_are_nowhere_imported_at_the_top():
     optional = {"peft", "matplotlib", "lm_eval", "gguf", "datasets", "scipy", "triton"}
     # These extend classes or compile functions of such a package, and are imported by those that found it there.
-    exceptions = {"recovery/lora.py", "ops/triton/decode.py"}
+    exceptions = {"recovery/install.py", "recovery/lora.py", "ops/triton/decode.py"}
     for path in FILES:
         if str(path.relative_to(PACKAGE)) not in exceptions:
             assert not optional & {name.split(".")[0] for name in imports(path, top_level_only=True)}, path

@@ -56,13 +56,17 @@ def test_the_report_says_that_windows_overlap(tokenizer, config):
 
 def test_the_saved_folder_is_complete_and_names_no_local_folder(packed_folder, text_file):
     files = {path.name for path in packed_folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "report.json"} <= files
+    assert {"config.json", "model.safetensors", "tokenizer.json", "report.json", "README.md"} <= files
     saved = json.loads((packed_folder / "config.json").read_text())["quantization_config"]
     assert saved["calibration"] == "text.txt"
     report = json.loads((packed_folder / "report.json").read_text())
     assert report["config"] == saved
     assert report["calibration"]["source"] == "text.txt"
-    for path in ("config.json", "report.json"):
+    card = (packed_folder / "README.md").read_text()
+    assert f'AutoModelForCausalLM.from_pretrained("{packed_folder.name}")' in card
+    assert "8 windows of 16 tokens" in card
+    assert "partial" not in card
+    for path in ("config.json", "report.json", "README.md"):
         assert str(text_file.parent) not in (packed_folder / path).read_text()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `benchmark`."""
-    from ..hf.loading import DTYPES
+    from ..dtypes import DTYPES
 
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
     parser.add_argument("--against", metavar="DENSE", help="folder of a dense model, timed in turn with the packed one")

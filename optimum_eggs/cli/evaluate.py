@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..evaluation import Comparison, Estimate
-    from ..evaluation.compare import Evaluation
+    from ..evaluation import Comparison, Estimate, Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `evaluate`."""
-    from ..hf.loading import DTYPES
+    from ..dtypes import DTYPES
 
     parser.add_argument("model", metavar="DIR", help="folder of a model, packed or dense")
     parser.add_argument("--text", metavar="FILE|NAME", help="text to predict: a file or a data set")
@@ -41,51 +39,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and print."""
+    """Measure, record, and print."""
     from ..engine.report import REPORT_NAME
-    from ..evaluation import task_differences
-    from ..evaluation.compare import evaluate
+    from ..evaluation import evaluate, record
 
-    columns, comparison = evaluate([args.model, *([args.against] if args.against else [])], args)
-    differences = {
-        ours.task: task_differences(ours, theirs)
-        for ours, theirs in (zip(columns[0].tasks, columns[1].tasks, strict=True) if args.against else ())
-    }
-    recorded = not args.no_record and _record(args, columns, comparison, differences)
+    found = evaluate(
+        args.model,
+        args.against,
+        text=args.text,
+        split=args.split,
+        text_column=args.text_column,
+        seq_len=args.seq_len,
+        stride=args.stride,
+        num_windows=args.num_windows,
+        tasks=args.tasks,
+        include_path=args.include_path,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        apply_chat_template=args.apply_chat_template,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+    )
+    recorded = not args.no_record and record(found)
     if args.json:
-        print(json.dumps(_results(columns, comparison, differences)))
+        print(json.dumps(found.to_dict()))
         return 0
+    columns = [found.model, *([] if found.against is None else [found.against])]
     _print_columns(columns)
-    if comparison is not None:
-        _print_comparison(comparison)
-    if columns[0].tasks:
-        _print_tasks(columns, differences)
+    if found.comparison is not None:
+        _print_comparison(found.comparison)
+    if found.model.tasks:
+        _print_tasks(columns, found.task_differences)
     if recorded:
         print(f"recorded in {Path(args.model) / REPORT_NAME}, for the model card")
     return 0
 
 
-def _results(
-    columns: list[Evaluation], comparison: Comparison | None, differences: dict[str, dict[str, Estimate]]
-) -> dict[str, Any]:
-    first, *others = columns
-    results: dict[str, Any] = {"model": first.to_dict()}
-    for second in others:
-        results["against"] = second.to_dict()
-        results["ratio"] = {"weight_bytes": first.size.weight_bytes / second.size.weight_bytes}
-        if second.size.pruned_layer_bytes:
-            results["ratio"]["pruned_layer_bytes"] = first.size.pruned_layer_bytes / second.size.pruned_layer_bytes
-        if first.perplexity is not None and second.perplexity is not None:
-            results["ratio"]["perplexity"] = first.perplexity.perplexity / second.perplexity.perplexity
-    if comparison is not None:
-        results["comparison"] = asdict(comparison)
-    if differences:
-        results["task_differences"] = _plain(differences)
-    return results
-
-
 def _print_columns(columns: list[Evaluation]) -> None:
-    rows = [("", [column.folder for column in columns])]
+    rows = [("", [column.folder or "" for column in columns])]
     judged = [column.perplexity for column in columns if column.perplexity is not None]
     if judged:
         rows += [
@@ -99,7 +90,7 @@ def _print_columns(columns: list[Evaluation]) -> None:
         ("of them pruned layers", [_megabytes(column.size.pruned_layer_bytes) for column in columns]),
         ("parameters kept", [_kept(column.size) for column in columns]),
     ]
-    width = max(24, *(len(column.folder) + 2 for column in columns))
+    width = max(24, *(len(column.folder or "") + 2 for column in columns))
     for label, cells in rows:
         print(f"{label:<24}" + "".join(f"{cell:>{width}}" for cell in cells))
 
@@ -130,83 +121,6 @@ def _print_tasks(columns: list[Evaluation], differences: dict[str, dict[str, Est
             print(f"  {metric:<22}" + "".join(f"{cell:>20}" for cell in cells) + more)
 
 
-def _record(
-    args: argparse.Namespace,
-    columns: list[Evaluation],
-    comparison: Comparison | None,
-    differences: dict[str, dict[str, Estimate]],
-) -> bool:
-    """Put what was measured into the report of the model, in place of an earlier entry under the same conditions.
-
-    Of the other model only what a dense one gave: the report says nothing of other pruned models, packed or not.
-    """
-    from ..engine.report import read_report, update_report
-
-    ours = columns[0]
-    dense = columns[1] if len(columns) == 2 and not columns[1].pruned else None
-    before = read_report(args.model)
-    parts: dict[str, Any] = {}
-    if ours.perplexity is not None:
-        entry = _perplexity_entry(args, ours, dense, comparison)
-        parts["evaluations"] = _replaced(before.get("evaluations", []), [entry], ("dataset", "split", "conditions"))
-    if ours.tasks:
-        entries = [_task_entry(args, ours, dense, index, differences) for index in range(len(ours.tasks))]
-        parts["tasks"] = _replaced(before.get("tasks", []), entries, ("task", "version", "conditions"))
-    return update_report(args.model, **parts)
-
-
-def _replaced(before: list[Any], entries: list[dict[str, Any]], same: tuple[str, ...]) -> list[Any]:
-    kept = [other for other in before if all(any(other[key] != entry[key] for key in same) for entry in entries)]
-    return [*kept, *entries]
-
-
-def _perplexity_entry(
-    args: argparse.Namespace, ours: Evaluation, dense: Evaluation | None, comparison: Comparison | None
-) -> dict[str, Any]:
-    assert ours.perplexity is not None
-    found = asdict(ours.perplexity)
-    is_file = Path(args.text).is_file()
-    overlap = "" if args.stride in (None, args.seq_len) else f" with stride {args.stride}"
-    entry: dict[str, Any] = {
-        "dataset": Path(args.text).name if is_file else args.text,
-        "split": None if is_file else args.split,
-        "conditions": f"{found['windows']} windows of {found['seq_len']} tokens{overlap}, {ours.dtype}",
-        "tokens_sha256": ours.token_digest,
-        "metrics": {key: found[key] for key in ("perplexity", "bits_per_byte") if found[key] is not None},
-    }
-    if dense is not None and dense.perplexity is not None and comparison is not None:
-        theirs = asdict(dense.perplexity)
-        entry["dense"] = {key: theirs[key] for key in entry["metrics"]}
-        entry["comparison"] = asdict(comparison)
-    return entry
-
-
-def _task_entry(
-    args: argparse.Namespace,
-    ours: Evaluation,
-    dense: Evaluation | None,
-    index: int,
-    differences: dict[str, dict[str, Estimate]],
-) -> dict[str, Any]:
-    found = ours.tasks[index]
-    shots = "" if found.num_fewshot is None else f"{found.num_fewshot} examples each, "
-    template = "chat template, " if args.apply_chat_template else ""
-    entry: dict[str, Any] = {
-        "task": found.task,
-        "version": found.version,
-        "conditions": f"{found.documents} documents, {shots}{template}{ours.dtype}",
-        "metrics": {name: asdict(score) for name, score in found.metrics.items()},
-    }
-    if dense is not None:
-        entry["dense"] = {name: asdict(score) for name, score in dense.tasks[index].metrics.items()}
-        entry["difference"] = _plain(differences)[found.task]
-    return entry
-
-
-def _plain(differences: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Any]]:
-    return {task: {name: asdict(each) for name, each in found.items()} for task, found in differences.items()}
-
-
 def _span(found: Estimate) -> str:
     return "" if found.low is None else f"({found.low:.4f} to {found.high:.4f})"
 
@@ -215,8 +129,8 @@ def _or_nothing(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.1f} MB"
 
 
 def _kept(size: Any) -> str:

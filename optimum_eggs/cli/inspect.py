@@ -5,29 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..masks.spectra import Spectra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `inspect`."""
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
+    parser.add_argument("--spectra", action="store_true", help="measure the spectral gaps too, which takes a while")
 
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and print; 2 if anything is wrong."""
     from ..inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(args.model)
+    found = inspect_checkpoint(args.model, with_spectra=args.spectra)
     if args.json:
         print(json.dumps(found.to_dict()))
     elif found.layers:
         width = max(len(layer.name) for layer in found.layers)
-        print(f"{'layer':<{width}} {'out':>6} {'in':>6} {'n:m':>5} {'min/mean degree':>16} {'starved':>8} {'floor':>9}")
+        heads = f"{'out':>6} {'in':>6} {'n:m':>5} {'min/mean degree':>16} {'starved':>8} {'floor':>9}"
+        print(f"{'layer':<{width}} {heads}" + (f" {'gap':>7} {'weighted':>8}" if args.spectra else ""))
         for layer in found.layers:
             c = layer.certificate
             degrees = f"{c.input_degree_min}/{c.input_degree_mean:.0f}"
             print(
                 f"{layer.name:<{width}} {layer.out_features:>6} {layer.in_features:>6} {layer.pattern:>5} "
-                f"{degrees:>16} {c.starved_inputs:>8} {_floor(c.floors):>9}"
+                f"{degrees:>16} {c.starved_inputs:>8} {_floor(c.floors):>9}{_gaps(layer.spectra)}"
             )
         packed = sum(layer.packed_bytes for layer in found.layers)
         dense = sum(layer.dense_bytes for layer in found.layers)
@@ -38,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     if found.ok and not args.json:
         print("no violation")
     return 0 if found.ok else 2
+
+
+def _gaps(spectra: Spectra | None) -> str:
+    return "" if spectra is None else f" {1 - spectra.sigma2:>7.4f} {1 - spectra.sigma2_weighted:>8.4f}"
 
 
 def _floor(floors: dict[int, int]) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from functools import partialmethod
 
 from ..errors import EGGSError
-from . import benchmark, evaluate, export, inspect, prune, push, recover, report
+from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
 
 _SUBCOMMANDS = {
     "prune": prune,
+    "pack": pack,
     "evaluate": evaluate,
     "inspect": inspect,
     "export": export,

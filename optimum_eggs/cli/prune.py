@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .settings import add_set, make_config
 
 if TYPE_CHECKING:
     from ..config import EGGSConfig
@@ -16,9 +17,28 @@ if TYPE_CHECKING:
     from ..ranks import Ranks
 
 
+_FLAGS = (
+    "pattern",
+    "preset",
+    "calibration",
+    "split",
+    "text_column",
+    "num_samples",
+    "seq_len",
+    "sampling",
+    "seed",
+    "batch_size",
+    "min_degree",
+    "block_tuning",
+    "targets",
+    "ignore",
+)
+"""The keys of the configuration that have a flag of their own; `--set` reaches all."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prune`."""
-    from ..hf.loading import DTYPES
+    from ..dtypes import DTYPES
     from ..presets import NUM_SAMPLES, PRESETS, SEQ_LEN
 
     parser.add_argument("model", metavar="MODEL", help="folder, id on the Hub, or GGUF file of a dense model")
@@ -49,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="outputs that every input keeps in every band of rows",
     )
-    parser.add_argument("--band", type=int, help="rows over which that floor holds")
     parser.add_argument("--block-tuning", type=int, metavar="STEPS", help="steps that a block is tuned for (0: none)")
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="prune only layers of these names")
     parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
@@ -71,37 +90,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a saved model at OUT, and what an interrupted run of other settings has left",
     )
+    add_set(parser, _FLAGS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
     from ..calibration.documents import SOURCES
-    from ..config import EGGSConfig
     from ..folders import check_output
     from ..ranks import join_ranks
 
     ranks = join_ranks()
     # Everything that can be refused is refused before a model is loaded.
-    if not args.calibration:
-        raise ConfigError(f"--calibration is missing: give {SOURCES}")
     check_output(args.output, args.overwrite)
-    config = EGGSConfig(
-        args.pattern,
-        preset=args.preset,
-        min_degree=args.min_degree,
-        band=args.band,
-        block_tuning=args.block_tuning,
-        calibration=parse_sources(args.calibration),
-        split=args.split,
-        text_column=args.text_column,
-        num_samples=args.num_samples,
-        seq_len=args.seq_len,
-        sampling=args.sampling,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        targets=args.targets,
-        ignore=args.ignore,
-    )
+    flags = {key: getattr(args, key) for key in _FLAGS}
+    config = make_config(flags | {"calibration": parse_sources(args.calibration or [])}, args.set)
+    if config.calibration is None:
+        raise ConfigError(f"--calibration is missing: give {SOURCES}")
     if _is_on_disk(args):
         report = _from_disk(args, config, ranks)
     elif ranks.size == 1:
@@ -186,7 +190,7 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
     return report
 
 
-def parse_sources(given: list[str]) -> str | dict[str, float]:
+def parse_sources(given: list[str]) -> str | dict[str, float] | None:
     """`["a.txt"]` to `"a.txt"`; `["a.txt=3", "c4"]` to `{"a.txt": 3.0, "c4": 1.0}`.
 
     Raises:
@@ -205,7 +209,7 @@ def parse_sources(given: list[str]) -> str | dict[str, float]:
         if name in sources:
             raise ConfigError(f"calibration={name!r} is given twice; give it once, with a share")
         sources[name] = share
-    return next(iter(sources)) if len(sources) == 1 else sources
+    return next(iter(sources)) if len(sources) == 1 else sources or None
 
 
 def _more(items: list[Any], shown: int) -> str:

@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--figures", action="store_true", help="write the pictures to DIR/figures too, where the model card finds them"
     )
+    parser.add_argument(
+        "--spectra", action="store_true", help="measure the spectral gaps of the layers and show them; takes a while"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.model)
     output = Path(args.output) if args.output else folder / "report.html"
-    page = report_page(folder, folder / "figures" if args.figures else None)
+    page = report_page(folder, folder / "figures" if args.figures else None, with_spectra=args.spectra)
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -223,20 +223,20 @@ def _scores_alone(weight: Tensor, statistics: GramAccumulator, config: EGGSConfi
 
 def _pack(walk: Walk, solved: Sequence[_Solved], block: nn.Module, prefix: str, index: int) -> list[LayerReport]:
     """Put packed layers in place of the dense ones. The certificates are shared out over the processes."""
-    weights = {layer.name: dense_weight(block.get_submodule(layer.name.removeprefix(prefix))) for layer in solved}
     meter, ranks = walk.meter, walk.ranks
-    mine = set(ranks.mine({name: weight.numel() for name, weight in weights.items()}))
+    mine = set(ranks.mine({layer.name: len(layer.mask_bits) * layer.in_features for layer in solved}))
     certificates: dict[str, Certificate] = {}
     for layer in solved:
         path = layer.name.removeprefix(prefix)
         with meter.stage("pack"):
-            mask = layer.mask().to(weights[layer.name].device)
-            block.set_submodule(path, NMLinear.from_linear(block.get_submodule(path), layer.pattern, mask))
+            module = block.get_submodule(path)
+            mask = layer.mask().to(dense_weight(module).device)
+            block.set_submodule(path, NMLinear.from_linear(module, layer.pattern, mask))
+            del module  # so that its memory is free
         with meter.stage("report"):
-            weight = weights.pop(layer.name)
             if layer.name in mine:
                 extra = (layer.band,) if layer.min_degree else ()
-                certificates[layer.name] = certify(mask, weight, layer.pattern, extra_bands=extra)
+                certificates[layer.name] = certify(mask, layer.pattern, extra_bands=extra)
     with walk.exchange():
         certificates = ranks.merge(certificates)
     return [_report(layer, index, certificates[layer.name]) for layer in solved]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -33,7 +33,7 @@ class PrunePlan:
         return [name for block in self.layers for name in block]
 
 
-def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> PrunePlan:
+def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True, fitting: bool = True) -> PrunePlan:
     """Decide which layers to prune, and check everything about them that can be known before work begins.
 
     Experts that are held as 3-D parameters are split into linear layers, in place, if any of them is to be pruned.
@@ -42,6 +42,7 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> Prun
         model: The model.
         config: What to do.
         loaded: Whether its weights are there; if not, whoever loads them checks them.
+        fitting: Whether pattern and floor must fit every layer; if not, whoever packs them sees which they fit.
 
     Raises:
         ConfigError: a name pattern that matches nothing, or a floor that a layer is too small for.
@@ -54,7 +55,7 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> Prun
         raise ModelError(f"{packed}: is packed already; call model.dequantize() first, or start from the dense model")
     fused = split_experts(model)
     try:
-        plan = _plan(model, config, loaded)
+        plan = _plan(model, config, loaded, fitting)
     except BaseException:
         _put_back(model, fused)
         raise
@@ -62,11 +63,11 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True) -> Prun
         keep_names(model)
     else:
         _put_back(model, fused)
-        plan.left_dense = _as_fused(plan.left_dense, fused)
+        plan.left_dense = as_fused(plan.left_dense, fused)
     return plan
 
 
-def _plan(model: nn.Module, config: EGGSConfig, loaded: bool) -> PrunePlan:
+def _plan(model: nn.Module, config: EGGSConfig, loaded: bool, fitting: bool) -> PrunePlan:
     modules = dict(model.named_modules())
     block_list = find_block_list(model, config.block_list)
     linears = {name: module for name, module in modules.items() if is_dense_linear(module)}
@@ -83,7 +84,8 @@ def _plan(model: nn.Module, config: EGGSConfig, loaded: bool) -> PrunePlan:
             plan.left_dense.append(DenseLayer(name, reason, dense_weight(module).numel()))
         elif block is not None:
             plan.layers[block][name] = module
-    _check_layers(plan, config)
+    if fitting:
+        _check_layers(plan, config)
     for layers in plan.layers if loaded else []:
         _check_weights(layers)
     return plan
@@ -94,7 +96,7 @@ def _put_back(model: nn.Module, fused: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-def _as_fused(left_dense: Sequence[DenseLayer], fused: Mapping[str, nn.Module]) -> list[DenseLayer]:
+def as_fused(left_dense: Sequence[DenseLayer], fused: Collection[str]) -> list[DenseLayer]:
     """What is left dense, with the experts of each of `fused` as the one module that they are."""
     found: dict[str, DenseLayer] = {}
     for layer in left_dense:

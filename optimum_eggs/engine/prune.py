@@ -141,8 +141,8 @@ def prune_blocks(
                 if keeper is not None:
                     keeper.keep(block, index, done[-1])
             blocks.release(index)
-            if done[index].layers:
-                errors = [layer.relative_error for layer in done[index].layers]
+            errors = [layer.relative_error for layer in done[index].layers if layer.relative_error is not None]
+            if errors:
                 bar.set_postfix(error=f"{sum(errors) / len(errors):.4f}")
     return done
 

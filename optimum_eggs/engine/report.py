@@ -24,7 +24,8 @@ class LayerReport:
     """One pruned layer.
 
     Attributes:
-        relative_error: ‖(W − Z)X‖²/‖WX‖² on the calibration inputs that it was fitted on, before its block was tuned.
+        relative_error: ‖(W − Z)X‖²/‖WX‖² on the calibration inputs that it was fitted on, before its block was tuned;
+            None for a layer that was packed as it was.
         min_degree, band: The floor that it was pruned under; `min_degree` is 0 without one.
         permutation_gain: Share of score that reordering its inputs won, if that was tried.
         scores_alone: What the mask of the largest importance scores, without the floor, would have lacked of it; None
@@ -32,6 +33,9 @@ class LayerReport:
         weights_alone: An expert that too few calibration tokens reached, pruned by its weights alone; its
             `relative_error` is that of the weights.
         damping: The damping that the solver took, where that of the configuration was too small for it; else None.
+        tokens: Calibration tokens that the layer saw; None for one that was packed as it was.
+        zeros_kept: Of a layer that was packed as it was, zeros that the mask has taken in where a group had fewer than
+            n nonzeros. The certificate counts them as kept.
     """
 
     name: str
@@ -39,8 +43,8 @@ class LayerReport:
     out_features: int
     in_features: int
     pattern: str
-    relative_error: float
-    tokens: int
+    relative_error: float | None
+    tokens: int | None
     certificate: Certificate
     min_degree: int = 0
     band: int = 1
@@ -48,6 +52,7 @@ class LayerReport:
     scores_alone: Shortfall | None = None
     weights_alone: bool = False
     damping: float | None = None
+    zeros_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class PruneReport:
         tuning: One entry for each block that was tuned.
         left_dense: Every weight matrix of the blocks, embedding or head that was left dense, with the reason.
         calibration: What the windows were: source, count, length, whether they overlap because the text was short, and
-            the SHA-256 of the token ids.
+            the SHA-256 of the token ids. Empty for a model that was packed as it was.
         base_model: Id and revision of the dense model on the Hub; None for one from a folder.
         measurements: Seconds, CPU seconds and peak resident bytes, in all and by stage.
     """
@@ -84,11 +89,15 @@ class PruneReport:
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     @property
-    def mean_relative_error(self) -> float:
-        """Mean of the relative errors of the layers that were pruned on calibration inputs, or else of all."""
-        errors = [layer.relative_error for layer in self.layers if not layer.weights_alone]
-        errors = errors or [layer.relative_error for layer in self.layers]
-        return sum(errors) / len(errors)
+    def mean_relative_error(self) -> float | None:
+        """Mean of the relative errors of the layers that were pruned on calibration inputs, or else of all.
+
+        None where none is known.
+        """
+        known = [layer for layer in self.layers if layer.relative_error is not None]
+        errors = [layer.relative_error for layer in known if not layer.weights_alone]
+        errors = errors or [layer.relative_error for layer in known]
+        return sum(errors) / len(errors) if errors else None  # type: ignore[arg-type]
 
     @property
     def warnings(self) -> list[str]:
@@ -113,6 +122,7 @@ class PruneReport:
                 "parameters_pruned": sum(layer.out_features * layer.in_features for layer in self.layers),
                 "mean_relative_error": self.mean_relative_error,
                 "starved_inputs": self.starved_inputs,
+                "zeros_kept": sum(layer.zeros_kept for layer in self.layers),
                 "layers_by_weights_alone": sum(layer.weights_alone for layer in self.layers),
             },
             "config": self.config,
@@ -132,9 +142,11 @@ class PruneReport:
 
     def __repr__(self) -> str:
         seconds = self.measurements.get("seconds", float("nan"))
+        error = self.mean_relative_error
         return (
-            f"PruneReport({len(self.layers)} layers at {self.config['n']}:{self.config['m']}, mean relative error "
-            f"{self.mean_relative_error:.4f}, {self.starved_inputs} starved inputs, {seconds:.1f} s)"
+            f"PruneReport({len(self.layers)} layers at {self.config['n']}:{self.config['m']}, "
+            + ("" if error is None else f"mean relative error {error:.4f}, ")
+            + f"{self.starved_inputs} starved inputs, {seconds:.1f} s)"
         )
 
 

@@ -67,10 +67,10 @@ def name_sources(report: PruneReport, source: Any, windows: Windows, model: Any)
     report.config = EGGSConfig.from_dict(report.config | {"calibration": public_name(source)}).to_dict()
     report.calibration["source"] = report.config["calibration"] or f"{type(source).__name__} in memory"
     report.calibration["overlapping"] = windows.overlapping
-    report.base_model = _base_model(model)
+    report.base_model = base_model(model)
 
 
-def _base_model(model: Any) -> dict[str, Any] | None:
+def base_model(model: Any) -> dict[str, Any] | None:
     """Id and revision of the model on the Hub, if it was loaded from there."""
     config = getattr(model, "config", None)
     name = hub_id(getattr(config, "_name_or_path", None))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError, EGGSError, ModelError, first_line, without
 from ..names import hub_id
 
@@ -28,8 +29,6 @@ _HUB_OPTIONS = (
     "trust_remote_code",
     "code_revision",
 )
-
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def parse_dtype(name: str | torch.dtype | None) -> str | torch.dtype:

@@ -1,4 +1,7 @@
-"""The transformers quantizer: prune on load, load a packed checkpoint, save one."""
+"""The transformers quantizer: prune on load, load a packed checkpoint, save one.
+
+Importing this module makes transformers know `quant_method: "eggs"`.
+"""
 
 from __future__ import annotations
 
@@ -225,9 +228,8 @@ def _swap_in(
     model.set_submodule(name, layer)
 
 
-def register() -> None:
-    """Make transformers know `quant_method: "eggs"`. Does nothing the second time."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(EGGSConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(EGGSHfQuantizer)
+# transformers refuses to register a name twice, as a module that is run again would.
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(EGGSConfig)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(EGGSHfQuantizer)

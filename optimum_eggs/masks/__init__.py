@@ -3,6 +3,7 @@
 from .diagonal import diagonal_mask
 from .expander import expander_mask
 from .permutation import channel_order
+from .recognise import nonzero_mask, tightest_pattern
 from .shortfall import Shortfall, shortfall
 from .swap import swap_mask
 from .topn import topn_mask
@@ -12,7 +13,9 @@ __all__ = [
     "channel_order",
     "diagonal_mask",
     "expander_mask",
+    "nonzero_mask",
     "shortfall",
     "swap_mask",
+    "tightest_pattern",
     "topn_mask",
 ]

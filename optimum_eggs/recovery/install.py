@@ -1,54 +1,21 @@
-"""Making PEFT know packed layers, whichever of the two packages is imported first.
+"""Making PEFT know packed layers; imported once PEFT's LoRA is, whichever of the two packages comes first.
 
 PEFT has no public way to add a layer type that also holds when an adapter is loaded again (`_register_custom_module`
 is not saved). So the last of its dispatchers for LoRA is wrapped, and the other adapters are refused on packed layers,
 since they would fill the zeros; and what it does for experts held as 3-D parameters is left out where they are split.
-Nothing happens until PEFT is imported.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.util
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
+
+import peft.tuners.lora.model as lora_model
 
 from ..errors import ConfigError
 from ..nn.experts import conversions_for, has_split_experts
 
-_MODULE = "peft.tuners.lora.model"
 _PLAIN = ("LORA",)
-
-
-def install_in_peft() -> None:
-    """Wrap PEFT's dispatcher now if it is imported, or as soon as it is. Does nothing the second time."""
-    if _MODULE in sys.modules:
-        _wrap(sys.modules[_MODULE])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders do, and wraps it once it has been run."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec of PEFT's module, with a loader that wraps; None for every other name."""
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                _wrap(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
 
 
 def _wrap(module: Any) -> None:
@@ -123,3 +90,6 @@ def _refuse_packed_layers(model: Any, kind: str) -> None:
             f"{kind} adapters do not keep the zeros of packed layers, and {name} is one; use a LoraConfig, or make the "
             "model dense first with model.dequantize()"
         )
+
+
+_wrap(lora_model)

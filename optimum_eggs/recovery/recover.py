@@ -178,6 +178,10 @@ def recover(
             tokenizer.save_pretrained(folder)
             pruned = without_measurements(read_report(model_id)) | {"recovery": report.to_dict()}
             (folder / REPORT_NAME).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
+            if "layers" in pruned:  # else there is nothing to make a card of
+                from ..sharing import write_card
+
+                write_card(folder, path.name)
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
     return report

@@ -65,7 +65,9 @@ def _per_layer(
 
 
 def errors(report: Report) -> Figure | None:
-    """Relative error of every layer on the calibration inputs."""
+    """Relative error of every layer on the calibration inputs, where there were any."""
+    if any(layer["relative_error"] is None for layer in report["layers"]):
+        return None
     figure, axes = _per_layer(
         report, "Error of each layer", "relative squared error", lambda layer: layer["relative_error"]
     )
@@ -105,13 +107,20 @@ def spread_of_degrees(report: Report) -> Figure | None:
     return figure
 
 
+def spectra_of(layer: dict[str, Any]) -> dict[str, float] | None:
+    """The spectra of a layer, if they are known; older reports have them in the certificate."""
+    return layer.get("spectra") or (layer["certificate"] if "sigma2_weighted" in layer["certificate"] else None)
+
+
 def gaps(report: Report) -> Figure | None:
-    """Spectral gap of the weighted bipartite graph of every layer."""
+    """Spectral gap of the weighted bipartite graph of every layer, where it was asked for."""
+    if not all(spectra_of(layer) for layer in report["layers"]):
+        return None
     figure, axes = _per_layer(
         report,
         "Spectral gap, weighted by magnitude",
         "1 − σ₂",
-        lambda layer: 1 - layer["certificate"]["sigma2_weighted"],
+        lambda layer: 1 - (spectra_of(layer) or {})["sigma2_weighted"],
     )
     axes.set_ylim(bottom=0)
     return figure

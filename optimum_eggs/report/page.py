@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import io
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.report import read_report
-from ..errors import ConfigError, ModelError
-from .figures import FIGURES
+from ..errors import CheckpointError, ConfigError, ModelError
+from ..inspection import inspect_checkpoint
+from .figures import FIGURES, spectra_of
 from .tile import draw_tile, shown_tile
 
 if TYPE_CHECKING:
@@ -46,16 +48,17 @@ th:first-child,td:first-child{text-align:left}code{overflow-wrap:anywhere}
 """
 
 
-def report_page(folder: str | Path, figures: str | Path | None = None) -> str:
+def report_page(folder: str | Path, figures: str | Path | None = None, *, with_spectra: bool = False) -> str:
     """The page, as HTML.
 
     Args:
         folder: A packed model with its `report.json`.
         figures: Folder to write the pictures to as PNG, for the model card.
+        with_spectra: Measure the spectral gaps of every layer, and show them, which takes a while.
 
     Raises:
         ModelError: the folder has no report of a pruned model.
-        CheckpointError: its weights cannot be read.
+        CheckpointError: its weights cannot be read, or are damaged.
         ConfigError: matplotlib is missing.
     """
     try:
@@ -66,6 +69,8 @@ def report_page(folder: str | Path, figures: str | Path | None = None) -> str:
     report = read_report(folder)
     if not report.get("layers"):
         raise ModelError(f"{folder}: has no report of a pruned model; prune one, or name its folder")
+    if with_spectra:
+        _measure_spectra(folder, report)
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
     ink: dict[Any, Any] = dict.fromkeys(coloured, _INK) | {"svg.fonttype": "none"}
     drawn: dict[str, str] = {}
@@ -94,6 +99,22 @@ def report_page(folder: str | Path, figures: str | Path | None = None) -> str:
 """
 
 
+def _measure_spectra(folder: str | Path, report: dict[str, Any]) -> None:
+    """Put the spectra of every layer into the report.
+
+    Raises:
+        CheckpointError: the weights are damaged.
+    """
+    found = inspect_checkpoint(folder, with_spectra=True)
+    if not found.ok:
+        raise CheckpointError(
+            f"{folder}: {found.violations[0].where}: {found.violations[0].detail}; `inspect` lists all"
+        )
+    measured = {layer.name: asdict(layer.spectra) for layer in found.layers if layer.spectra is not None}
+    for layer in report["layers"]:
+        layer["spectra"] = measured[layer["name"]]
+
+
 def _draw(name: str, folder: str | Path, report: dict[str, Any]) -> Figure | None:
     return draw_tile(shown_tile(folder, report)) if name == "tile" else FIGURES[name](report)
 
@@ -120,11 +141,15 @@ def _summary(report: dict[str, Any]) -> str:
     ]
     preset = report["config"].get("preset")
     calibration = report["calibration"]
-    lines.append(
-        (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
-        + f"alibrated on {calibration['windows']} {'overlapping ' if calibration.get('overlapping') else ''}windows of "
-        f"{calibration['seq_len']} tokens" + (f", in {took['seconds']:,.0f} s." if took else ".")
-    )
+    if calibration:
+        overlapping = "overlapping " if calibration.get("overlapping") else ""
+        lines.append(
+            (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
+            + f"alibrated on {calibration['windows']} {overlapping}windows of {calibration['seq_len']} tokens"
+            + (f", in {took['seconds']:,.0f} s." if took else ".")
+        )
+    else:
+        lines.append("Packed as they were: how their zeros came about is not known.")
     lacking = [layer["scores_alone"] for layer in report["layers"] if layer.get("scores_alone")]
     if lacking:
         short, pairs = (sum(found[key] for found in lacking) for key in ("short", "pairs"))
@@ -152,6 +177,10 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 def _layers(report: dict[str, Any]) -> str:
+    heads = ["layer", "out × in", "n:m", "error", "least degree", "mean", "deviation/mean"]
+    with_spectra = all(spectra_of(layer) for layer in report["layers"])
+    if with_spectra:
+        heads += ["gap", "weighted gap"]
     rows = []
     for layer in report["layers"]:
         found = layer["certificate"]
@@ -159,14 +188,14 @@ def _layers(report: dict[str, Any]) -> str:
             html.escape(layer["name"]),
             f"{layer['out_features']} × {layer['in_features']}",
             html.escape(layer["pattern"]),
-            f"{layer['relative_error']:.4f}",
+            "" if layer["relative_error"] is None else f"{layer['relative_error']:.4f}",
             f"{found['input_degree_min']}",
             f"{found['input_degree_mean']:.0f}",
             f"{found['input_degree_cv']:.3f}",
-            f"{1 - found['sigma2']:.3f}",
-            f"{1 - found['sigma2_weighted']:.3f}",
         ]
+        if with_spectra:
+            spectra = spectra_of(layer) or {}
+            cells += [f"{1 - spectra[key]:.3f}" for key in ("sigma2", "sigma2_weighted")]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = ["layer", "out × in", "n:m", "error", "least degree", "mean", "deviation/mean", "gap", "weighted gap"]
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

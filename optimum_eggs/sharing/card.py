@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pprint
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def model_card(
 
     Args:
         folder: A packed model with its `report.json`.
-        repository: Id on the Hub, for the title and the code; default: the folder's name.
+        repository: Id on the Hub, for the title and the code; default: the folder's name, which gives way to an id.
         base_card: Card of the dense model, for its licence and languages.
         tags: Further tags.
 
@@ -48,12 +49,14 @@ def model_card(
     config = read_json(path / "config.json").get("quantization_config")
     if not config or "config" not in report:
         raise ModelError(f"{path}: is no packed model with a report; prune it, or save it with EGGSPruner")
-    repository = repository or path.name
+    repository = repository or path.absolute().name
     data = _metadata(report, repository, base_card)
     data.tags = [*(data.tags or []), *tags]
     card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_texts(report, config, repository, path))
     existing = path / "README.md"
-    return _merged(ModelCard(existing.read_text(encoding="utf-8")), card) if existing.is_file() else card
+    if not existing.is_file():
+        return card
+    return _merged(ModelCard(existing.read_text(encoding="utf-8")), card, path.absolute().name)
 
 
 def write_card(
@@ -125,20 +128,13 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
 
 
 def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, folder: Path) -> dict[str, str]:
-    summary, calibration = report["summary"], report["calibration"]
+    summary = report["summary"]
+    as_it_was = not report["calibration"]
     base = hub_id((report.get("base_model") or {}).get("id"))
     recovered = report.get("recovery")
     what = f"[{base}](https://huggingface.co/{base})" if base else "a dense model"
-    overlapping = "overlapping " if calibration.get("overlapping") else ""
-    windows = f"{calibration['windows']} {overlapping}windows of {calibration['seq_len']} tokens"
-    source = report["config"].get("calibration")
-    preset = report["config"].get("preset")
     dense = report.get("left_dense", [])
-    method = [
-        f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, were pruned "
-        f"{'with the preset `' + preset + '`' if preset else 'with the configuration below'}, calibrated on {windows}"
-        + (f" of `{source}`." if isinstance(source, str) and (hub_id(source) or dataset_id(source)) else ".")
-    ]
+    method = [_packed_as_it_was(summary) if as_it_was else _pruned(report)]
     alone = summary.get("layers_by_weights_alone")
     if alone:
         method.append(
@@ -154,13 +150,13 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
             f"{recovered['windows']} windows of {settings['seq_len']} tokens"
             + (", towards the dense model's probabilities." if settings.get("teacher") else ".")
         )
-    shown = {key: value for key, value in config.items() if key != "pruned_modules"}
+    done = "stored packed, with the zeros that it had:" if as_it_was else "pruned and stored packed:"
     return {
         "begin": BEGIN,
         "end": END,
         "title": repository.split("/")[-1],
         "repository": repository,
-        "summary": f"This is {what}, pruned to {summary['pattern']} sparsity and stored packed, by "
+        "summary": f"This is {what}, {done} {summary['pattern']} sparsity, by "
         "[optimum-eggs](https://pypi.org/project/optimum-eggs).",
         "method": "\n\n".join(method),
         "measured": _measured(report),
@@ -170,10 +166,59 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
             if (folder / "figures" / f"{name}.png").is_file()
         ),
         "certificate": _certificate(report),
-        "config": pprint.pformat(shown, compact=True, width=100),
-        "source": repr(base) if base else '"path/or/id"',
-        "calibration": f"{windows}; SHA-256 of the token ids {calibration['sha256']}",
+        "again": _again(report, config, base, as_it_was),
     }
+
+
+def _pruned(report: dict[str, Any]) -> str:
+    summary, source, preset = report["summary"], report["config"].get("calibration"), report["config"].get("preset")
+    return (
+        f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, were pruned "
+        f"{'with the preset `' + preset + '`' if preset else 'with the configuration below'}, calibrated on "
+        + _windows(report)
+        + (f" of `{source}`." if isinstance(source, str) and (hub_id(source) or dataset_id(source)) else ".")
+    )
+
+
+def _packed_as_it_was(summary: dict[str, Any]) -> str:
+    filled = summary["zeros_kept"]
+    return (
+        f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, had the zeros "
+        "already and were packed without a change of any value. What put the zeros there is not known here."
+        + (f" {filled:,} of the positions that count as kept hold a zero." if filled else "")
+    )
+
+
+def _windows(report: dict[str, Any]) -> str:
+    found = report["calibration"]
+    return f"{found['windows']} {'overlapping ' * bool(found.get('overlapping'))}windows of {found['seq_len']} tokens"
+
+
+def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_it_was: bool) -> str:
+    """The code that makes the model again."""
+    source = repr(base) if base else '"path/or/id"'
+    if as_it_was:
+        patterns = set(config["pruned_modules"].values())  # one that all layers have may have been asked for
+        named = {"pattern": patterns.pop() if len(patterns) == 1 else None, "targets": config["targets"]}
+        given = {key: value for key, value in named.items() if value is not None} | {"ignore": config["ignore"]}
+        names = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        lines = [
+            "from optimum_eggs import EGGSPruner",
+            "",
+            f"pruner = EGGSPruner.from_pretrained({source})",
+            f"pruner.pack({names})",
+        ]
+    else:
+        shown = {key: value for key, value in config.items() if key != "pruned_modules"}
+        digest = f"{_windows(report)}; SHA-256 of the token ids {report['calibration']['sha256']}"
+        lines = [
+            "from optimum_eggs import EGGSConfig, EGGSPruner",
+            "",
+            f"config = EGGSConfig.from_dict({pprint.pformat(shown, compact=True, width=100)})",
+            f"pruner = EGGSPruner.from_pretrained({source})",
+            f"pruner.prune(config, calibration=...)  # {digest}",
+        ]
+    return "\n".join([*lines, 'pruner.save_pretrained("out")'])
 
 
 def _measured(report: dict[str, Any]) -> str:
@@ -231,15 +276,23 @@ def has_own_text(readme: str) -> bool:
     return any(line.strip() and not line.startswith("# ") for line in text.splitlines())
 
 
-def _merged(existing: ModelCard, made: ModelCard) -> ModelCard:
-    """The user's card with our part put between the markers, or behind it; and our metadata where the user has none."""
+def _merged(existing: ModelCard, made: ModelCard, folder: str) -> ModelCard:
+    """The user's card with our part put between the markers, or behind it; and our metadata where the user has none.
+
+    A title that is the name of the `folder` is what a save has written there, and gives way.
+    """
     ours = made.text[made.text.index(BEGIN) : made.text.index(END) + len(END)]
     text = existing.text
     if BEGIN in text and END in text:
         text = text[: text.index(BEGIN)] + ours + text[text.index(END) + len(END) :]
     else:
         text = f"{text.rstrip()}\n\n{ours}\n"
+    title = re.search(r"^# .*$", made.text, re.MULTILINE)
+    assert title is not None
+    text = re.sub(rf"^# {re.escape(folder)}$", lambda _: title[0], text, count=1, flags=re.MULTILINE)
     theirs, own = existing.data.to_dict(), made.data.to_dict()
+    if theirs.get("model_name") == folder:
+        del theirs["model_name"]
     data = own | theirs
     data["tags"] = list(dict.fromkeys([*(theirs.get("tags") or []), *(own.get("tags") or [])]))
     if "model-index" in own:

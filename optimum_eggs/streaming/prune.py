@@ -96,6 +96,8 @@ def prune_checkpoint(
             that is full.
         KeyboardInterrupt: with what is finished in its message.
     """
+    from ..sharing import write_card
+
     output = Path(output).absolute()
     with ranks.together():
         check_output(output, overwrite)
@@ -157,6 +159,7 @@ def prune_checkpoint(
                     if tokenizer is not None:
                         tokenizer.save_pretrained(made)
                     report.save(made / REPORT_NAME)
+                    write_card(made, output.name)
                     for path in (*made.rglob("*"), made):
                         sync(path)
                     check_output(output, overwrite)  # something may have been put there meanwhile

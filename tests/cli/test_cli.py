@@ -21,7 +21,7 @@ from optimum_eggs.cli.prune import parse_sources
 from optimum_eggs.inspection import inspect_checkpoint
 
 OPTIMUM_CLI = Path(sys.executable).with_name("optimum-cli")
-SMALL = ["--num-samples", "8", "--seq-len", "16", "--band", "8"]
+SMALL = ["--num-samples", "8", "--seq-len", "16", "--set", "band=8"]
 
 
 @dataclass
@@ -125,6 +125,53 @@ def test_tuning_and_floors_are_options(dense_folder, text_file, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_every_key_can_be_set(dense_folder, text_file, tmp_path):
+    keys = {
+        "num_samples": 8,
+        "seq_len": 16,
+        "solver": "admm",
+        "damping": 0.02,
+        "permutation": True,
+        "targets": ["mlp"],
+        "ignore": ["lm_head", "layers.0"],
+        "calibration": str(text_file),
+    }
+    settings = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = within("prune", dense_folder, tmp_path / "out", *options, "--seq-len", "16", "--json")  # twice the same
+    report = json.loads(done.stdout)
+    assert {key: report["config"][key] for key in keys} == keys | {"calibration": text_file.name}
+    assert {layer["name"].split(".")[3] for layer in report["layers"]} == {"mlp"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "dampin=0.02"], "dampin=0.02: EGGSConfig has no such key; did you mean 'damping'?"),
+        (["--set", "damping"], "--set 'damping': is not of the form KEY=VALUE"),
+        (["--set", "=3"], "--set '=3': is not of the form KEY=VALUE"),
+        (["--set", "damping=some"], "damping='some' must be a finite number"),
+        (["--set", "damping=NaN"], "damping=nan must be a finite number"),
+        (["--set", "seed=4", "--set", "seed=5"], "seed is given as 4 and as 5; give it once"),
+        (["--num-samples", "128", "--set", "num_samples=64"], "num_samples is given as 128 and as 64; give it once"),
+        (["--pattern", "2:4", "--set", "pattern=1:4"], "pattern is given as '2:4' and as '1:4'; give it once"),
+        (["--set", "n=1", "--set", "m=4", "--pattern", "2:4"], "pattern='2:4' contradicts n=1, m=4"),
+        (["--set", "calibration=other.txt"], "calibration is given as "),
+        (["--set", "tokenizer=gpt2"], "tokenizer is not to be set, it is an object; the model's own is used"),
+        (["--set", 'pruned_modules={"a": "2:4"}'], "pruned_modules is not to be set, the pruner writes it"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options, message, dense_folder, text_file, tmp_path):
+    done = within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *options, code=2)
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_is_asked_for(dense_folder, tmp_path):
+    done = within("prune", dense_folder, tmp_path / "out", code=2)
+    assert "error: --calibration is missing: give a text file" in done.stderr
+
+
 def test_perplexity_agrees_with_an_independent_sum(packed_folder, text_file, tokenizer):
     done = eggs("evaluate", packed_folder, "--text", text_file, "--seq-len", "16", "--num-windows", "3", "--json")
     model = AutoModelForCausalLM.from_pretrained(packed_folder)
@@ -157,6 +204,18 @@ def test_the_text_that_is_shipped(dense_folder, tmp_path):
     report = json.loads(within("prune", dense_folder, tmp_path / "out", *sources, *SMALL, "--json").stdout)
     assert report["calibration"]["source"] == "sample"
     assert report["config"]["calibration"] == "sample"
+
+
+def test_spectra_are_measured_on_request_alone(dense_folder, text_file, tmp_path, monkeypatch):
+    def asked(*arguments):
+        raise AssertionError("spectra were measured")
+
+    monkeypatch.setattr("optimum_eggs.masks.spectra.second_singular_value", asked)
+    within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL)
+    within("inspect", tmp_path / "out")
+    within("benchmark", tmp_path / "out", *QUICK, "--layers-only")
+    with pytest.raises(AssertionError, match="spectra were measured"):
+        within("inspect", tmp_path / "out", "--spectra")
 
 
 def test_several_sources_are_mixed(dense_folder, text_file, tmp_path):
@@ -225,6 +284,34 @@ def test_a_packed_model_is_not_pruned_again_and_a_dense_one_not_exported(
     assert "this model is not packed" in done.stderr
 
 
+def test_what_is_n_of_m_already_is_packed_without_a_change(packed_folder, text_file, tmp_path):
+    within("export", packed_folder, tmp_path / "sparse")
+    tensors = load_file(tmp_path / "sparse" / "model.safetensors")
+    shutil.copytree(tmp_path / "sparse", tmp_path / "bare")
+    for path in (tmp_path / "bare").glob("tokenizer*"):
+        path.unlink()
+
+    printed = eggs("pack", tmp_path / "bare", tmp_path / "again").stdout
+    assert "packed as they are: 14 layers at 2:4" in printed
+    assert "left dense: lm_head: matches `ignore`" in printed
+    assert "no violation" in within("inspect", tmp_path / "again").stdout
+    within("export", tmp_path / "again", tmp_path / "dense")
+    again = load_file(tmp_path / "dense" / "model.safetensors")
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+    report = json.loads(within("pack", tmp_path / "sparse", tmp_path / "out", "--pattern", "2:4", "--json").stdout)
+    assert report["summary"]["layers_pruned"] == 14
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    done = within("evaluate", tmp_path / "out", "--text", text_file, "--seq-len", 16, "--num-windows", 2)
+    assert "recorded in" in done.stdout
+
+    done = within("pack", tmp_path / "sparse", tmp_path / "no", "--pattern", "1:4", code=2)
+    assert "no layer of the 14 looked at is 1:4" in done.stderr
+    assert "exists and is not empty" in within("pack", tmp_path / "sparse", tmp_path / "out", code=2).stderr
+    assert not (tmp_path / "no").exists()
+
+
 def damage(folder, change):
     from safetensors.torch import save_file
 
@@ -283,7 +370,9 @@ def test_an_error_ends_a_process_with_2_and_without_a_traceback(dense_folder, te
 
 def test_help_lists_the_subcommands():
     for entry in ("module", "optimum-cli"):
-        assert "{prune,evaluate,inspect,export,benchmark,recover,report,push}" in eggs("--help", entry=entry).stdout
+        assert (
+            "{prune,pack,evaluate,inspect,export,benchmark,recover,report,push}" in eggs("--help", entry=entry).stdout
+        )
 
 
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):

@@ -63,5 +63,5 @@ def test_the_command_works_from_a_wheel(tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    assert "{prune,evaluate,inspect,export,benchmark,recover,report,push}" in done.stdout, done.stderr
+    assert "{prune,pack,evaluate,inspect,export,benchmark,recover,report,push}" in done.stdout, done.stderr
     assert f"from {site}" in done.stderr

@@ -82,7 +82,7 @@ def solve(x, weight=None, **values):
     assert torch.isfinite(found.weight).all()
     assert not found.weight[~found.mask].any()
     floor = (config.band,) if config.min_degree else ()
-    certificate = certify(found.mask, found.weight, PATTERN, extra_bands=floor)
+    certificate = certify(found.mask, PATTERN, extra_bands=floor)
     assert certificate.legal
     assert all(certificate.floors[band] >= config.min_degree for band in floor)
     # Never worse than a layer that gives nothing.

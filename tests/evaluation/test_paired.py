@@ -9,8 +9,8 @@ from scipy import stats
 
 from optimum_eggs.errors import ConfigError, ModelError
 from optimum_eggs.evaluation import compare, perplexity, read
-from optimum_eggs.evaluation.compare import evaluation_windows, predicted_bytes
 from optimum_eggs.evaluation.paired import estimate
+from optimum_eggs.evaluation.windows import evaluation_windows, predicted_bytes
 
 WINDOWS = tiny.make_windows(5, 12)
 

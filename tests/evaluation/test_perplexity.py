@@ -11,7 +11,7 @@ import transformers
 from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.errors import CalibrationError, ConfigError, ModelError
 from optimum_eggs.evaluation import model_size, perplexity
-from optimum_eggs.evaluation.compare import evaluation_windows
+from optimum_eggs.evaluation.windows import evaluation_windows
 
 WINDOWS = tiny.make_windows(5, 12)
 

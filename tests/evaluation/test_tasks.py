@@ -134,7 +134,7 @@ def test_differences_pair_the_documents():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing to judge on; give --text, --tasks or both"),
+        ([], "nothing to judge on; give text (--text), tasks (--tasks) or both"),
         (["--tasks", "arc_eazy"], "task 'arc_eazy' is unknown to lm-evaluation-harness; did you mean arc_easy"),
         (["--tasks", "arc_easy", "--include-path", "nowhere"], "include_path='nowhere' is no folder"),
         (["--tasks", "arc_easy", "--limit", "0"], "limit=0 must be at least 1"),

@@ -155,7 +155,7 @@ def test_code_of_a_model_is_not_run_unasked(remote, text_file, tmp_path):
     done = run(REFUSE + "print(); print(json.dumps(refused))", tmp_path, remote, text_file, out, "{}", MARK=str(mark))
     refused = json.loads(done.stdout.splitlines()[-1])  # behind what transformers asks
     assert len(refused) == 3
-    assert all("trust_remote_code=True" in message for message in refused)
+    assert all("trust_remote_code=True" in message for message in refused), refused
     assert not mark.exists()
     assert not out.exists()
 

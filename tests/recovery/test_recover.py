@@ -94,6 +94,9 @@ def test_recovery_keeps_the_mask_and_writes_a_packed_model(
     assert written["layers"]  # of the pruning
     assert str(text_file.parent) not in json.dumps(written)  # the report is published
     assert str(dense_folder.parent) not in json.dumps(written)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"4 steps of `{method}`" in card
+    assert str(text_file.parent) not in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no checkpoint is left
 
 

@@ -6,13 +6,16 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from optimum_eggs import EGGSPruner
 from optimum_eggs.cli.main import main
-from optimum_eggs.errors import ModelError
+from optimum_eggs.errors import CheckpointError, ModelError
+from optimum_eggs.hf.loading import load_model
 from optimum_eggs.packing import pack_mask, unpack_mask
 from optimum_eggs.report import report_page
 from optimum_eggs.report.figures import perplexities
@@ -20,6 +23,7 @@ from optimum_eggs.report.tile import shown_tile
 from optimum_eggs.sharing import model_card
 
 pytest.importorskip("matplotlib")
+GOLDEN = Path(__file__).parents[1] / "golden" / "v1" / "packed"
 
 
 @pytest.fixture
@@ -112,6 +116,39 @@ def test_a_text_judged_twice_has_bars_that_say_under_which_conditions():
     assert bars("2 windows", "4 windows") == ["t, 2 windows: this model", "t, 4 windows: this model"]
 
 
+def test_gaps_are_shown_where_they_are_asked_for(folder, capsys):
+    assert "eighted gap" not in report_page(folder)
+    assert main(["report", str(folder), "--spectra", "--json"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "<th>weighted gap</th>" in page
+    assert "Spectral gap, weighted by magnitude" in page
+    assert "spectra" not in (folder / "report.json").read_text()
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--spectra", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["layers"][0]
+    row = page[page.index(f"<td>{first['name']}</td>") :]
+    gaps = (1 - first["spectra"]["sigma2"], 1 - first["spectra"]["sigma2_weighted"])
+    assert row[: row.index("</tr>")].endswith(f"<td>{gaps[0]:.3f}</td><td>{gaps[1]:.3f}</td>")
+    assert main(["inspect", str(folder), "--spectra"]) == 0
+    assert f"{gaps[0]:>7.4f} {gaps[1]:>8.4f}\n" in capsys.readouterr().out
+
+
+def test_damaged_weights_have_no_spectra(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_meta"][0, 0] = 255
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"weight_meta keeps .* `inspect` lists all"):
+        report_page(folder, with_spectra=True)
+
+
+def test_a_report_of_the_first_version_is_read(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "old")
+    assert "sigma2" in json.loads((tmp_path / "old" / "report.json").read_text())["layers"][0]["certificate"]
+    page = report_page(tmp_path / "old")
+    assert "<th>weighted gap</th>" in page  # since the report has it
+    assert "every 16 outputs" in str(model_card(tmp_path / "old"))
+
+
 def test_the_tile_shown_is_where_the_scores_alone_lack_most_of_the_floor(folder):
     report = json.loads((folder / "report.json").read_text())
     layer = report["layers"][3]
@@ -154,6 +191,18 @@ def test_the_command_writes_the_page_and_pictures_for_the_card(folder, tmp_path,
     assert "perplexities.png" not in model_card(folder).text  # not measured
     assert main(["report", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"page": str(folder / "report.html")}
+
+
+def test_the_page_of_a_model_packed_as_it_was_shows_no_error(packed_folder, tmp_path):
+    pruner = EGGSPruner(load_model(packed_folder).dequantize())
+    pruner.pack()
+    pruner.save_pretrained(tmp_path / "out")
+    page = report_page(tmp_path / "out", tmp_path / "out" / "figures")
+    assert "Packed as they were" in page
+    assert "alibrated on" not in page
+    assert "Error of each layer" not in page
+    assert "What the weakest input keeps" in page
+    assert not (tmp_path / "out" / "figures" / "errors.png").exists()
 
 
 def test_bad_input_is_refused(dense_folder, folder, tmp_path, capsys):

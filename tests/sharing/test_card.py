@@ -121,6 +121,21 @@ def test_the_users_own_text_and_metadata_stay(folder):
     assert twice == once.replace("My words.", "Other words.")
 
 
+def test_the_card_that_a_save_leaves_becomes_that_of_the_repository(folder):
+    (folder / "README.md").unlink()
+    write_card(folder, folder.name)  # as a save does
+    edit(folder, evaluations=[{"dataset": "a", "conditions": "b", "metrics": {"perplexity": 2.0}}])
+    for name in ("tiny", "other"):  # pushed, and pushed elsewhere
+        card = write_card(folder, f"me/{name}").read_text()
+        assert f"# {name}\n" in card
+        assert f'from_pretrained("me/{name}")' in card
+        assert folder.name not in [line.strip("# ") for line in card.splitlines()]
+        assert ModelCard(card).data.to_dict()["model-index"][0]["name"] == name
+        (folder / "README.md").write_text(card.replace(f"# {name}\n", f"# {folder.name}\n"))
+    (folder / "README.md").write_text(card.replace("# other\n", "# A title of my own\n"))
+    assert "# A title of my own\n" in write_card(folder, "me/tiny").read_text()
+
+
 def test_the_card_makes_the_model_again(folder):
     text = model_card(folder, "me/tiny").text
     code = text[text.index("EGGSConfig.from_dict(") : text.index("pruner = EGGSPruner")]
@@ -129,6 +144,23 @@ def test_the_card_makes_the_model_again(folder):
     config = eval(code, {"EGGSConfig": EGGSConfig})
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config.to_dict() == EGGSConfig.from_dict(stored | {"pruned_modules": None}).to_dict()
+
+
+def test_the_card_of_a_model_packed_as_it_was_claims_no_more(packed_folder, tmp_path):
+    from optimum_eggs import EGGSPruner
+    from optimum_eggs.hf.loading import load_model
+
+    pruner = EGGSPruner(load_model(packed_folder).dequantize())
+    pruner.pack("3:4", ignore=["lm_head", "layers.0"])
+    pruner.save_pretrained(tmp_path / "out")
+    text = str(model_card(tmp_path / "out", "me/tiny"))
+    filled = pruner.report.to_dict()["summary"]["zeros_kept"]
+    assert filled > 0
+    assert f"{filled:,} of the positions that count as kept hold a zero" in text
+    assert "without a change of any value" in text
+    assert "pruner.pack(pattern='3:4', ignore=['lm_head', 'layers.0'])" in text
+    for claim in ("calibrated", "preset", "windows", "were pruned", "None windows"):
+        assert claim not in text
 
 
 def test_a_dense_folder_has_no_card(dense_folder):

@@ -209,7 +209,7 @@ def deep(tmp_path_factory, tokenizer):
 
 
 def command(folder, output):
-    sizes = ["--num-samples", "16", "--seq-len", "32", "--band", "8", "--batch-size", "4", "--preset", "best"]
+    sizes = ["--num-samples", "16", "--seq-len", "32", "--set", "band=8", "--batch-size", "4", "--preset", "best"]
     sizes += ["--block-tuning", "4"]
     given = [str(folder / "llama"), str(output), "--calibration", str(folder / "text.txt"), *sizes]
     return [*LAUNCH, "-m", "optimum_eggs", "prune", *given]

@@ -97,6 +97,9 @@ def test_every_architecture_is_the_same_bit_for_bit(name, tokenizer, text_file, 
     assert {f.name for f in (tmp_path / "memory").iterdir()} == {f.name for f in (tmp_path / "disk").iterdir()}
     for file in ("config.json", "tokenizer.json"):
         assert (tmp_path / "memory" / file).read_text() == (tmp_path / "disk" / file).read_text()
+    cards = [(tmp_path / name / "README.md").read_text().replace(name, "out") for name in ("memory", "disk")]
+    assert 'from_pretrained("out")' in cards[0]
+    assert cards[0] == cards[1]
     assert without_time(tmp_path / "memory") == without_time(tmp_path / "disk")
     assert not list(tmp_path.glob(".*"))
 

@@ -1,0 +1,51 @@
+"""Pack a dense model that has the zeros of an N:M pattern already, without a change of any value."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `pack`."""
+    parser.add_argument("model", metavar="MODEL", help="folder or id on the Hub of a dense model with zeros")
+    parser.add_argument("output", metavar="OUT", help="folder to make")
+    parser.add_argument(
+        "--pattern",
+        metavar="N:M",
+        help="N nonzero of every M, at the most; other layers stay dense (default: as each layer is)",
+    )
+    parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="pack only layers of these names")
+    parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
+    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, pack, save, and print what was found."""
+    from pathlib import Path
+
+    from ..folders import check_output
+    from ..hf.loading import has_tokenizer, load_model
+    from ..pattern import NMPattern
+    from ..pruner import EGGSPruner
+
+    check_output(args.output, args.overwrite)
+    pattern = None if args.pattern is None else NMPattern.parse(args.pattern)
+    if Path(args.model).is_dir() and not has_tokenizer(args.model):
+        pruner = EGGSPruner(load_model(args.model))  # no text is read, so none is needed
+    else:
+        pruner = EGGSPruner.from_pretrained(args.model)
+    report = pruner.pack(pattern, targets=args.targets, ignore=args.ignore)
+    pruner.save_pretrained(args.output, overwrite=args.overwrite, max_shard_size=args.max_shard_size)
+    if args.json:
+        print(json.dumps(report.to_dict() | {"output": args.output}))
+        return 0
+    counts = Counter(layer.pattern for layer in report.layers)
+    print("packed as they are: " + ", ".join(f"{count} layers at {found}" for found, count in counts.most_common()))
+    print(f"starved inputs {report.starved_inputs}")
+    for layer in report.left_dense:
+        print(f"left dense: {layer.name}: {layer.reason}")
+    print(f"saved to {args.output}")
+    return 0

@@ -1,0 +1,221 @@
+"""`evaluate`: everything there is to say of a model, or of two on the same text and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.context import context_length
+from ..calibration.windows import windows_digest
+from ..errors import CalibrationError, ConfigError, ModelError
+from ..hf.attach import packed_layers
+from ..hf.loading import load_model, load_tokenizer
+from ..masks.recognise import follows
+from ..names import public_name
+from ..nn import NMLinear, dense_weight, is_dense_linear
+from ..packing.checkpoint import read_headers, weight_files
+from .paired import compare
+from .perplexity import perplexity_of
+from .reading import read
+from .result import Conditions, Evaluation, EvaluationResult
+from .size import model_size
+from .tasks import TaskRunner, task_differences
+from .windows import evaluation_windows, predicted_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluate(
+    model: PreTrainedModel | str | Path,
+    against: PreTrainedModel | str | Path | None = None,
+    *,
+    text: Any = None,
+    split: str | None = "test",
+    text_column: str | None = None,
+    seq_len: int = 1024,
+    stride: int | None = None,
+    num_windows: int | None = None,
+    tasks: Sequence[str] | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+    batch_size: int = 1,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> EvaluationResult:
+    """Measure a model on a text, on tasks, or both; and against another model, on the same windows and documents.
+
+    Models are read from folders, or are in memory already, which leaves them as they are. With `against`, both are in
+    memory at once.
+
+    Args:
+        model: Folder of a saved model, packed or dense, or a model of transformers.
+        against: Another one, usually the dense model.
+        text: Text to predict: a file, the name of a data set, a list of texts, or a `datasets.Dataset`.
+        split: Split of a data set from the Hub.
+        text_column: Text column of a data set. Default: `"text"`.
+        seq_len: Tokens in a window.
+        stride: Tokens from one window to the next; those that overlap are read, not predicted. Default: `seq_len`.
+        num_windows: Use only the first windows. Default: all.
+        tasks: Tasks, groups or tags of lm-evaluation-harness.
+        include_path: Folder with YAML files of further tasks.
+        num_fewshot: Examples before each question. Default: as the task says.
+        limit: Only the first documents of each task, to try things out.
+        apply_chat_template: Ask as the tokenizer's chat template says.
+        batch_size: Windows or requests run at a time.
+        dtype: Dtype to load folders in. Default: the checkpoint's.
+        tokenizer: Tokenizer of models in memory; a folder has its own.
+
+    Returns:
+        The result. [`record`][optimum_eggs.evaluation.record] puts it into the model's report, for its card.
+
+    Raises:
+        EGGSError: a model, the text or a task cannot be used, or the two models' tokenizers differ.
+
+    Example:
+        ```python
+        found = evaluate("out", "path/or/dense", text="other.txt")
+        print(found.model.perplexity, found.comparison.kl_divergence)
+        ```
+    """
+    if text is None and not tasks:
+        raise ConfigError("there is nothing to judge on; give text (--text), tasks (--tasks) or both")
+    sources = [_Source(each, tokenizer) for each in (model, against) if each is not None]
+    runner = None
+    if tasks:
+        runner = TaskRunner.create(
+            tasks,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            batch_size=batch_size,
+        )
+    step = seq_len if stride is None else stride
+    tokenizers = [source.load_tokenizer() for source in sources]
+    windows = None
+    if text is not None:
+        cuts = [evaluation_windows(text, each, seq_len, num_windows, split, text_column, stride) for each in tokenizers]
+        windows = _same(cuts, sources)
+    with ExitStack() as stack:
+        models = [stack.enter_context(_evaluating(source.load(dtype))) for source in sources]
+        packed = packed_layers(models[0])
+        found = [
+            Evaluation(
+                source.folder,
+                str(loaded.dtype).removeprefix("torch."),
+                model_size(loaded, source.folder, list(packed) if index else None),
+                list(packed_layers(loaded)),
+                _is_pruned(loaded, packed),
+            )
+            for index, (source, loaded) in enumerate(zip(sources, models, strict=True))
+        ]
+        comparison = None
+        if windows is not None:
+            for loaded in models:
+                _check_context(loaded, seq_len)
+            reading = read(models, windows, batch_size, seq_len - step)
+            text_bytes, digest = predicted_bytes(windows, tokenizers[0], step), windows_digest(windows)
+            found = [
+                replace(each, perplexity=perplexity_of(reading, index, windows, text_bytes), token_digest=digest)
+                for index, each in enumerate(found)
+            ]
+            comparison = compare(reading) if len(models) == 2 else None
+        if runner is not None:
+            found = [
+                replace(each, tasks=runner.run(loaded, own))
+                for each, loaded, own in zip(found, models, tokenizers, strict=True)
+            ]
+    first, second = found[0], found[1] if len(found) == 2 else None
+    pairs = zip(first.tasks, second.tasks, strict=True) if second is not None else ()
+    differences = {ours.task: task_differences(ours, theirs) for ours, theirs in pairs}
+    conditions = _conditions(text, split, seq_len, step, apply_chat_template)
+    return EvaluationResult(first, conditions, second, comparison, differences)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model to be judged: in memory, or in a folder whose files are whole.
+
+    Raises:
+        ModelError: there is no such folder.
+        CheckpointError: its weight files are damaged.
+    """
+
+    given: Any
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        if self.folder is None:
+            return
+        if not Path(self.folder).is_dir():
+            raise ModelError(
+                f"{self.folder}: there is no such folder; save the model first, its files are measured too"
+            )
+        read_headers(weight_files(self.folder))
+
+    @property
+    def folder(self) -> str | None:
+        return str(self.given) if isinstance(self.given, str | Path) else None
+
+    @property
+    def name(self) -> str:
+        return self.folder or type(self.given).__name__
+
+    def load_tokenizer(self) -> Any:
+        if self.folder is not None:
+            return load_tokenizer(self.folder)
+        if self.tokenizer is None:
+            raise ConfigError(f"tokenizer=None with a {self.name} in memory: pass the model's tokenizer")
+        return self.tokenizer
+
+    def load(self, dtype: Any) -> Any:
+        return self.given if self.folder is None else load_model(self.folder, dtype=dtype)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[Any]:
+    """Evaluation mode while within."""
+    training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(training)
+
+
+def _same(cuts: Sequence[Tensor], sources: Sequence[_Source]) -> Tensor:
+    """The windows, if all tokenizers cut the text into the same."""
+    for source, cut in zip(sources, cuts, strict=True):
+        if windows_digest(cut) != windows_digest(cuts[0]):
+            raise ModelError(f"{source.name}: its tokenizer cuts the text differently, so the two cannot be compared")
+    return cuts[0]
+
+
+def _conditions(text: Any, split: str | None, seq_len: int, stride: int, apply_chat_template: bool) -> Conditions:
+    name = None if text is None else public_name(text) or f"{type(text).__name__} in memory"
+    from_the_hub = isinstance(text, str) and not Path(text).is_file()
+    return Conditions(name, split if from_the_hub else None, seq_len, stride, apply_chat_template)
+
+
+def _is_pruned(model: nn.Module, packed: Mapping[str, NMLinear]) -> bool:
+    """Whether `model` has packed layers, or else stores the zeros of those that are `packed` in another model."""
+    modules = dict(model.named_modules())
+    dense = {name: modules[name] for name in packed if name in modules and is_dense_linear(modules[name])}
+    return bool(packed_layers(model)) or (
+        bool(dense) and all(follows(dense_weight(dense[name]), packed[name].pattern) for name in dense)
+    )
+
+
+def _check_context(model: Any, seq_len: int) -> None:
+    context = context_length(model)
+    if context is not None and seq_len > context:
+        raise CalibrationError(f"seq_len={seq_len} is more than the model's context of {context}; lower seq_len")

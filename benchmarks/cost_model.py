@@ -3,14 +3,14 @@
     OMP_NUM_THREADS=2 python benchmarks/cost_model.py --check MODEL --calibration TEXT
     python benchmarks/cost_model.py --shapes 8B 70B 405B --processes 1 8
 
-The model counts operations and divides by rates: `--gflops` of matrix products in float32 and in the model's dtype, and
-`--bandwidth` of memory. Rates that are not given are measured here first. With `--check` MODEL is pruned, and what was
-counted is printed beside what it took. For a block whose stages (layers that read the same tensor) have d inputs:
+The model counts operations and divides by rates: `--gflops` of matrix products in float32 and in the model's dtype,
+which are measured here first if they are not given. With `--check` MODEL is pruned, and what was counted is printed
+beside what it took. For a block whose stages (layers that read the same tensor) have d inputs:
 
 - forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens;
 - statistics: 2 d² operations for each of T/R tokens and each stage;
-- update: 18 products of a layer (out, d) with (d, d): 15 steps of the refit, its start, the error; shared out over R;
-- report: two singular values of each layer, some 100 passes over a float32 copy of it each; shared out over R;
+- update: 19 products of a layer (out, d) with (d, d), of SparseGPT, 15 steps of the refit, its start and the error; and
+  20 d³ for its factors in float64. Layers are dealt out whole, so a stage takes as long as the process that has most;
 - sent: 4 d² bytes for each stage, twice over if R > 1, and the block's pruned weights;
 - memory: the block, the largest layer's eight float32 copies and four (d, d) ones in float32, and the hidden states.
 """
@@ -31,8 +31,8 @@ import torch
 
 from optimum_eggs.measure import processor
 
-UPDATE_PRODUCTS = 18
-REPORT_PASSES = 200
+UPDATE_PRODUCTS = 19
+FACTORISATION = 20
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second in float32 and in the model's dtype; bytes of memory read a second."""
+    """Operations a second in float32 and in the model's dtype."""
 
     float32: float
     dtype: float
-    memory: float
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,15 @@ class Cost:
 def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) -> Cost:
     """Of a model, for one of several processes."""
     share = tokens / processes
-    before, passes, statistics, update, report, sent = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    before, passes, statistics, update, sent = 0, 0.0, 0.0, 0.0, 0.0
     for number, (inputs, outputs) in enumerate(shape.stages):
         attention = 4 * seq_len * shape.hidden if number else 0
         passes += 2 * before + attention
         before += inputs * sum(outputs)
         statistics += 2 * inputs**2
-        update += UPDATE_PRODUCTS * 2 * sum(outputs) * inputs**2
-        report += REPORT_PASSES * 4 * sum(outputs) * inputs
+        update += busiest(
+            [(UPDATE_PRODUCTS * 2 * rows + FACTORISATION * inputs) * inputs**2 for rows in outputs], processes
+        )
         sent += 4 * inputs**2 * 2 + shape.itemsize * sum(outputs) * inputs
     passes += 2 * before + 4 * seq_len * shape.hidden
     largest = max(inputs * max(outputs) for inputs, outputs in shape.stages)
@@ -100,8 +100,7 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
     seconds = {
         "forward": share * passes / rates.dtype,
         "statistics": share * statistics / rates.float32,
-        "update": update / processes / rates.float32,
-        "report": report / processes / rates.memory,
+        "update": update / rates.float32,
     }
     held = shape.itemsize * shape.weights + 32 * largest + 16 * widest**2 + share * shape.hidden * shape.itemsize
     return Cost(
@@ -111,6 +110,14 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
     )
 
 
+def busiest(layers: list[float], processes: int) -> float:
+    """Operations of the process that has most, when layers are dealt out whole, the largest first."""
+    loads = [0.0] * processes
+    for operations in sorted(layers, reverse=True):
+        loads[loads.index(min(loads))] += operations
+    return max(loads)
+
+
 def measured_rates(dtype: torch.dtype) -> Rates:
     """Of this machine, with as many threads as torch has."""
 
@@ -118,9 +125,7 @@ def measured_rates(dtype: torch.dtype) -> Rates:
         x, y = torch.randn(1024, 2048, dtype=kind), torch.randn(2048, 2048, dtype=kind)
         return 2 * x.numel() * 2048 / least(lambda: x @ y)
 
-    block = torch.randn(2**26)  # 256 MiB, more than a cache holds
-    ones = torch.ones(2**13)
-    return Rates(operations(torch.float32), operations(dtype), 2**28 / least(lambda: block.view(-1, 2**13) @ ones))
+    return Rates(operations(torch.float32), operations(dtype))
 
 
 def least(work: Callable[[], object]) -> float:
@@ -163,13 +168,13 @@ def check(args: argparse.Namespace) -> None:
 
 def given_or_measured(args: argparse.Namespace, dtype: torch.dtype) -> Rates:
     """The rates to divide by."""
-    if args.gflops and args.bandwidth:
-        return Rates(args.gflops[0] * 1e9, args.gflops[-1] * 1e9, args.bandwidth * 1e9)
+    if args.gflops:
+        return Rates(args.gflops[0] * 1e9, args.gflops[-1] * 1e9)
     rates = measured_rates(dtype)
     name = str(dtype).removeprefix("torch.")
     print(
         f"{processor()}, {torch.get_num_threads()} threads: {rates.float32 / 1e9:.0f} GFLOP/s in float32, "
-        f"{rates.dtype / 1e9:.0f} in {name}, {rates.memory / 1e9:.0f} GB/s"
+        f"{rates.dtype / 1e9:.0f} in {name}"
     )
     return rates
 
@@ -183,17 +188,14 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--gflops", nargs=2, type=float, metavar=("FLOAT32", "DTYPE"), help="rates of products")
-    parser.add_argument("--bandwidth", type=float, help="GB/s of memory")
     args = parser.parse_args()
     if args.check:
         check(args)
         return
     rates = given_or_measured(args, torch.bfloat16)
     print(f"{args.num_samples} x {args.seq_len} tokens; GiB sent and held by a process")
-    print(
-        "| model | processes | forward, h | statistics, h | update, h | report, h | all, h | sent, GiB | memory, GiB |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| model | processes | forward, h | statistics, h | update, h | all, h | sent, GiB | memory, GiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in args.shapes:
         for count in args.processes:
             found = cost(SHAPES[name], args.num_samples * args.seq_len, args.seq_len, count, rates)

@@ -192,6 +192,11 @@ def translated(source: str, what: str, token: str | bool | None = None) -> Itera
         raise CheckpointError(f"{source}: a weight file is damaged ({first_line(error)}); download it again") from error
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         # the last two are what transformers raises for JSON of other types than it expects
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{source}: the {what} comes with code of its own, which is not run unasked; read it, and pass "
+                "trust_remote_code=True (--trust-remote-code)"
+            ) from error
         said = without(token, first_line(error))
         raise ModelError(f"{source}: cannot load the {what}: {said}") from without(token, error)
     except Exception as error:

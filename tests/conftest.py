@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 
 from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.ops import force
 
 ROOT = Path(__file__).parents[1]
+
+settings.register_profile("quick", max_examples=10)
+settings.register_profile("ci", max_examples=40)
+settings.load_profile("quick")  # `--hypothesis-profile` is heeded after this
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,8 +13,11 @@ from torch import Tensor
 PATTERNS = [(n, m) for m in (2, 4, 8, 16, 32) for n in range(1, m)]
 """Every legal (n, m)."""
 
-checked = settings(max_examples=40, deadline=None, derandomize=True)
-"""How properties are checked: the same examples on every run, no time limit for a single one."""
+checked = settings(deadline=None, derandomize=True)
+"""How properties are checked: the same examples on every run, no time limit for a single one.
+
+How many there are is for the profile to say: `quick` unless `--hypothesis-profile ci` is given, see `conftest.py`.
+"""
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -5,29 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..calibration import GramAccumulator, Walk
+from ..calibration import Walk
 from ..config import EGGSConfig
-from ..errors import NumericalError
-from ..importance import importance_score
-from ..masks import Shortfall, shortfall, topn_mask
 from ..masks.certificate import Certificate, certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
 from ..nn.experts import SplitExperts
-from ..packing import pack_mask, unpack_mask
-from ..pattern import NMPattern
-from ..update import relative_error
-from .fold import find_folds, permute_block
-from .inputs import LayersAlike, check_finite, layers_with_inputs
+from .inputs import LayersAlike, layers_with_inputs
+from .layer import SolvedLayer, prune_layer
+from .permute import permute
 from .plan import PrunePlan
-from .precision import in_float32
 from .report import DenseLayer, LayerReport
-from .solve import solve_layer
 from .tune import BlockTuning, tune_block
 
 logger = logging.getLogger(__name__)
@@ -40,27 +31,6 @@ class BlockResult:
     layers: list[LayerReport]
     tuning: BlockTuning | None = None
     left_dense: list[DenseLayer] = field(default_factory=list)
-
-
-@dataclass
-class _Solved:
-    """What is known of a layer that is pruned but not packed yet: its module holds the dense weight, zeros in place."""
-
-    name: str
-    in_features: int
-    pattern: NMPattern
-    mask_bits: Tensor
-    min_degree: int
-    band: int
-    relative_error: float
-    tokens: int
-    permutation_gain: float | None
-    scores_alone: Shortfall | None
-    weights_alone: bool
-    damping: float | None
-
-    def mask(self) -> Tensor:
-        return unpack_mask(self.mask_bits, self.in_features)
 
 
 class DenseStream:
@@ -90,8 +60,8 @@ def prune_block(
     prefix = f"{plan.block_list.block_name(index)}."
     if stream is not None and (todo or go_on):
         stream.advance(block, index)
-    gains = _permute(walk, block, index, prefix, todo, config, meter)
-    solved: list[_Solved] = []
+    gains = permute(walk, block, index, prefix, todo, config)
+    solved: list[SolvedLayer] = []
     for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens):
         solved += _prune_wave(walk, wave, todo, gains, config)
 
@@ -117,56 +87,23 @@ def prune_block(
     return BlockResult(layers, tuning, left_dense)
 
 
-def _permute(
-    walk: Walk,
-    block: nn.Module,
-    index: int,
-    prefix: str,
-    todo: dict[str, nn.Module],
-    config: EGGSConfig,
-    meter: Meter,
-) -> dict[str, float]:
-    """Fold better orders of the channels into the dense block; the gain in kept score, by layer."""
-    folds = find_folds(block, prefix, todo) if config.permutation else []
-    if not folds:
-        return {}
-    norms = walk.input_norms(block, index, {fold.consumer: todo[fold.consumer] for fold in folds})
-    for name, norm in norms.items():
-        check_finite(name, bool(torch.isfinite(norm).all()))
-
-    def score(name: str) -> Tensor:
-        weight = dense_weight(todo[name]).to(torch.float32)
-        return importance_score(config.importance, weight, norms[name], config.exponent)
-
-    # In float32, where a fold that is wrong by little shows.
-    run = partial(walk.run, block, index, 0, dtype=torch.float32)
-    with meter.stage("permutation"):
-        gains: dict[str, float] = {}
-        with walk.ranks.together():
-            if walk.ranks.first:  # a fold is checked on the windows at hand, so one process decides
-                with in_float32(block):
-                    gains = permute_block(block, prefix, folds, score, config.pattern, run)
-        walk.ranks.copy_from(0, *(parameter.data for parameter in block.parameters()))
-        return walk.ranks.gather(gains)[0]
-
-
 def _prune_wave(
     walk: Walk,
     wave: Sequence[LayersAlike],
     todo: Mapping[str, nn.Module],
     gains: Mapping[str, float],
     config: EGGSConfig,
-) -> list[_Solved]:
+) -> list[SolvedLayer]:
     """Prune layers that do not hang on one another, shared out over the processes."""
     ranks = walk.ranks
     alike = {name: layers for layers in wave for name in layers.names}
     owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in alike})
-    solved: dict[str, _Solved] = {}
+    solved: dict[str, SolvedLayer] = {}
     with ranks.together():
         for name in alike:
             if owners[name] == ranks.rank:
                 module, gain = todo[name], gains.get(name)
-                solved[name] = _prune_layer(name, module, alike[name], config, walk.meter, gain)
+                solved[name] = prune_layer(name, module, alike[name], config, walk.meter, gain)
     with walk.exchange():
         for name in alike:
             ranks.copy_from(owners[name], dense_weight(todo[name]))
@@ -174,54 +111,7 @@ def _prune_wave(
     return [solved[name] for name in alike]
 
 
-def _prune_layer(
-    name: str,
-    module: nn.Module,
-    alike: LayersAlike,
-    config: EGGSConfig,
-    meter: Meter,
-    permutation_gain: float | None,
-) -> _Solved:
-    stored, statistics, pattern = dense_weight(module), alike.statistics, config.pattern
-    weight = stored.to(torch.float32)
-    found = solve_layer(name, weight, statistics.gram, config, meter)
-    with meter.stage("update"):
-        pruned = found.weight.to(stored.dtype)
-        if not bool(torch.isfinite(pruned).all()):
-            raise NumericalError(
-                f"{name}: the update gave NaN or infinite weights in {stored.dtype}; raise `damping`, or load the "
-                "model in a wider dtype"
-            )
-    with meter.stage("report"):
-        error = relative_error(weight, pruned.to(torch.float32), statistics.gram)
-        scores_alone = _scores_alone(weight, statistics, config)
-    # Written in place, so that the rest of the block runs on it; packed when the block is done.
-    stored.copy_(pruned)
-    return _Solved(
-        name,
-        weight.shape[1],
-        pattern,
-        pack_mask(found.mask).cpu(),
-        config.min_degree,
-        config.band,
-        error,
-        statistics.tokens,
-        permutation_gain,
-        scores_alone,
-        alike.weights_alone,
-        found.damping,
-    )
-
-
-def _scores_alone(weight: Tensor, statistics: GramAccumulator, config: EGGSConfig) -> Shortfall | None:
-    """What the largest scores alone would have lacked of the layer's floor."""
-    if not config.min_degree:
-        return None
-    score = importance_score(config.importance, weight, statistics.input_norm, config.exponent)
-    return shortfall(topn_mask(score, config.pattern), config.pattern, config.min_degree, config.band)
-
-
-def _pack(walk: Walk, solved: Sequence[_Solved], block: nn.Module, prefix: str, index: int) -> list[LayerReport]:
+def _pack(walk: Walk, solved: Sequence[SolvedLayer], block: nn.Module, prefix: str, index: int) -> list[LayerReport]:
     """Put packed layers in place of the dense ones. The certificates are shared out over the processes."""
     meter, ranks = walk.meter, walk.ranks
     mine = set(ranks.mine({layer.name: len(layer.mask_bits) * layer.in_features for layer in solved}))
@@ -239,23 +129,4 @@ def _pack(walk: Walk, solved: Sequence[_Solved], block: nn.Module, prefix: str, 
                 certificates[layer.name] = certify(mask, layer.pattern, extra_bands=extra)
     with walk.exchange():
         certificates = ranks.merge(certificates)
-    return [_report(layer, index, certificates[layer.name]) for layer in solved]
-
-
-def _report(layer: _Solved, index: int, certificate: Certificate) -> LayerReport:
-    return LayerReport(
-        layer.name,
-        index,
-        len(layer.mask_bits),
-        layer.in_features,
-        str(layer.pattern),
-        layer.relative_error,
-        layer.tokens,
-        certificate,
-        layer.min_degree,
-        layer.band,
-        layer.permutation_gain,
-        layer.scores_alone,
-        layer.weights_alone,
-        layer.damping,
-    )
+    return [layer.report(index, certificates[layer.name]) for layer in solved]

@@ -66,7 +66,7 @@ def announcement(model: nn.Module, walk: Walk, plan: PrunePlan, config: EGGSConf
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     how = config.preset or config.solver
     return (
-        f"{type(model).__name__}, {parameters / 1e6:,.0f} M parameters, on {where}, in {dtype}: "
+        f"{type(model).__name__}, {parameters / 1e6:,.3g} M parameters, on {where}, in {dtype}: "
         f"{len(plan.names)} layers to {config.pattern} ({how}), calibrated on {count} x {length} tokens\n"
         f"about {_duration(found.seconds)}, and {found.bytes / 2**30:.1f} GiB beside the model; fewer or shorter "
         "windows (num_samples, seq_len) take less"

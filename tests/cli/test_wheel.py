@@ -10,6 +10,8 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import pytest
+
 # The tests may run on an editable install, which would register the command a second time.
 WITHOUT_EDITABLE = """
 import sys
@@ -46,6 +48,7 @@ def test_without_a_compiler_the_package_installs_all_the_same(tmp_path):
     assert not list(site.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_the_command_works_from_a_wheel(tmp_path):
     site = build(tmp_path)
     if shutil.which(sysconfig.get_config_var("CC").split()[0]):

@@ -154,7 +154,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_done():
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"preset": "best"}, "block_tuning=140 runs"),
+        ({"preset": "best"}, "block_tuning=200 runs"),
         ({"preset": "best", "block_tuning": 0}, "permutation=True runs"),
         ({"permutation": True}, "permutation=True runs"),
     ],

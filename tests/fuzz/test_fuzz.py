@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent / "fuzz_checkpoints.py"
 
 
+@pytest.mark.slow
 def test_mutated_checkpoints_end_in_typed_errors_or_right_answers():
     command = [sys.executable, str(SCRIPT), "--first", "1000000", "--runs", "300"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

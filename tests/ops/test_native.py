@@ -51,7 +51,7 @@ def check(y, x, dense, bias):
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(
     isa=st.sampled_from(INSTRUCTION_SETS or ("none",)),
     pattern=st.sampled_from(PATTERNS),

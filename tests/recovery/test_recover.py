@@ -108,6 +108,7 @@ def test_training_lowers_the_perplexity_on_text_held_out(method, packed_folder, 
     assert found.perplexity_after < 0.97 * found.perplexity_before  # the text is nearly random
 
 
+@pytest.mark.slow
 def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-m", "optimum_eggs", "recover", str(packed_folder), str(out)]
@@ -267,17 +268,19 @@ def test_an_interrupted_run_asks_the_teacher_once(packed_folder, dense_folder, t
         asked.append(1)
         return teacher_tokens(*arguments, **options)
 
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr("optimum_eggs.recovery.recover.teacher_tokens", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            RecoveryTrainer, "training_step", lambda *arguments, **options: signal.raise_signal(signal.SIGINT)
-        )
+        patch.setattr(RecoveryTrainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder)))
     recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder)))
     assert asked == [1]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_steps(packed_folder, dense_folder, text_file, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += ["-m", "optimum_eggs", "recover", str(packed_folder), str(tmp_path / "out"), "--json"]

@@ -18,6 +18,12 @@ from loopback_hub import LoopbackHub  # noqa: E402
 
 
 @pytest.fixture
+def packed_folder(packed_folder, tmp_path_factory):
+    """A copy: a push writes its card."""
+    return shutil.copytree(packed_folder, tmp_path_factory.mktemp("pushed") / "llama")
+
+
+@pytest.fixture
 def hub():
     with LoopbackHub() as made:
         yield made

@@ -1,0 +1,116 @@
+"""One layer of a block: pruned in place, and what is known of it until it is packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import GramAccumulator
+from ..config import EGGSConfig
+from ..errors import NumericalError
+from ..importance import importance_score
+from ..masks import Shortfall, shortfall, topn_mask
+from ..masks.certificate import Certificate
+from ..measure import Meter
+from ..nn import dense_weight
+from ..packing import pack_mask, unpack_mask
+from ..pattern import NMPattern
+from ..update import relative_error
+from .inputs import LayersAlike
+from .report import LayerReport
+from .solve import solve_layer
+
+
+@dataclass
+class SolvedLayer:
+    """What is known of a layer that is pruned but not packed yet: its module holds the dense weight, zeros in place."""
+
+    name: str
+    in_features: int
+    pattern: NMPattern
+    mask_bits: Tensor
+    min_degree: int
+    band: int
+    relative_error: float
+    tokens: int
+    permutation_gain: float | None
+    scores_alone: Shortfall | None
+    weights_alone: bool
+    damping: float | None
+
+    def mask(self) -> Tensor:
+        """Boolean (out, in)."""
+        return unpack_mask(self.mask_bits, self.in_features)
+
+    def report(self, block: int, certificate: Certificate) -> LayerReport:
+        """The layer's part of the report, once it is packed."""
+        return LayerReport(
+            self.name,
+            block,
+            len(self.mask_bits),
+            self.in_features,
+            str(self.pattern),
+            self.relative_error,
+            self.tokens,
+            certificate,
+            self.min_degree,
+            self.band,
+            self.permutation_gain,
+            self.scores_alone,
+            self.weights_alone,
+            self.damping,
+        )
+
+
+def prune_layer(
+    name: str,
+    module: nn.Module,
+    alike: LayersAlike,
+    config: EGGSConfig,
+    meter: Meter,
+    permutation_gain: float | None,
+) -> SolvedLayer:
+    """Prune the layer called `name` in place, on the statistics of its inputs.
+
+    Raises:
+        NumericalError: no finite weights were found.
+    """
+    stored, statistics, pattern = dense_weight(module), alike.statistics, config.pattern
+    weight = stored.to(torch.float32)
+    found = solve_layer(name, weight, statistics.gram, config, meter)
+    with meter.stage("update"):
+        pruned = found.weight.to(stored.dtype)
+        if not bool(torch.isfinite(pruned).all()):
+            raise NumericalError(
+                f"{name}: the update gave NaN or infinite weights in {stored.dtype}; raise `damping`, or load the "
+                "model in a wider dtype"
+            )
+    with meter.stage("report"):
+        error = relative_error(weight, pruned.to(torch.float32), statistics.gram)
+        scores_alone = _scores_alone(weight, statistics, config)
+    # Written in place, so that the rest of the block runs on it; packed when the block is done.
+    stored.copy_(pruned)
+    return SolvedLayer(
+        name,
+        weight.shape[1],
+        pattern,
+        pack_mask(found.mask).cpu(),
+        config.min_degree,
+        config.band,
+        error,
+        statistics.tokens,
+        permutation_gain,
+        scores_alone,
+        alike.weights_alone,
+        found.damping,
+    )
+
+
+def _scores_alone(weight: Tensor, statistics: GramAccumulator, config: EGGSConfig) -> Shortfall | None:
+    """What the largest scores alone would have lacked of the layer's floor."""
+    if not config.min_degree:
+        return None
+    score = importance_score(config.importance, weight, statistics.input_norm, config.exponent)
+    return shortfall(topn_mask(score, config.pattern), config.pattern, config.min_degree, config.band)

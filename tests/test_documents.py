@@ -39,7 +39,7 @@ SMALLER = {  # the last of two equal options counts
 }
 PACKED = ["out", "best", "values", "lora", "twin/packed", "l1b/packed"]
 SPARSE = ["sparse"]  # dense, with zeros
-DENSE = ["path/or/id", "path/or/dense", "dense", "sm2", "twin/dense", "l1b/dense"]
+DENSE = ["path/or/id", "path/or/dense", "dense", "sm2", "qwen05", "twin/dense", "l1b/dense"]
 TEXTS = [
     "calibration.txt",
     "other.txt",
@@ -76,6 +76,7 @@ def smaller(line):
     if line.startswith("python benchmarks/quality.py"):  # a process for every method: one of them
         line = re.sub(r"(--methods|--patterns) (?:[^-]\S* )*([^-\s]\S*)(?= |$)", r"\1 \2", line)
         line += "" if "--methods" in line else " --methods fast"
+        line += " --blocks 1" if "--blocks" in line else ""
     if line.startswith("pip "):
         return f"(cd {ROOT.name}; {line} {SMALLER['pip install']})"
     for command, options in SMALLER.items():

@@ -37,7 +37,7 @@ def model_card(
 
     Args:
         folder: A packed model with its `report.json`.
-        repository: Id on the Hub, for the title and the code; default: the folder's name, which gives way to an id.
+        repository: Id on the Hub, for the title and the code; default: the folder's name.
         base_card: Card of the dense model, for its licence and languages.
         tags: Further tags.
 
@@ -56,7 +56,7 @@ def model_card(
     existing = path / "README.md"
     if not existing.is_file():
         return card
-    return _merged(ModelCard(existing.read_text(encoding="utf-8")), card, path.absolute().name)
+    return _merged(ModelCard(existing.read_text(encoding="utf-8")), card)
 
 
 def write_card(
@@ -276,28 +276,36 @@ def has_own_text(readme: str) -> bool:
     return any(line.strip() and not line.startswith("# ") for line in text.splitlines())
 
 
-def _merged(existing: ModelCard, made: ModelCard, folder: str) -> ModelCard:
+def _merged(existing: ModelCard, made: ModelCard) -> ModelCard:
     """The user's card with our part put between the markers, or behind it; and our metadata where the user has none.
 
-    A title that is the name of the `folder` is what a save has written there, and gives way.
+    A title is ours, and gives way to the new one, if it is that of the repository, or folder, of our part before.
     """
     ours = made.text[made.text.index(BEGIN) : made.text.index(END) + len(END)]
-    text = existing.text
+    text, title = existing.text, None
     if BEGIN in text and END in text:
-        text = text[: text.index(BEGIN)] + ours + text[text.index(END) + len(END) :]
+        before, part, behind = text[: text.index(BEGIN)], text[: text.index(END)], text[text.index(END) + len(END) :]
+        title = _title(part[len(before) :])
+        if title is not None:
+            line = re.compile(rf"^# {re.escape(title)}$", re.MULTILINE)
+            before = line.sub(lambda _: f"# {_title(ours)}", before, count=1)
+        text = before + ours + behind
     else:
         text = f"{text.rstrip()}\n\n{ours}\n"
-    title = re.search(r"^# .*$", made.text, re.MULTILINE)
-    assert title is not None
-    text = re.sub(rf"^# {re.escape(folder)}$", lambda _: title[0], text, count=1, flags=re.MULTILINE)
     theirs, own = existing.data.to_dict(), made.data.to_dict()
-    if theirs.get("model_name") == folder:
+    if title is not None and theirs.get("model_name") == title:
         del theirs["model_name"]
     data = own | theirs
     data["tags"] = list(dict.fromkeys([*(theirs.get("tags") or []), *(own.get("tags") or [])]))
     if "model-index" in own:
         data["model-index"] = own["model-index"]
     return ModelCard(f"---\n{ModelCardData(**data, ignore_metadata_errors=True).to_yaml()}\n---\n{text}")
+
+
+def _title(part: str) -> str | None:
+    """The title that goes with our part of a card: the last part of what its code loads."""
+    found = re.search(r'from_pretrained\("(?:[^"\n]*/)?([^"/\n]+)"\)', part)
+    return found[1] if found else None
 
 
 def _more(items: list[Any], shown: int) -> str:

@@ -122,17 +122,18 @@ def test_the_users_own_text_and_metadata_stay(folder):
 
 
 def test_the_card_that_a_save_leaves_becomes_that_of_the_repository(folder):
-    (folder / "README.md").unlink()
-    write_card(folder, folder.name)  # as a save does
-    edit(folder, evaluations=[{"dataset": "a", "conditions": "b", "metrics": {"perplexity": 2.0}}])
-    for name in ("tiny", "other"):  # pushed, and pushed elsewhere
-        card = write_card(folder, f"me/{name}").read_text()
-        assert f"# {name}\n" in card
-        assert f'from_pretrained("me/{name}")' in card
-        assert folder.name not in [line.strip("# ") for line in card.splitlines()]
-        assert ModelCard(card).data.to_dict()["model-index"][0]["name"] == name
-        (folder / "README.md").write_text(card.replace(f"# {name}\n", f"# {folder.name}\n"))
-    (folder / "README.md").write_text(card.replace("# other\n", "# A title of my own\n"))
+    # The folder's own card is that of the save, which had another name for it.
+    assert "# llama\n" in (folder / "README.md").read_text()
+    for evaluations in ([], [{"dataset": "a", "conditions": "b", "metrics": {"perplexity": 2.0}}]):
+        edit(folder, evaluations=evaluations)
+        for name in ("tiny", "other"):  # pushed, and pushed elsewhere
+            text = write_card(folder, f"me/{name}").read_text()
+            assert [line for line in text.splitlines() if line.startswith("# ")] == [f"# {name}"]
+            assert f'from_pretrained("me/{name}")' in text
+            data = ModelCard(text).data
+            assert data.model_name == name
+    own = text.replace("# other\n", "# A title of my own\n").replace("name: other", "name: mine")
+    (folder / "README.md").write_text(own)
     assert "# A title of my own\n" in write_card(folder, "me/tiny").read_text()
 
 

@@ -1,4 +1,4 @@
-"""What the presets are worth on a real model, as ratios within one run: two blocks of SmolLM2-135M-Instruct."""
+"""What the presets are worth on a real model, as ratios within one run: one block of SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def divergence():
     for preset in ("ria", "fast", "best"):
         pruner = EGGSPruner(load_model(gguf, dtype="float32"), tokenizer)
         config = EGGSConfig(
-            "2:4", preset=preset, num_samples=16, seq_len=256, sampling="sequential", targets=["layers.8", "layers.9"]
+            "2:4", preset=preset, num_samples=16, seq_len=256, sampling="sequential", targets=["layers.8"]
         )
         report = pruner.prune(config, calibration=DATA / "calibration.txt", progress=False)
-        assert len(report.layers) == 14
+        assert len(report.layers) == 7
         if preset != "ria":
             assert all(layer.certificate.floors[16] >= 1 for layer in report.layers)
         dense = load_model(gguf, dtype="float32")

@@ -274,7 +274,7 @@ def test_who_is_left_alone_says_so(victim, deep, tmp_path):
 def test_accelerate_starts_the_same_processes(together, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    sizes = [part for key, value in SIZE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    sizes = [part for key, value in SIZE.items() for part in ("--set", f"{key}={value}")]
     given = [str(together / "llama"), str(tmp_path / "out"), "--calibration", str(together / "text.txt"), *sizes]
     run = [*launcher, "-m", "optimum_eggs", "prune", *given]
     done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)

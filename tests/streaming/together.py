@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optimum_eggs import EGGSConfig
-from optimum_eggs.engine import block as engine
+from optimum_eggs.engine import layer as engine
 from optimum_eggs.errors import EGGSError, NumericalError
 from optimum_eggs.ranks import join_ranks
 from optimum_eggs.streaming import prune_checkpoint

@@ -48,7 +48,7 @@ def test_quality_goes_on_where_it_stopped(quality):
     after = json.loads(result.read_text())["rows"]
     assert after[: len(before)] == before
     assert [row["method"] for row in after[len(before) :]] == ["fast:min_degree=4,refit_steps=2"]
-    assert after[-1]["floor_per_16_rows"] >= 4
+    assert (after[-1]["config"]["min_degree"], after[-1]["config"]["refit_steps"]) == (4, 2)
     assert "fast:min_degree=4,refit_steps=2" in done.stdout
 
 

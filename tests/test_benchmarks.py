@@ -132,7 +132,6 @@ def test_costs_are_counted_and_checked(dense_folder, text_file):
         "forward",
         "statistics",
         "update",
-        "report",
         "all",
     ]
 

@@ -12,6 +12,8 @@ from ..masks import topn_mask
 from ..pattern import NMPattern
 from .objective import check_problem
 
+_SMALL = 128  # columns of the triangles that are solved as a whole
+
 
 def sparsegpt(
     weight: Tensor,
@@ -75,38 +77,55 @@ def sparsegpt(
     width = -(-block_size // m) * m
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        block, kept = pruned[:, start:stop].clone(), mask[:, start:stop]
+        block = pruned[:, start:stop].t().contiguous()  # (in, out): a column is in one place
         local = factor[start:stop, start:stop]
         scale = local.diagonal()
         weighing = scale.amin() / scale  # relative, so that the squares of small inputs do not vanish
         errors = torch.empty_like(block)
-        for j in range(stop - start):
-            if j % m == 0:
-                kept[:, j : j + m] = choose((block[:, j : j + m] * weighing[j : j + m]).square())
-            # A weight that is kept has no error, one that goes is its own error.
-            errors[:, j] = torch.where(kept[:, j], 0, block[:, j] / scale[j])
-            block[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)
-        pruned[:, start:stop] = block.mul_(kept)
-        pruned[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+        for j in range(0, stop - start, m):
+            end = j + m
+            kept = choose((block[j:end].t() * weighing[j:end]).square())
+            mask[:, start + j : start + end] = kept
+            for i, chosen in enumerate(kept.t(), j):
+                # A weight that is kept has no error, one that goes is its own error.
+                errors[i] = torch.where(chosen, 0, block[i] / scale[i])
+                block[i + 1 : end].addr_(local[i, i + 1 : end], errors[i], alpha=-1)
+            block[end:].addmm_(local[j:end, end:].t(), errors[j:end], alpha=-1)
+        pruned[:, start:stop] = block.t() * mask[:, start:stop]
+        pruned[:, stop:].addmm_(errors.t(), factor[start:stop, stop:], alpha=-1)
     return mask, pruned
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U, upper triangular with UᵀU = H⁻¹, in float64; gram XXᵀ (in, in)."""
-    # float64: with a small damping H is nearly singular, and each of the three steps loses as many digits as its
+    """U, upper triangular with UᵀU = H⁻¹, in float64; gram XXᵀ (in, in).
+
+    With rows and columns turned round, H = LLᵀ; L⁻¹ turned round is U.
+    """
+    # float64: with a small damping H is nearly singular, and both steps lose as many digits as the root of its
     # condition number has. float32 has 7: it fails, or goes on with noise in the place of U.
-    hessian = gram.to(torch.float64, copy=True)
+    hessian = gram.to(torch.float64).flip(0, 1)
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
     try:
         lower = torch.linalg.cholesky(hessian)
-        del hessian, diagonal  # two buffers at a time
-        inverse = torch.cholesky_inverse(lower)
-        del lower
-        return torch.linalg.cholesky(inverse, upper=True)
     except torch.linalg.LinAlgError as error:
         raise NumericalError(
             f"gram cannot be factorised with damping={damping}: some inputs depend on others up to rounding; raise "
             "`damping`, and if that does not help look for NaN or infinite values in the statistics"
         ) from error
+    del hessian, diagonal  # two buffers at a time
+    _invert_lower(lower)
+    return lower.flip(0, 1)
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """Replace a lower triangular matrix by its inverse, half by half, so that nearly all of it is products."""
+    half = len(matrix) // 2
+    if half < _SMALL:
+        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)).to(matrix), upper=False))
+        return
+    first, corner, second = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    _invert_lower(first)
+    _invert_lower(second)
+    corner.copy_((second @ corner @ first).neg_())

@@ -15,7 +15,7 @@ demo: $(BIN)/installed
 	$(BIN)/python examples/demo.py --output demo-out
 
 test: $(BIN)/installed
-	$(BIN)/python -m pytest -m 'not slow' -n 2
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
 
 check: $(BIN)/installed
 	BIN=$(BIN) .ci/check

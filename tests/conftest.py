@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from forks import Forks
 from hypothesis import settings
 
 from optimum_eggs import EGGSConfig, EGGSPruner
@@ -66,6 +67,13 @@ def packed_folder(tmp_path_factory, dense_folder, text_file):
     pruner.prune(EGGSConfig("2:4", num_samples=8, seq_len=16, band=8, batch_size=3), calibration=text_file)
     pruner.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs in processes of their own that are begun at once."""
+    with Forks() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

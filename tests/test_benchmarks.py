@@ -1,10 +1,7 @@
 import importlib.util
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -13,17 +10,13 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(script, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
+@pytest.fixture(scope="module")
+def run(forks):
+    return lambda script, *arguments: forks.run(SCRIPTS / script, *arguments, check=True)
 
 
 @pytest.fixture(scope="module")
-def quality(tmp_path_factory, dense_folder, text_file):
+def quality(run, tmp_path_factory, dense_folder, text_file):
     """A result of quality.py, and the arguments it was made with."""
     result = tmp_path_factory.mktemp("quality") / "result.json"
     arguments = [dense_folder, "--calibration", text_file, "--text", text_file, "--patterns", "2:4", "--json", result]
@@ -41,7 +34,7 @@ def test_quality_prints_what_it_writes(quality):
     assert f"|  | dense | 1 | {rows[0]['perplexity']:.2f} |" in done.stdout
 
 
-def test_quality_goes_on_where_it_stopped(quality):
+def test_quality_goes_on_where_it_stopped(run, quality):
     result, arguments, _ = quality
     before = json.loads(result.read_text())["rows"]
     done = run("quality.py", *arguments, "--methods", "dense", "fast", "fast:min_degree=4,refit_steps=2")
@@ -52,7 +45,7 @@ def test_quality_goes_on_where_it_stopped(quality):
     assert "fast:min_degree=4,refit_steps=2" in done.stdout
 
 
-def test_settings_are_judged_on_the_end_of_the_calibration_text(quality, tmp_path):
+def test_settings_are_judged_on_the_end_of_the_calibration_text(run, quality, tmp_path):
     arguments = [*quality[1][:3], "--development", "--blocks", "1", "--json", tmp_path / "rows.json"]
     sizes = ["--num-samples", 8, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32]
     run("quality.py", *arguments, *sizes, "--methods", "best:block_tuning=4")
@@ -62,7 +55,7 @@ def test_settings_are_judged_on_the_end_of_the_calibration_text(quality, tmp_pat
     assert row["kl"] > 0
 
 
-def test_quality_knows_rows_that_are_older_than_an_option(quality, tmp_path):
+def test_quality_knows_rows_that_are_older_than_an_option(run, quality, tmp_path):
     result, arguments, _ = quality
     rows = [row for row in json.loads(result.read_text())["rows"] if row["method"] in ("dense", "fast")]
     for row in rows[1:]:
@@ -76,7 +69,7 @@ def test_quality_knows_rows_that_are_older_than_an_option(quality, tmp_path):
     assert len(json.loads(older.read_text())["rows"]) == len(rows) + 1
 
 
-def test_the_picture_shows_every_method(quality, tmp_path):
+def test_the_picture_shows_every_method(run, quality, tmp_path):
     result, _, _ = quality
     run("draw.py", result, tmp_path / "out.svg")
     picture = (tmp_path / "out.svg").read_text()
@@ -84,7 +77,7 @@ def test_the_picture_shows_every_method(quality, tmp_path):
     assert "fast (ours)" in picture
 
 
-def test_solvers_are_compared_on_the_layers_asked_for(dense_folder, text_file):
+def test_solvers_are_compared_on_the_layers_asked_for(run, dense_folder, text_file):
     arguments = ["--calibration", text_file, "--blocks", 1, "--num-samples", 4, "--seq-len", 16, "--repeat", 1]
     printed = run("solvers.py", dense_folder, *arguments).stdout
     for layer in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
@@ -92,7 +85,7 @@ def test_solvers_are_compared_on_the_layers_asked_for(dense_folder, text_file):
     assert "model.layers.0" not in printed
 
 
-def test_solvers_are_compared_with_published_programs(tmp_path):
+def test_solvers_are_compared_with_published_programs(run, tmp_path):
     shutil.copy(SCRIPTS.parent / "tests" / "golden" / "solvers" / "nearly_sparse.safetensors", tmp_path)
     printed = run("golden.py", tmp_path).stdout
     for program in ("alps", "alps-float64", "sparsegpt", "wanda", "ria"):
@@ -100,7 +93,7 @@ def test_solvers_are_compared_with_published_programs(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_is_timed_packed_and_dense(packed_folder, dense_folder):
+def test_training_is_timed_packed_and_dense(run, packed_folder, dense_folder):
     sizes = ["--batch-size", 2, "--seq-len", 16, "--steps", 1, "--warm-up", 1]
     printed = run("training.py", packed_folder, "--against", dense_folder, *sizes).stdout
     for kind in ("dense-lora", "lora", "values"):
@@ -108,7 +101,7 @@ def test_training_is_timed_packed_and_dense(packed_folder, dense_folder):
 
 
 @pytest.mark.slow
-def test_processes_are_compared(dense_folder, text_file, tmp_path):
+def test_processes_are_compared(run, dense_folder, text_file, tmp_path):
     sizes = ["--num-samples", 8, "--seq-len", 16, "--num-windows", 2, "--test-seq-len", 32]
     texts = ["--calibration", text_file, "--text", text_file]
     printed = run("ranks.py", dense_folder, tmp_path, *texts, *sizes).stdout
@@ -116,7 +109,7 @@ def test_processes_are_compared(dense_folder, text_file, tmp_path):
     assert [line.split("|")[1].strip() for line in printed.splitlines()[-2:]] == ["1", "2"]
 
 
-def test_costs_are_counted_and_checked(dense_folder, text_file):
+def test_costs_are_counted_and_checked(run, dense_folder, text_file):
     rates = ["--gflops", 100, 200]
     lines = run("cost_model.py", "--shapes", "8B", "--processes", 1, 2, *rates).stdout.splitlines()
     # 32 blocks of 218 M weights and four passes' attention, 262144 tokens: by hand from the shapes.
@@ -148,7 +141,7 @@ def test_kinds_of_the_sample_follow_each_other_in_turns():
     assert list(made.sections(country)) == ["Climate: Hot. Dry. Windy."]
 
 
-def test_books_are_read_from_their_package(tmp_path):
+def test_books_are_read_from_their_package(run, tmp_path):
     lines = ["EMMA", "", "A line", "and another.", "", "The end — of it."]
     encoded = b"".join(struct.pack(">ii", 0x9, len(line.encode())) + line.encode() for line in lines)
     chunk = b"X\n" + struct.pack(">iii", 3, 0, 0) + struct.pack(">i", 5) + b"UTF-8" + struct.pack(">ii", 16, len(lines))

@@ -15,7 +15,9 @@ import tiny
 from optimum_eggs import EGGSConfig, EGGSPruner
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
 sys.path.insert(0, str(ROOT / "tests" / "sharing"))
+from forks import Forks  # noqa: E402
 from loopback_hub import LoopbackHub  # noqa: E402
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,7 +74,7 @@ def smaller(line):
     if line.startswith("make "):
         return line.replace("make", "make --dry-run", 1)
     if "--tasks arc_easy" in line:  # its data would come from the Hub
-        return f"! HF_HUB_OFFLINE=1 {line} 2> refusal; grep -q 'arc_easy.*reach .*on the Hub' refusal"
+        return f"! HF_HUB_OFFLINE=1 {BIN}/{line} 2> refusal; grep -q 'arc_easy.*reach .*on the Hub' refusal"
     if line.startswith("python benchmarks/quality.py"):  # a process for every method: one of them
         line = re.sub(r"(--methods|--patterns) (?:[^-]\S* )*([^-\s]\S*)(?= |$)", r"\1 \2", line)
         line += "" if "--methods" in line else " --methods fast"
@@ -128,25 +130,34 @@ def world(tmp_path, models, text_file):
     return made
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("code", "language"), RUN)
-def test_what_the_documents_say_runs(code, language, world):
-    assert language in ("python", "bash"), "say what a block is, or call it text"
-    folder = world(code)
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory):
+    """A hub, and processes that know no other."""
     with LoopbackHub(user="me") as hub:
-        environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        known = {
             "HF_ENDPOINT": hub.endpoint,
             "HF_TOKEN": hub.token,
-            "HF_HOME": str(folder / "hf"),
+            "HF_HOME": str(tmp_path_factory.mktemp("clients") / "hf"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
-            "OMP_NUM_THREADS": "1",
         }
-        if language == "bash":
-            command = ["bash", "-euxc", "\n".join(map(smaller, code.splitlines()))]
-        else:
-            command = [sys.executable, "-c", code]
+        with Forks(**known) as forks:
+            yield hub, forks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "language"), RUN)
+def test_what_the_documents_say_runs(code, language, clients, world):
+    assert language in ("python", "bash"), "say what a block is, or call it text"
+    hub, forks = clients
+    hub.clear()
+    shutil.rmtree(forks.environment["HF_HOME"], ignore_errors=True)
+    folder = world(code)
+    if language == "bash":
+        environment = forks.environment | {"PATH": os.pathsep.join([str(forks.bin), str(BIN), os.environ["PATH"]])}
+        command = ["bash", "-euxc", "\n".join(map(smaller, code.splitlines()))]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    else:
+        done = forks.run("-c", code, cwd=folder)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert hub.unknown == []

@@ -20,13 +20,14 @@ SMALL = ["--num-samples", 4, "--seq-len", 16]
 ELSEWHERE = [TESTS / "recovery" / "test_lora.py", TESTS / "slow" / "test_smollm2.py"]
 
 
-def run(script, *arguments, check=True, **environment):
-    known = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
-    command = [sys.executable, EXAMPLES / script, *map(str, arguments)]
-    settings = known | {"OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
-    assert (done.returncode == 0) == check, done.stderr[-3000:]
-    return done.stdout if check else done.stderr
+@pytest.fixture
+def run(forks):
+    def run(script, *arguments, check=True):
+        done = forks.run(EXAMPLES / script, *arguments)
+        assert (done.returncode == 0) == check, done.stderr[-3000:]
+        return done.stdout if check else done.stderr
+
+    return run
 
 
 def metadata(folder):
@@ -35,33 +36,37 @@ def metadata(folder):
         return [name for name in file.keys() if name.endswith(".weight_meta")]  # noqa: SIM118
 
 
-def test_quickstart(dense_folder, text_file, tmp_path):
+def test_quickstart(run, dense_folder, text_file, tmp_path):
     printed = run("quickstart.py", dense_folder, tmp_path / "out", "--text", text_file, *SMALL)
     assert "keeps" in printed
     assert len(metadata(tmp_path / "out")) == 14
     assert (tmp_path / "out" / "report.json").exists()
 
 
-def test_prune_on_load(dense_folder, text_file, tmp_path):
+def test_prune_on_load(run, dense_folder, text_file, tmp_path):
     printed = run("prune_on_load.py", dense_folder, tmp_path / "out", "--text", text_file, *SMALL)
     assert "7 layers are packed, from model.layers.1.self_attn.q_proj" in printed
     assert "made dense again: Linear" in printed
     assert all("layers.1." in name for name in metadata(tmp_path / "out"))
 
 
-def test_custom_importance(dense_folder, text_file):
+def test_custom_importance(run, dense_folder, text_file):
     printed = run("custom_importance.py", dense_folder, "--text", text_file, "--judge", text_file, *SMALL)
     assert [line.split()[0] for line in printed.splitlines()[-2:]] == ["ria", "balanced_wanda"]
 
 
+@pytest.mark.slow
 def test_push_to_hub_without_a_token(packed_folder, tmp_path):
     folder = shutil.copytree(packed_folder, tmp_path / "packed")  # its card is written anew
-    printed = run("push_to_hub.py", folder, "me/model-2-4", HF_HOME=str(tmp_path))
-    assert "published: http://127.0.0.1" in printed
-    assert "loaded: 14 packed layers" in printed
+    known = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"} | {"HF_HOME": str(tmp_path)}
+    command = [sys.executable, EXAMPLES / "push_to_hub.py", folder, "me/model-2-4"]
+    done = subprocess.run(command, capture_output=True, text=True, env=known, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "published: http://127.0.0.1" in done.stdout
+    assert "loaded: 14 packed layers" in done.stdout
 
 
-def test_make_task(text_file, tmp_path):
+def test_make_task(run, text_file, tmp_path):
     run("make_task.py", text_file, tmp_path / "tasks", "--questions", 7)
     questions = [json.loads(line) for line in (tmp_path / "tasks" / "continuation.jsonl").read_text().splitlines()]
     text = " ".join(text_file.read_text().split())
@@ -72,7 +77,7 @@ def test_make_task(text_file, tmp_path):
         assert len(set(question["choices"])) == 4
 
 
-def test_a_text_too_short_for_a_task_is_refused(tmp_path):
+def test_a_text_too_short_for_a_task_is_refused(run, tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
     assert "3 words" in run("make_task.py", tmp_path / "short.txt", tmp_path / "tasks", check=False)
     assert not (tmp_path / "tasks").exists()

@@ -41,10 +41,16 @@ def test_importing_registers_and_importing_twice_is_harmless(python):
     [
         "import optimum_eggs",
         "import transformers, optimum_eggs",
-        "import transformers.modeling_utils, optimum_eggs",
-        "import optimum_eggs.hf.quantizer",
-        "import optimum_eggs.ops",
-        "import optimum_eggs, threading as t; i = t.Thread(None, __import__, None, ['torch']); i.start(); i.join()",
+        *(
+            pytest.param(order, marks=pytest.mark.slow)
+            for order in (
+                "import transformers.modeling_utils, optimum_eggs",
+                "import optimum_eggs.hf.quantizer",
+                "import optimum_eggs.ops",
+                "import optimum_eggs, threading as t; i = t.Thread(None, __import__, None, ['torch']); "
+                "i.start(); i.join()",
+            )
+        ),
     ],
 )
 def test_packed_models_load_after_any_order_of_imports(first, python):

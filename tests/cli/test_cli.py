@@ -1,4 +1,4 @@
-"""The command line, through real subprocesses."""
+"""The command line: within this process, but where the start or the end of one is the point."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Done:
 
 
 def within(*arguments, code=0):
-    """The same as `eggs`, within this process: a start of Python costs seconds, and errors are many."""
+    """The same as `eggs`, within this process: a start of Python costs seconds."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -53,7 +53,7 @@ def eggs(*arguments, entry="module", code=0):
     return done
 
 
-@pytest.mark.parametrize("entry", ["module", "optimum-cli"])
+@pytest.mark.parametrize("entry", [pytest.param("module", marks=pytest.mark.slow), "optimum-cli"])
 def test_prune_prints_one_json_object_and_nothing_else(entry, dense_folder, text_file, tmp_path):
     done = eggs("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL, "--json", entry=entry)
     report = json.loads(done.stdout)
@@ -65,21 +65,23 @@ def test_prune_prints_one_json_object_and_nothing_else(entry, dense_folder, text
 
 def test_the_whole_road(dense_folder, text_file, tmp_path):
     packed, dense = tmp_path / "packed", tmp_path / "dense"
-    printed = eggs("prune", dense_folder, packed, "--calibration", text_file, *SMALL, "--save-dtype", "bfloat16").stdout
+    printed = within(
+        "prune", dense_folder, packed, "--calibration", text_file, *SMALL, "--save-dtype", "bfloat16"
+    ).stdout
     assert "14 layers pruned to 2:4" in printed
     assert "lm_head" in printed
 
-    printed = eggs("inspect", packed).stdout
+    printed = within("inspect", packed).stdout
     assert "model.layers.1.mlp.down_proj" in printed
     assert "14 packed layers" in printed
     assert "no violation" in printed
-    found = json.loads(eggs("inspect", packed, "--json").stdout)
+    found = json.loads(within("inspect", packed, "--json").stdout)
     assert found["ok"] is True
     report = json.loads((packed / "report.json").read_text())
     masks = {layer["name"]: layer["certificate"]["floors"] for layer in report["layers"]}
     assert {layer["name"]: layer["certificate"]["floors"] for layer in found["layers"]} == masks
 
-    assert "14 layers made dense" in eggs("export", packed, dense, "--format", "dense").stdout
+    assert "14 layers made dense" in within("export", packed, dense, "--format", "dense").stdout
     code = (
         f"import sys, transformers; m = transformers.AutoModelForCausalLM.from_pretrained({str(dense)!r}); "
         "assert 'optimum_eggs' not in sys.modules; print(float((m.model.layers[0].mlp.up_proj.weight == 0).sum()))"
@@ -88,13 +90,13 @@ def test_the_whole_road(dense_folder, text_file, tmp_path):
     assert float(zeros.stdout) >= 32 * 64 / 2
 
     options = ["--text", text_file, "--seq-len", "16", "--num-windows", "4"]
-    both = json.loads(eggs("evaluate", packed, "--against", dense, *options, "--json").stdout)
+    both = json.loads(within("evaluate", packed, "--against", dense, *options, "--json").stdout)
     assert both["model"]["perplexity"] == both["against"]["perplexity"]
     assert both["ratio"]["pruned_layer_bytes"] == 9 / 16
     assert both["model"]["perplexity"]["tokens"] == 4 * 15
     assert both["comparison"]["top1_agreement"]["value"] == 1
     assert both["comparison"]["kl_divergence"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    printed = eggs("evaluate", packed, "--against", dense, "--stride", "8", *options).stdout
+    printed = within("evaluate", packed, "--against", dense, "--stride", "8", *options).stdout
     assert "with 95 % intervals" in printed
     assert "bits a byte" in printed
     assert "parameters kept" in printed
@@ -173,7 +175,7 @@ def test_calibration_is_asked_for(dense_folder, tmp_path):
 
 
 def test_perplexity_agrees_with_an_independent_sum(packed_folder, text_file, tokenizer):
-    done = eggs("evaluate", packed_folder, "--text", text_file, "--seq-len", "16", "--num-windows", "3", "--json")
+    done = within("evaluate", packed_folder, "--text", text_file, "--seq-len", "16", "--num-windows", "3", "--json")
     model = AutoModelForCausalLM.from_pretrained(packed_folder)
     ids = tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
     total = 0.0
@@ -291,7 +293,7 @@ def test_what_is_n_of_m_already_is_packed_without_a_change(packed_folder, text_f
     for path in (tmp_path / "bare").glob("tokenizer*"):
         path.unlink()
 
-    printed = eggs("pack", tmp_path / "bare", tmp_path / "again").stdout
+    printed = within("pack", tmp_path / "bare", tmp_path / "again").stdout
     assert "packed as they are: 14 layers at 2:4" in printed
     assert "left dense: lm_head: matches `ignore`" in printed
     assert "no violation" in within("inspect", tmp_path / "again").stdout

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,28 @@ from optimum_eggs.evaluation.tasks import scores
 from optimum_eggs.report import report_page
 from optimum_eggs.sharing import model_card
 
-pytest.importorskip("lm_eval")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.fixture(autouse=True)
+def _own_tasks_alone(request, monkeypatch):
+    """The harness's own tasks are thousands, and reading which there are takes ten seconds."""
+    if "all_tasks" not in request.fixturenames:
+        alone = partial(lm_eval_tasks.TaskManager, include_defaults=False)
+        monkeypatch.setattr(lm_eval_tasks, "TaskManager", alone)
+
+
+@pytest.fixture
+def all_tasks():
+    """The harness's own tasks are there as well."""
+
+
 @pytest.fixture(scope="module")
-def task_folder(tmp_path_factory):
+def task_folder(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    command = [sys.executable, EXAMPLES / "make_task.py", EXAMPLES / "data" / "judge.txt", folder]
-    subprocess.run([*command, "--context", "6", "--words", "3", "--questions", "12"], check=True)
+    sizes = ["--context", "6", "--words", "3", "--questions", "12"]
+    forks.run(EXAMPLES / "make_task.py", EXAMPLES / "data" / "judge.txt", folder, *sizes, check=True)
     return folder
 
 
@@ -135,7 +148,6 @@ def test_differences_pair_the_documents():
     ("options", "message"),
     [
         ([], "nothing to judge on; give text (--text), tasks (--tasks) or both"),
-        (["--tasks", "arc_eazy"], "task 'arc_eazy' is unknown to lm-evaluation-harness; did you mean arc_easy"),
         (["--tasks", "arc_easy", "--include-path", "nowhere"], "include_path='nowhere' is no folder"),
         (["--tasks", "arc_easy", "--limit", "0"], "limit=0 must be at least 1"),
         (["--tasks", "arc_easy", "--num-fewshot", "-1"], "num_fewshot=-1 must be at least 0"),
@@ -144,6 +156,20 @@ def test_differences_pair_the_documents():
 def test_bad_input_is_refused(packed_folder, options, message, capsys):
     assert main(["evaluate", str(packed_folder), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_task_that_is_unknown_is_refused_with_what_is_near(packed_folder, task_folder, capsys):
+    own = ["--include-path", str(task_folder)]
+    assert main(["evaluate", str(packed_folder), "--tasks", "continuatoin", *own]) == 2
+    assert (
+        "task 'continuatoin' is unknown to lm-evaluation-harness; did you mean continuation" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+def test_the_tasks_of_the_harness_are_known(all_tasks, packed_folder, capsys):
+    assert main(["evaluate", str(packed_folder), "--tasks", "arc_eazy"]) == 2
+    assert "did you mean arc_easy" in capsys.readouterr().err
 
 
 def test_a_task_whose_data_are_missing_is_refused(packed_folder, tmp_path, capsys):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import textwrap
 import traceback
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 from optimum_eggs.errors import ModelError
 from optimum_eggs.hf.loading import translated
@@ -46,15 +45,15 @@ prune_checkpoint(model, out, config, progress=False, **options)
 }
 
 
-def run(code, tmp_path, *arguments, **environment):
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"} | environment
-    environment.pop("HF_TOKEN", None)
-    command = [sys.executable, "-W", "ignore", "-c", START + code, *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+@pytest.fixture
+def run(own_forks):
+    shutil.rmtree(own_forks.environment["HF_HOME"], ignore_errors=True)
+
+    def run(code, *arguments, **environment):
+        known = {key: value for key, value in own_forks.environment.items() if key != "HF_TOKEN"}
+        return own_forks.run("-c", START + code, *arguments, environment=known | environment, check=True)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +69,19 @@ def hub(dense_folder):
         yield made
 
 
+@pytest.fixture(scope="module")
+def own_forks(hub, tmp_path_factory):
+    """Processes that know no other hub."""
+    home = str(tmp_path_factory.mktemp("home") / "hf")
+    with Forks(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HOME=home) as forks:
+        yield forks
+
+
 @pytest.mark.parametrize("road", ROADS)
-def test_revision_and_token_hold_for_model_and_tokenizer(road, hub, text_file, tmp_path):
-    online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+def test_revision_and_token_hold_for_model_and_tokenizer(road, run, hub, text_file, tmp_path):
     out = tmp_path / "out"
     options = json.dumps({"revision": "v1", "token": hub.token})
-    run(ROADS[road], tmp_path, "me/private", text_file, out, options, **online)
+    run(ROADS[road], "me/private", text_file, out, options)
     report = json.loads((out / "report.json").read_text())
     assert report["base_model"] == {"id": "me/private", "revision": hub.repositories["me/private"].at("v1").oid}
     assert len(report["layers"]) == 14
@@ -150,9 +156,9 @@ REFUSE = "refused = []\n" + "".join(
 )
 
 
-def test_code_of_a_model_is_not_run_unasked(remote, text_file, tmp_path):
+def test_code_of_a_model_is_not_run_unasked(run, remote, text_file, tmp_path):
     out, mark = tmp_path / "out", tmp_path / "mark"
-    done = run(REFUSE + "print(); print(json.dumps(refused))", tmp_path, remote, text_file, out, "{}", MARK=str(mark))
+    done = run(REFUSE + "print(); print(json.dumps(refused))", remote, text_file, out, "{}", MARK=str(mark))
     refused = json.loads(done.stdout.splitlines()[-1])  # behind what transformers asks
     assert len(refused) == 3
     assert all("trust_remote_code=True" in message for message in refused), refused
@@ -161,7 +167,7 @@ def test_code_of_a_model_is_not_run_unasked(remote, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_code_of_a_model_is_run_if_that_is_asked_for(road, remote, text_file, tmp_path):
+def test_code_of_a_model_is_run_if_that_is_asked_for(road, run, remote, text_file, tmp_path):
     options, mark = json.dumps({"trust_remote_code": True}), str(tmp_path / "mark")
-    run(ROADS[road] + LOAD, tmp_path, remote, text_file, tmp_path / "out", options, MARK=mark)
+    run(ROADS[road] + LOAD, remote, text_file, tmp_path / "out", options, MARK=mark)
     assert (tmp_path / "out" / "own.py").is_file()

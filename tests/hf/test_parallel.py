@@ -22,6 +22,7 @@ from optimum_eggs.hf.quantizer import EGGSHfQuantizer
 needs_sizes = pytest.mark.skipif(
     "tp_size" not in inspect.signature(DistributedConfig).parameters, reason="needs a later transformers"
 )
+slow = pytest.mark.slow  # two processes
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,7 @@ def found(tmp_path_factory, packed_folder, dense_folder):
     return json.loads(results.read_text())
 
 
+@slow
 @needs_sizes
 @pytest.mark.parametrize("way", ["packed tp_plan", "packed tp_size"])
 def test_a_tensor_parallel_plan_is_refused_for_packed_layers(way, found):
@@ -50,6 +52,7 @@ def test_a_tensor_parallel_plan_is_refused_for_packed_layers(way, found):
     assert "eggs export" in found[way]
 
 
+@slow
 @needs_sizes
 def test_a_packed_model_may_be_sharded(found, packed_folder):
     ids = torch.randint(4, 256, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -58,6 +61,7 @@ def test_a_packed_model_may_be_sharded(found, packed_folder):
     assert found["packed fsdp_size"] == pytest.approx(expected, rel=1e-4, abs=1e-2)
 
 
+@slow
 @needs_sizes
 @pytest.mark.parametrize("size", ["tp_size", "fsdp_size"])
 def test_pruning_on_load_takes_the_whole_model(size, found):
@@ -65,6 +69,7 @@ def test_pruning_on_load_takes_the_whole_model(size, found):
     assert "torchrun" in found[f"prune {size}"]
 
 
+@slow
 @needs_sizes
 def test_a_model_that_is_split_already_is_not_pruned(found):
     assert found["pruner"].startswith("ModelError: model.layers.0.self_attn.q_proj: its weight is split over processes")

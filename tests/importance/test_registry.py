@@ -1,8 +1,5 @@
 """Scores of one's own: pruned with, stored by name, loaded where nobody knows them."""
 
-import subprocess
-import sys
-
 import pytest
 import tiny
 import torch
@@ -26,7 +23,9 @@ def pruned(model, tokenizer, text_file, **values):
     return pruner
 
 
-def test_a_registered_score_decides_the_mask_and_the_model_loads_without_it(registered, tokenizer, text_file, tmp_path):
+def test_a_registered_score_decides_the_mask_and_the_model_loads_without_it(
+    registered, forks, tokenizer, text_file, tmp_path
+):
     registered("smallest", lambda weight, input_norm, exponent: -weight.abs())
     dense = tiny.make_model("llama")
     weight = dense.model.layers[0].mlp.up_proj.weight.detach().clone()
@@ -42,7 +41,7 @@ def test_a_registered_score_decides_the_mask_and_the_model_loads_without_it(regi
         "print(m.config.quantization_config.importance); m.save_pretrained('again'); "
         "print(sum(1 for x in m.modules() if isinstance(x, optimum_eggs.NMLinear)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = forks.run("-c", code, cwd=tmp_path)
     assert done.stdout.split() == ["smallest", "14"], done.stderr
 
     IMPORTANCE.pop("smallest")

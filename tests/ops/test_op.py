@@ -116,10 +116,11 @@ def test_autocast_leaves_float64_alone_as_in_a_dense_layer():
         assert made(x).dtype is F.linear(x, made.dense_weight()).dtype is torch.float64
 
 
-def test_a_compiled_layer_computes_the_same():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_layer_computes_the_same(backend):
     made = layer()
     x = gaussian(3, 32, seed=1)
-    compiled = torch.compile(made, fullgraph=True)
+    compiled = torch.compile(made, fullgraph=True, backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), made(x))
     x.requires_grad_()

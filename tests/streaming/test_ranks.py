@@ -215,14 +215,15 @@ def command(folder, output):
     return [*LAUNCH, "-m", "optimum_eggs", "prune", *given]
 
 
-def wait_for(file, running):
+def wait_for(file, running=None):
     deadline = time.monotonic() + 200
     while not file.exists():
-        assert running.poll() is None
+        assert running is None or running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(victim, deep, tmp_path):
     whole, output = deep / "whole", tmp_path / "out"
@@ -250,27 +251,25 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(victim, deep, tmp
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_who_is_left_alone_says_so(victim, deep, tmp_path):
+def test_who_is_left_alone_says_so(victim, deep, forks, tmp_path):
     """Without `torchrun`, which ends all others when one is gone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     arguments = command(deep, tmp_path / "out")
-    alone = [sys.executable, *arguments[arguments.index("optimum_eggs") - 1 :]]
-    shared = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(alone, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    wait_for(tmp_path / ".out.unfinished" / "journal.json", workers[0])
+    alone = arguments[arguments.index("optimum_eggs") - 1 :]
+    shared = forks.environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    workers = [forks.start(*alone, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    wait_for(tmp_path / ".out.unfinished" / "journal.json")
     workers[victim].kill()
-    _, stderr = workers[1 - victim].communicate(timeout=60)
-    workers[victim].communicate()
-    assert workers[1 - victim].returncode == 2
-    assert "error: the exchange with the other processes failed" in stderr
-    assert "one of them may be gone" in stderr
+    workers[victim].wait()
+    left = workers[1 - victim].wait(60)
+    assert left.returncode == 2
+    assert "error: the exchange with the other processes failed" in left.stderr
+    assert "one of them may be gone" in left.stderr
 
 
+@pytest.mark.slow
 def test_accelerate_starts_the_same_processes(together, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -285,6 +284,7 @@ def test_accelerate_starts_the_same_processes(together, tmp_path):
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_not_continued_by_one(deep, tmp_path, capsys):
     running = subprocess.Popen(command(deep, tmp_path / "out"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     wait_for(tmp_path / ".out.unfinished" / "journal.json", running)

@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -331,16 +329,16 @@ def test_files_that_cannot_be_read_any_more_are_not_taken_for_a_full_disk(deep, 
         prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
 
 
-def test_a_second_process_is_refused_and_told_of_the_first(deep, text_file, tmp_path):
+def test_a_second_process_is_refused_and_told_of_the_first(deep, forks, text_file, tmp_path):
     code = "import sys, time; from pathlib import Path; from optimum_eggs.streaming.journal import locked\n"
-    code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", code, str(tmp_path / ".out.unfinished")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
-        with pytest.raises(OutputError, match=rf"process {first.pid} of .* begun 0 minutes ago, is writing to it"):
-            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
-        first.kill()
+    code += "with locked(Path(sys.argv[1])): Path(sys.argv[2]).touch(); time.sleep(60)"
+    first = forks.start("-c", code, tmp_path / ".out.unfinished", tmp_path / "held")
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(OutputError, match=rf"process {first.pid} of .* begun 0 minutes ago, is writing to it"):
+        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    first.kill()
+    first.wait()
     prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)  # the dead one holds nothing
 
 
@@ -409,64 +407,38 @@ def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):
 
 
 RUN = """
-import os, signal, sys, time, warnings
-warnings.simplefilter("ignore")
-import torch
-from transformers.utils import logging
+import json, sys
 from optimum_eggs import EGGSConfig
 from optimum_eggs.streaming import prune_checkpoint
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-torch.set_num_threads(1)
-model, out, config = sys.argv[1], sys.argv[2], EGGSConfig.from_dict(__import__("json").loads(sys.argv[3]))
-print("ready", flush=True)
-for line in sys.stdin:  # a child for every line, that ends after as many seconds, or when it is done
-    child = os.fork()
-    if not child:
-        prune_checkpoint(model, out, config, progress=False)
-        os._exit(0)
-    end = time.monotonic() + float(line)
-    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
-        time.sleep(0.001)
-    if found == (0, 0):
-        os.kill(child, signal.SIGKILL)
-        found = os.waitpid(child, 0)
-    print(found[1], flush=True)
+prune_checkpoint(sys.argv[1], sys.argv[2], EGGSConfig.from_dict(json.loads(sys.argv[3])), progress=False)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", ["fast", "best"])
-def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_files(kind, deep, whole, text_file, tmp_path):
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_files(kind, deep, whole, forks, text_file, tmp_path):
     kills = int(os.environ.get("OPTIMUM_EGGS_KILLS", "8"))
-    config = config_for(text_file, **KINDS[kind])
-    told = json.dumps(config.to_dict() | {"calibration": str(text_file)})
-    command = [sys.executable, "-c", RUN, str(deep), str(tmp_path / "out"), told]
+    told = json.dumps(config_for(text_file, **KINDS[kind]).to_dict() | {"calibration": str(text_file)})
     draw = random.Random(kind)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as runs:
-        assert runs.stdin is not None
-        assert runs.stdout is not None
-        assert runs.stdout.readline() == "ready\n"
 
-        def run(seconds):
-            runs.stdin.write(f"{seconds}\n")
-            began = time.monotonic()
-            return int(runs.stdout.readline()), time.monotonic() - began
+    def run(seconds):
+        began = time.monotonic()
+        done = forks.run("-c", RUN, deep, tmp_path / "out", told, timeout=seconds)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode, time.monotonic() - began
 
-        status, whole_run = run(300)
+    status, whole_run = run(300)
+    assert status == 0
+    killed = 0
+    while killed < kills:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        status, _ = run(draw.uniform(0, whole_run))
+        while status == -signal.SIGKILL:
+            killed += 1
+            status, _ = run(draw.uniform(0, whole_run) if killed < kills else 300)
         assert status == 0
-        killed = 0
-        while killed < kills:
-            shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            status, _ = run(draw.uniform(0, whole_run))
-            while status == signal.SIGKILL:
-                killed += 1
-                status, _ = run(draw.uniform(0, whole_run) if killed < kills else 300)
-            assert status == 0
-            for file in (whole / kind).glob("*.safetensors"):
-                assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
-            assert (tmp_path / "out" / "config.json").read_text() == (whole / kind / "config.json").read_text()
-            assert without_time(tmp_path / "out") == without_time(whole / kind)
-        runs.stdin.close()
+        for file in (whole / kind).glob("*.safetensors"):
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+        assert (tmp_path / "out" / "config.json").read_text() == (whole / kind / "config.json").read_text()
+        assert without_time(tmp_path / "out") == without_time(whole / kind)
     leftovers = [path.name for path in Path(tmp_path).iterdir() if path.name != "out"]
     assert not [name for name in leftovers if "unfinished" in name]

@@ -362,12 +362,12 @@ def test_inspect_names_each_corruption(corrupt, where, rule, packed_folder, tmp_
     assert f"error: {where}: {rule}: " in done.stderr
 
 
-def test_an_error_ends_a_process_with_2_and_without_a_traceback(dense_folder, text_file, tmp_path):
+@pytest.mark.parametrize("entry", [pytest.param("module", marks=pytest.mark.slow), "optimum-cli"])
+def test_an_error_ends_a_process_with_2_and_without_a_traceback(entry, dense_folder, text_file, tmp_path):
     options = ["prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL, "--pattern", "4:2"]
-    for entry in ("module", "optimum-cli"):
-        done = eggs(*options, entry=entry, code=2)
-        assert done.stderr.startswith("error: pattern 4:2: n=4 is the number kept of every m=2")
-        assert len(done.stderr.splitlines()) == 1
+    done = eggs(*options, entry=entry, code=2)
+    assert done.stderr.startswith("error: pattern 4:2: n=4 is the number kept of every m=2")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_help_lists_the_subcommands():

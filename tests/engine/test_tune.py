@@ -119,7 +119,7 @@ def test_a_tuned_model_comes_nearer_to_the_dense_one():
     with torch.no_grad():
         expected = tiny.make_model("llama")(input_ids=judge, output_hidden_states=True).hidden_states[-1]
     errors = {}
-    for steps in (0, STEPS):
+    for steps in (0, 60):
         model = tiny.make_model("llama")
         config = EGGSConfig("2:4", block_tuning=steps, tuning_lr=0.03)
         report = prune_model(model, config, windows)
@@ -128,7 +128,7 @@ def test_a_tuned_model_comes_nearer_to_the_dense_one():
         errors[steps] = float(token_error(given, expected))
         assert [block.block for block in report.tuning] == ([0, 1] if steps else [])
         assert len(report.to_dict()["tuning"]) == len(report.tuning)
-    assert errors[STEPS] < errors[0]
+    assert errors[60] < 0.9 * errors[0]
 
 
 def test_biases_of_layers_left_dense_stay_as_they_were():

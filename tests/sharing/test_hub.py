@@ -131,7 +131,7 @@ sys.exit(main(["prune", *sys.argv[1:], "--num-samples", "8", "--seq-len", "16"])
 """
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_on_the_hub_is_pruned_block_by_block(sharded, clients, hub, client, dense_folder, text_file, tmp_path):
     folder = tmp_path / "dense"
     if sharded:

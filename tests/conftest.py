@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+# The tests run in as many processes as there are cores; threads beyond them wait for each other. For what is started.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import tiny

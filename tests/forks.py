@@ -80,25 +80,32 @@ class Forks:
 
     Attributes:
         environment: What runs get that are given no other.
-        bin: Folder of `python` and `optimum-cli`.
     """
 
     def __init__(self, **environment: str):
         self.environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"} | environment
         self._folder = tempfile.TemporaryDirectory()
-        self.bin = Path(self._folder.name) / "bin"
-        self.bin.mkdir()
+        self._bin = Path(self._folder.name) / "bin"
+        self._bin.mkdir()
         self.address = str(Path(self._folder.name) / "socket")
         for name, first in (("python", []), ("optimum-cli", ["-c", OPTIMUM_CLI])):
             text = SHIM.format(
                 python=sys.executable, here=str(Path(__file__).parent), address=self.address, first=first
             )
-            (self.bin / name).write_text(text)
-            (self.bin / name).chmod(0o755)
+            (self._bin / name).write_text(text)
+            (self._bin / name).chmod(0o755)
         command = [sys.executable, "-W", "ignore", __file__, self.address]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=self.environment, **pipes)
         self._ready = False
+
+    @property
+    def bin(self) -> Path:
+        """Folder of `python` and `optimum-cli`."""
+        if not self._ready:
+            self._ready = self._process.stdout.readline() == b"ready\n"
+        assert self._ready, "what is imported beforehand could not be"
+        return self._bin
 
     def __enter__(self) -> Forks:
         return self
@@ -109,8 +116,7 @@ class Forks:
 
     def start(self, *command: object, cwd: object = None, environment: dict[str, str] | None = None) -> Running:
         """Begin `python COMMAND`: a script, `-c CODE` or `-m MODULE`, and its arguments."""
-        if not self._ready:
-            self._ready = self._process.stdout.readline() == b"ready\n"
+        assert self.bin
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         outputs = [folder / "out", folder / "err"]
         given = self.environment if environment is None else environment
@@ -216,8 +222,8 @@ def child(files: list[int], address: str, command: list[str], cwd: str, environm
         os.environ.update(environment)
         sys.executable = str(Path(address).with_name("bin") / "python")
         warnings.simplefilter("ignore")
-        while command[0] == "-W":
-            command = command[2:]
+        while command[0] in ("-u", "-W"):
+            command = command[1 if command[0] == "-u" else 2 :]
         what, *arguments = command
         if what == "-c":
             sys.argv, sys.path[0] = ["-c", *arguments[1:]], ""

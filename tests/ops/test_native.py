@@ -176,7 +176,7 @@ def drive(compiler, flags, runner, tmp_path):
             compiler,
             "-std=c11",
             "-O1",
-            "-g",
+            "-g1",
             *flags,
             f"-I{SOURCES}",
             *sources,

@@ -73,7 +73,7 @@ class EGGSConfig(QuantizationConfigMixin):
         dataset_config_name, dataset_revision: Configuration, and branch, tag or commit, of a data set from the Hub
             whose name in `calibration` says none.
         num_samples: Number of calibration windows.
-        seq_len: Tokens in each. Default: 2048, or the model's context where that is shorter.
+        seq_len: Tokens in each. Default: 512, or the model's context where that is shorter.
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.
         seed: Seed of everything random.
         batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block

@@ -9,7 +9,7 @@ from .errors import ConfigError
 NUM_SAMPLES = 128
 """Calibration windows, where nothing else is said."""
 
-SEQ_LEN = 2048
+SEQ_LEN = 512
 """Tokens in each, where nothing else is said and the model reads that many."""
 
 METHOD: dict[str, Any] = {

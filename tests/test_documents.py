@@ -102,7 +102,7 @@ def models(tmp_path_factory, tokenizer, text_file):
     pruner.save_pretrained(folder / "packed")
     pruner.model.dequantize().save_pretrained(folder / "sparse")
     tokenizer.save_pretrained(folder / "sparse")
-    (folder / "calibration.txt").write_text(tiny.make_text(128 * 2048))  # as many tokens as a configuration asks for
+    (folder / "calibration.txt").write_text(tiny.make_text(128 * 512))  # as many tokens as a configuration asks for
     return folder
 
 

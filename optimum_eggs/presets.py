@@ -31,7 +31,7 @@ METHOD: dict[str, Any] = {
 _FLOOR = {"selection": "optimal", "min_degree": 1}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": METHOD | _FLOOR | {"solver": "sparsegpt", "weight_update": "refit"},
+    "fast": METHOD | _FLOOR | {"solver": "sparsegpt", "weight_update": "refit", "refit_steps": 10},
     "best": METHOD
     | _FLOOR
     | {"permutation": True, "solver": "admm", "weight_update": "refit", "refit_steps": 10, "block_tuning": 200},

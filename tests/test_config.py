@@ -211,7 +211,7 @@ OWN = EGGSConfig(
         (OWN, {}, {"refit_steps": 7, "num_samples": 7, "seed": 3, "targets": ["up"]}),
         (OWN, {"pattern": "2:4"}, {"pattern": NMPattern(2, 4), "refit_steps": 7, "block_tuning": 200}),
         (OWN, {"n": 3}, {"pattern": NMPattern(3, 8)}),
-        (OWN, {"preset": "fast"}, {"preset": "fast", "refit_steps": 15, "batch_size": 4, "num_samples": 7}),
+        (OWN, {"preset": "fast"}, {"preset": "fast", "refit_steps": 10, "batch_size": 4, "num_samples": 7}),
         (OWN, {"preset": "ria", "min_degree": None}, {"preset": "ria", "min_degree": 0}),
         (OWN, {"preset": "fast", "refit_steps": 7}, {"preset": None, "solver": "sparsegpt", "refit_steps": 7}),
         (OWN, {"refit_steps": 10}, {"preset": "best"}),

@@ -17,7 +17,7 @@ from .plan import PrunePlan
 # Products of a layer's weight (out, in) with its Gram matrix (in, in) that a solver costs, and operations of its
 # factorisation over in³, as counted or timed on two cores.
 _PRODUCTS = {"score": 1, "sparsegpt": 3, "admm": 90}
-_FACTORISATION = {"score": 0, "sparsegpt": 20, "admm": 60}
+_FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 60}
 _BACKWARD = 3  # a step of tuning over a forward pass
 _LAYER_COPIES, _GRAM_COPIES, _BLOCK_COPIES = 8, 6, 5  # float32 buffers: of the largest layer, its Gram matrix, a block
 

@@ -236,7 +236,7 @@ def test_another_run_is_refused_with_what_changed_and_overwrite_starts_again(
         {name: value * 2 for name, value in tensors(deep).items()}, other_model / "model.safetensors", {"format": "pt"}
     )
     for model, changed, options, message in (
-        (deep, config_for(text_file, refit_steps=3), {}, "config.refit_steps was 15 and is now 3"),
+        (deep, config_for(text_file, refit_steps=3), {}, "config.refit_steps was 10 and is now 3"),
         (deep, config_for(other_text), {}, "calibration was "),
         (deep, config, {"dtype": "float32"}, "dtype was 'torch.bfloat16' and is now 'torch.float32'"),
         (other_model, config, {}, "model.model.safetensors was "),

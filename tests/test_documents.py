@@ -85,7 +85,6 @@ def smaller(line):
         if command in line:
             line += f" {options}"
     line = line.replace("make_packed.py llama-1b", "make_packed.py dense")
-    line = line.replace(" --sanitize", "")  # takes a minute to compile; other tests run what is compiled so
     return line.replace("python tests/", f"python {ROOT}/tests/")
 
 

@@ -123,7 +123,8 @@ def _invert_lower(matrix: Tensor) -> None:
     """Replace a lower triangular matrix by its inverse, half by half, so that nearly all of it is products."""
     half = len(matrix) // 2
     if half < _SMALL:
-        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)).to(matrix), upper=False))
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
         return
     first, corner, second = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
     _invert_lower(first)

@@ -226,7 +226,7 @@ def test_published_loaded_elsewhere_and_published_again(judged, tmp_path):
 
 
 def test_demo(tmp_path):
-    command = [sys.executable, DATA.parent / "demo.py", "--output", tmp_path / "out", "--num-samples", "2"]
+    command = [sys.executable, DATA.parent / "demo.py", "--output", tmp_path / "out", "--num-samples", "8"]
     printed = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True, text=True).stdout
     assert "perplexity" in printed
     assert "The capital of France is" in printed
@@ -234,5 +234,5 @@ def test_demo(tmp_path):
     assert found.ok
     assert len(found.layers) == 210
     (entry,) = json.loads((tmp_path / "out" / "packed" / "report.json").read_text())["evaluations"]
-    # Dense is near 26 here and magnitude pruning in the thousands; a sixteenth of the demo's calibration is used.
-    assert entry["metrics"]["perplexity"] < 500
+    # Dense is near 26 here and magnitude pruning in the thousands; a quarter of the demo's calibration is used.
+    assert entry["metrics"]["perplexity"] < 200

@@ -333,7 +333,9 @@ def test_a_second_process_is_refused_and_told_of_the_first(deep, forks, text_fil
     code = "import sys, time; from pathlib import Path; from optimum_eggs.streaming.journal import locked\n"
     code += "with locked(Path(sys.argv[1])): Path(sys.argv[2]).touch(); time.sleep(60)"
     first = forks.start("-c", code, tmp_path / ".out.unfinished", tmp_path / "held")
+    deadline = time.monotonic() + 60
     while not (tmp_path / "held").exists():
+        assert time.monotonic() < deadline, first.wait(0).stderr
         time.sleep(0.01)
     with pytest.raises(OutputError, match=rf"process {first.pid} of .* begun 0 minutes ago, is writing to it"):
         prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)

@@ -61,7 +61,8 @@ class EGGSConfig(QuantizationConfigMixin):
         block_tuning: Adam steps on each block once it is pruned, on the weights kept, the biases beside them and the
             norms, so that its output comes near the dense model's; each on `batch_size` windows. A part of the windows
             is held out to stop by. 0 for none.
-        tuning_lr: Peak learning rate of block tuning, as a share of the root mean square of each tensor's entries.
+        tuning_lr: Peak learning rate of block tuning, as a share of the root mean square of what is not zero in each
+            tensor.
         calibration: A text file, the name of a data set, a list of texts, token ids, a `datasets.Dataset` of texts or
             of token ids, or a mapping of files and names to the share of the windows that each gives. A data set is
             named `"wikitext2"`, `"c4"`, or by any id on the Hub, with its configuration and revision behind it if need
@@ -147,7 +148,7 @@ class EGGSConfig(QuantizationConfigMixin):
         stored = pruned_modules is not None
         if stored:
             unknown = {key: value for key, value in unknown.items() if key not in RETIRED}
-            min_degree = None if min_degree == "auto" else min_degree  # of an earlier release
+            min_degree = 0 if min_degree == "auto" else min_degree  # an earlier release chose it layer by layer
         _refuse_unknown(unknown)
         if quant_method != QUANT_METHOD:
             raise ConfigError(f"quant_method={quant_method!r} is not this package's; it must be {QUANT_METHOD!r}")

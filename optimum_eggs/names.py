@@ -24,11 +24,19 @@ def hub_id(name: Any) -> str | None:
 def public_name(source: Any) -> Any:
     """A file or folder by its name without folders, any other name as it is; data held in memory has none.
 
+    A path is one also when what it named is gone. A name without an ending keeps a `./`, since it would be a data set's
+    or a model's without.
+
     >>> public_name(__file__), public_name("wikitext2"), public_name({"c4": 1.0}), public_name([1, 2])
     ('names.py', 'wikitext2', {'c4': 1.0}, None)
+    >>> public_name("/home/me/gone.txt"), public_name("./c4")
+    ('gone.txt', './c4')
     """
     if isinstance(source, str | Path):
-        return Path(source).name if Path(source).exists() else str(source)
+        path = Path(source)
+        if not (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
+            return str(source)
+        return path.name if path.suffix else f"./{path.name}"
     if isinstance(source, Mapping):
         return {public_name(name): share for name, share in source.items()}
     return None

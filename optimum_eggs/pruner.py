@@ -87,7 +87,7 @@ class EGGSPruner(OptimumQuantizer):
         Args:
             config: What to do; a pattern such as `"2:4"` stands for `EGGSConfig("2:4")`, which is the default.
             calibration: Calibration data, in place of `config.calibration`; the same kinds are known.
-            progress: Show a progress bar on stderr. Default: if it is a terminal.
+            progress: Show a progress bar on stderr; False for silence. Default: if it is a terminal.
 
         Returns:
             The report, which is also kept as `report` and saved with the model.
@@ -108,7 +108,7 @@ class EGGSPruner(OptimumQuantizer):
         except BaseException:
             self._broken = _weight_versions(self.model) != untouched
             raise
-        attach_quantizer(self.model, EGGSConfig.from_dict(report.config))
+        attach_quantizer(self.model, EGGSConfig.from_dict(report.config), report)
         self.report = report
         return report
 
@@ -132,7 +132,7 @@ class EGGSPruner(OptimumQuantizer):
                 the usual patterns that it follows. A group may have fewer than n nonzeros.
             targets: Name patterns of the layers to look at. Default: all in the blocks.
             ignore: Name patterns of layers to leave dense.
-            progress: Show a progress bar on stderr. Default: if it is a terminal.
+            progress: Show a progress bar on stderr; False for silence. Default: if it is a terminal.
 
         Returns:
             The report, which is also kept as `report` and saved with the model. What only a pruning knows is None.
@@ -144,7 +144,7 @@ class EGGSPruner(OptimumQuantizer):
             raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
         chosen = None if pattern is None else NMPattern.parse(pattern)
         report = pack_model(self.model, chosen, targets=targets, ignore=ignore, progress=progress)
-        attach_quantizer(self.model, EGGSConfig.from_dict(report.config))
+        attach_quantizer(self.model, EGGSConfig.from_dict(report.config), report)
         self.report = report
         return report
 

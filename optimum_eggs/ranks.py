@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import ConfigError, DistributedError, EGGSError
+from .errors import ConfigError, DistributedError, EGGSError, first_line
 
 T = TypeVar("T")
 
@@ -150,8 +150,7 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first = next(iter(str(error).splitlines()), "")
         raise DistributedError(
-            f"the exchange with the other processes failed ({first}), one of them may be gone: see what each printed; "
-            "the same command goes on behind the last finished block"
+            f"the exchange with the other processes failed ({first_line(error)}), one of them may be gone: see what "
+            "each printed; the same command goes on behind the last finished block"
         ) from error

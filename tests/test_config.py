@@ -327,6 +327,11 @@ def test_changing_the_stored_form_leaves_the_configuration_alone():
     assert config.pruned_modules == {"a": "2:4"}
 
 
+def test_a_model_of_an_earlier_release_promises_no_floor_that_was_chosen_layer_by_layer():
+    stored = EGGSConfig("2:4").to_dict() | {"min_degree": "auto", "allocation": "error", "pruned_modules": {"a": "2:4"}}
+    assert EGGSConfig.from_dict(stored).min_degree == 0
+
+
 def test_pruned_modules_are_stored_as_plain_text():
     given_names = {"a": NMPattern(2, 4), "b": " 6:8 "}
     assert EGGSConfig(pruned_modules=given_names).to_dict()["pruned_modules"] == {"a": "2:4", "b": "6:8"}

@@ -55,12 +55,13 @@ class DatasetName(NamedTuple):
 def dataset_id(name: str) -> str | None:
     """The id on the Hub of a data set as `calibration` names it; None for the text shipped here, and for a file's name.
 
-    >>> dataset_id("c4"), dataset_id("me/data.v1:plain"), dataset_id("text.txt"), dataset_id("sample")
+    >>> dataset_id("c4@main"), dataset_id("me/data.v1:plain"), dataset_id("text.txt"), dataset_id("sample")
     ('allenai/c4', 'me/data.v1', None, None)
     """
-    if name in NAMED_DATASETS:
-        return NAMED_DATASETS[name]["path"]
-    return None if name == SAMPLE or _is_named_like_a_file(name) else DatasetName.parse(name).path
+    path = DatasetName.parse(name).path
+    if path in NAMED_DATASETS:
+        return NAMED_DATASETS[path]["path"]
+    return None if name == SAMPLE or _is_named_like_a_file(name) else path
 
 
 def documents(
@@ -220,7 +221,13 @@ def _load_dataset(name: str, split: str, config_name: str | None, revision: str 
     import datasets
 
     asked = DatasetName.parse(name)
-    arguments = dict(NAMED_DATASETS.get(asked.path, {"path": asked.path, "name": asked.config_name or config_name}))
+    wanted_name = asked.config_name or config_name
+    if wanted_name and asked.path in NAMED_DATASETS:
+        raise CalibrationError(
+            f"calibration={name!r} with the configuration {wanted_name!r}: {asked.path!r} stands for one part of a "
+            f"data set; name another by its id, '{NAMED_DATASETS[asked.path]['path']}:{wanted_name}'"
+        )
+    arguments = dict(NAMED_DATASETS.get(asked.path, {"path": asked.path, "name": wanted_name}))
     files = arguments.get("data_files", {})
     wanted = {part: file for part, file in files.items() if part == split.partition("[")[0]}
     arguments |= {"data_files": wanted or files or None, "revision": asked.revision or revision, "token": token}

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="folder of a model, packed or dense")
     parser.add_argument("--text", metavar="FILE|NAME", help="text to predict: a file or a data set")
     parser.add_argument("--split", default="test", help="split of a data set from the Hub (default: test)")
-    parser.add_argument("--text-column", help="text column of a data set from the Hub (default: text)")
+    parser.add_argument(
+        "--text-column", help="text column of a data set from the Hub (default: input_ids if it has one, else text)"
+    )
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens in a window (default: 1024)")
     parser.add_argument(
         "--stride",

@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "shipped here for a first try; given several times they are mixed, in proportion to their shares",
     )
     parser.add_argument("--split", help="split of a data set from the Hub (default: train)")
-    parser.add_argument("--text-column", help="text column of a data set from the Hub (default: text)")
+    parser.add_argument(
+        "--text-column", help="text column of a data set from the Hub (default: input_ids if it has one, else text)"
+    )
     parser.add_argument(
         "--num-samples", type=int, default=NUM_SAMPLES, help=f"calibration windows (default: {NUM_SAMPLES})"
     )
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-len", type=int, help=f"tokens in a window (default: {SEQ_LEN}, or the model's context where shorter)"
     )
     parser.add_argument("--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--batch-size", type=int, help="windows run at a time (default: 4, and 1 with block tuning)")
     parser.add_argument(
         "--min-degree",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration import Walk
+from ..calibration.states import StatesOnDisk
 from ..config import EGGSConfig
+from ..measure import finish
 from ..nn import dense_weight
+from .inputs import expert_waves
 from .plan import PrunePlan
 
 # Products of a layer's weight (out, in) with its Gram matrix (in, in) that a solver costs, and operations of its
@@ -33,36 +36,55 @@ class Estimate:
 def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: EGGSConfig) -> Estimate:
     """Estimate the run from one pass of block `index` over one batch, and one product in float32.
 
-    The passes are counted: each stage of a block (layers that read the same tensor) takes half of one on average, what
-    leaves the block takes one, tuning and permutation more. Blocks count by the weights that they prune.
+    Blocks count by the weights that they prune. Hidden states on disk are no memory.
     """
     layers = {name: dense_weight(module).shape for name, module in plan.layers[index].items()}
-    stages = len({(name.rpartition(".")[0], shape[1]) for name, shape in layers.items()}) + 1
+    waves = expert_waves(block, f"{plan.block_list.block_name(index)}.", plan.layers[index])
+    experts = {name for wave in waves for name in wave}
+    readers = {name: ("" if name in experts else name.rpartition(".")[0], shape[1]) for name, shape in layers.items()}
     one_pass = _seconds(lambda: walk.run(block, index, 0)) * len(walk.hidden)
     rows, columns = max(layers.values(), key=lambda shape: shape[0] * shape[1])
-    device = walk.hidden[0].device
+    first = walk.hidden[0]
+    device = first.device
     probe, square = torch.randn(rows, columns, device=device), torch.randn(columns, columns, device=device)
     rate = 2 * rows * columns**2 / _seconds(lambda: probe @ square)
-    tokens = sum(hidden.shape[:-1].numel() for hidden in walk.hidden)
+    tokens = first.shape[:-1].numel() * len(walk.hidden)
 
-    passes = 1 + stages / 2 + (1 if config.permutation else 0) + (1 if config.block_tuning else 0)
-    seconds = one_pass * passes + _solving(layers, config, tokens) / rate
+    work = _solving(layers, config) + sum(2 * tokens * width**2 for _, width in set(readers.values()))
+    seconds = one_pass * passes(readers.values(), len(waves), config) + work / rate
     if config.block_tuning:
         seconds += config.block_tuning * _BACKWARD * one_pass / len(walk.hidden)
     blocks = sum(_weights(each) for each in plan.layers) / _weights(plan.layers[index])
-    hidden = sum(states.numel() * states.element_size() for states in walk.hidden)
-    held = hidden * (3 if config.block_tuning else 1) + 4 * _LAYER_COPIES * rows * columns
-    held += 4 * _GRAM_COPIES * columns**2
+    held = 4 * _LAYER_COPIES * rows * columns + 4 * _GRAM_COPIES * columns**2
+    if not isinstance(walk.hidden, StatesOnDisk):
+        held += first.numel() * first.element_size() * len(walk.hidden) * (3 if config.block_tuning else 1)
     if config.block_tuning:
         held += 4 * _BLOCK_COPIES * sum(parameter.numel() for parameter in block.parameters())
     return Estimate(seconds * blocks, held)
 
 
-def announcement(model: nn.Module, walk: Walk, plan: PrunePlan, config: EGGSConfig, found: Estimate) -> str:
-    """What is about to be done, how long it will take, and how to make it shorter."""
-    count, length = sum(len(hidden) for hidden in walk.hidden), walk.hidden[0].shape[1]
+def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -> float:
+    """Passes of a block over all batches.
+
+    Layers that read the same tensor take half of one on average, since the pass ends with them; a wave of experts takes
+    one, what leaves the block one, tuning and permutation one each.
+
+    Args:
+        readers: What each layer reads: the module it is in, and its width; `""` for the module of experts.
+        waves: Of experts.
+        config: What is done.
+    """
+    stages = len({reads for reads in readers if reads[0]}) + 1
+    return 1 + stages / 2 + waves + bool(config.permutation) + bool(config.block_tuning)
+
+
+def announcement(
+    model: nn.Module, windows: Tensor, hidden: Tensor, plan: PrunePlan, config: EGGSConfig, found: Estimate
+) -> str:
+    """What is about to be done, how long it will take, and how to make it shorter; `hidden` are states of a batch."""
+    count, length = windows.shape
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    device, dtype = walk.hidden[0].device, str(walk.hidden[0].dtype).removeprefix("torch.")
+    device, dtype = hidden.device, str(hidden.dtype).removeprefix("torch.")
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     how = config.preset or config.solver
     return (
@@ -84,16 +106,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
 
 
-def _solving(layers: Mapping[str, torch.Size], config: EGGSConfig, tokens: int) -> float:
-    """Operations of the statistics and solvers of a block's layers."""
+def _solving(layers: Mapping[str, torch.Size], config: EGGSConfig) -> float:
+    """Operations of the solvers of a block's layers."""
     products = _PRODUCTS[config.solver] + 2
     if config.weight_update == "refit":
         products += config.refit_steps + 1
     found = 0.0
     for rows, columns in layers.values():
         found += 2 * products * rows * columns**2 + _FACTORISATION[config.solver] * columns**3
-    for columns in {(name.rpartition(".")[0], shape[1]): shape[1] for name, shape in layers.items()}.values():
-        found += 2 * tokens * columns**2
     return found
 
 
@@ -106,8 +126,6 @@ def _seconds(work: Callable[[], Tensor]) -> float:
     found = []
     for _ in range(2):
         began = time.perf_counter()
-        result = work()
-        if result.is_cuda:
-            torch.cuda.synchronize(result.device)
+        finish([work().device])
         found.append(time.perf_counter() - began)
     return min(found)

@@ -51,7 +51,7 @@ def layers_with_inputs(
     Raises:
         NumericalError: inputs are NaN or infinite.
     """
-    waves = _expert_waves(block, prefix, todo)
+    waves = expert_waves(block, prefix, todo)
     experts = {name for wave in waves for name in wave}
     others = {name: module for name, module in todo.items() if name not in experts}
     for stage in walk.stages(block, index, others) if others else []:
@@ -73,7 +73,7 @@ def layers_with_inputs(
         made.clear()  # before the next ones are made
 
 
-def _expert_waves(block: nn.Module, prefix: str, todo: Mapping[str, nn.Module]) -> list[list[str]]:
+def expert_waves(block: nn.Module, prefix: str, todo: Mapping[str, nn.Module]) -> list[list[str]]:
     """The layers to prune of a block's split experts, those together whose statistics are taken in one pass.
 
     What reads the hidden states comes before what reads its outputs; the Gram matrices of a wave take 1 GiB at the

@@ -45,9 +45,9 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True, fitting
         fitting: Whether pattern and floor must fit every layer; if not, whoever packs them sees which they fit.
 
     Raises:
-        ConfigError: a name pattern that matches nothing, or a floor that a layer is too small for.
+        ConfigError: a name pattern that matches nothing.
         ModelError: no list of blocks, a packed model, nothing to prune, or weights that are not in memory.
-        ShapeError: m does not divide a layer's inputs.
+        ShapeError: m does not divide a layer's inputs, or a layer has too few outputs for the floor.
         NumericalError: a weight is NaN or infinite.
     """
     packed = next((name for name, module in model.named_modules() if isinstance(module, NMLinear)), None)

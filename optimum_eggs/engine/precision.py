@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
+from ..calibration.context import text_config
 from ..errors import ModelError
 
 
@@ -18,9 +18,7 @@ def check_float32(model: nn.Module, asked: str) -> None:
     Raises:
         ModelError: its attention takes half precision alone, as flash attention does.
     """
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    attention = str(getattr(text_config, "_attn_implementation", ""))
+    attention = str(getattr(text_config(model), "_attn_implementation", ""))
     if "flash" in attention:
         raise ModelError(
             f"{asked} runs blocks in float32, which attn_implementation={attention!r} cannot do; load the model with "

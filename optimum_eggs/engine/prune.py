@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calibration import BlockProvider, InMemoryBlocks, Walk
-from ..calibration.context import context_length
+from ..calibration.context import context_length, text_config
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
@@ -135,7 +135,8 @@ def prune_blocks(
                 if not announced and plan.layers[index]:
                     announced = True
                     found = estimate(walk, block, index, plan, config)
-                    tqdm.write(announcement(model, walk, plan, config, found), file=sys.stderr)
+                    first = walk.hidden[0]
+                    tqdm.write(announcement(model, windows, first, plan, config, found), file=sys.stderr)
                 go_on = any(plan.layers[index + 1 :])  # behind the last block to prune, nothing needs to run
                 done.append(prune_block(walk, block, index, plan, config, meter, stream, go_on))
                 if keeper is not None:
@@ -178,9 +179,7 @@ def _check_windows(windows: Tensor, model: nn.Module) -> None:
     """Raise unless the windows fit the model's vocabulary and its context."""
     if windows.dim() != 2 or not windows.numel():
         raise CalibrationError(f"calibration windows have shape {tuple(windows.shape)}; they must be (windows, tokens)")
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(text_config, "vocab_size", None)
+    vocabulary = getattr(text_config(model), "vocab_size", None)
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         raise CalibrationError(
@@ -197,16 +196,16 @@ def _check_windows(windows: Tensor, model: nn.Module) -> None:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no cache of keys and values; both put back afterwards."""
-    training = model.training
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    cached = [(part, part.use_cache) for part in (config, text_config) if hasattr(part, "use_cache")]
+    training = {name: module.training for name, module in model.named_modules()}
+    both: tuple[Any, ...] = (getattr(model, "config", None), text_config(model))
+    cached = [(part, part.use_cache) for part in both if hasattr(part, "use_cache")]
     model.eval()
     for part, _ in cached:
         part.use_cache = False
     try:
         yield
     finally:
-        model.train(training)
+        for name, module in model.named_modules():  # packed layers are new, and experts that were split
+            module.training = training.setdefault(name, training[name.rpartition(".")[0]])
         for part, use_cache in reversed(cached):
             part.use_cache = use_cache

@@ -61,7 +61,7 @@ def evaluate(
         against: Another one, usually the dense model.
         text: Text to predict: a file, the name of a data set, a list of texts, or a `datasets.Dataset`.
         split: Split of a data set from the Hub.
-        text_column: Text column of a data set. Default: `"text"`.
+        text_column: Text column of a data set. Default: `"input_ids"` where there is such a column, else `"text"`.
         seq_len: Tokens in a window.
         stride: Tokens from one window to the next; those that overlap are read, not predicted. Default: `seq_len`.
         num_windows: Use only the first windows. Default: all.
@@ -184,12 +184,13 @@ class _Source:
 @contextmanager
 def _evaluating(model: Any) -> Iterator[Any]:
     """Evaluation mode while within."""
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield model
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _same(cuts: Sequence[Tensor], sources: Sequence[_Source]) -> Tensor:

@@ -11,7 +11,7 @@ from .result import Evaluation, EvaluationResult
 
 
 def record(result: EvaluationResult, folder: str | Path | None = None) -> bool:
-    """Put a result into the `report.json` of its model, in place of an earlier one under the same conditions.
+    """Put a result into the `report.json` of its model, in place of an earlier one of the same tokens.
 
     Of the other model only what a dense one gave: the report says nothing of other pruned models, packed or not.
 
@@ -33,7 +33,8 @@ def record(result: EvaluationResult, folder: str | Path | None = None) -> bool:
     parts: dict[str, Any] = {}
     if result.model.perplexity is not None:
         entry = _perplexity_entry(result, dense)
-        parts["evaluations"] = _replaced(before.get("evaluations", []), [entry], ("dataset", "split", "conditions"))
+        same = ("dataset", "split", "tokens_sha256", "conditions")
+        parts["evaluations"] = _replaced(before.get("evaluations", []), [entry], same)
     if result.model.tasks:
         entries = [_task_entry(result, dense, index) for index in range(len(result.model.tasks))]
         parts["tasks"] = _replaced(before.get("tasks", []), entries, ("task", "version", "conditions"))
@@ -41,7 +42,7 @@ def record(result: EvaluationResult, folder: str | Path | None = None) -> bool:
 
 
 def _replaced(before: list[Any], entries: list[dict[str, Any]], same: tuple[str, ...]) -> list[Any]:
-    kept = [other for other in before if all(any(other[key] != entry[key] for key in same) for entry in entries)]
+    kept = [other for other in before if all(any(other.get(key) != entry[key] for key in same) for entry in entries)]
     return [*kept, *entries]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from .paired import Estimate, estimate
 
 
@@ -121,10 +121,9 @@ class TaskRunner:
                 bootstrap_iters=1000,
             )
         except (OSError, ValueError, KeyError) as error:
-            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ConfigError(
-                f"tasks={list(self.tasks)}: cannot be run: {said}; see that their data can be had, or name tasks of "
-                "your own with --include-path"
+                f"tasks={list(self.tasks)}: cannot be run: {first_line(error)}; see that their data can be had, or "
+                "name tasks of your own with --include-path"
             ) from error
         assert found is not None
         return scores(found, self.tasks)

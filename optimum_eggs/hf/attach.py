@@ -15,15 +15,22 @@ from ..nn.experts import join_experts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..engine import PruneReport
 
-def attach_quantizer(model: PreTrainedModel, config: EGGSConfig) -> None:
-    """Mark `model` as packed, the way `from_pretrained` leaves a model loaded from a packed checkpoint."""
+
+def attach_quantizer(model: PreTrainedModel, config: EGGSConfig, report: PruneReport | None = None) -> None:
+    """Mark `model` as packed, the way `from_pretrained` leaves a model loaded from a packed checkpoint.
+
+    The report is kept with it, so that a push finds the one that belongs to these weights.
+    """
     from transformers import PreTrainedModel
 
     from .quantizer import EGGSHfQuantizer
 
+    quantizer = EGGSHfQuantizer(config, pre_quantized=True)
+    quantizer.report = report
     for name, value in (
-        ("hf_quantizer", EGGSHfQuantizer(config, pre_quantized=True)),
+        ("hf_quantizer", quantizer),
         ("is_quantized", True),
         ("quantization_method", config.quant_method),
     ):

@@ -72,7 +72,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     from transformers import AutoConfig
 
     with translated(str(folder), "model"):
-        return AutoConfig.from_pretrained(folder).dtype or torch.float32
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
 
 
 def load_model(

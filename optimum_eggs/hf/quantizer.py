@@ -114,9 +114,7 @@ class EGGSHfQuantizer(HfQuantizer):
         tokenizer = config.tokenizer or _own_tokenizer(model, config)
         own_memory(model)
         report = calibrate_and_prune(model, tokenizer, config)
-        attach_quantizer(model, EGGSConfig.from_dict(report.config))
-        quantizer: Any = model.hf_quantizer
-        quantizer.report = report
+        attach_quantizer(model, EGGSConfig.from_dict(report.config), report)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:

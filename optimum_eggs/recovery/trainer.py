@@ -44,7 +44,7 @@ class RecoveryTrainer(Trainer):
         """The optimizer of the arguments, `learning_rate` being a share of the size of what each parameter changes."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            share = options.pop("lr")
+            share, options["weight_decay"] = options.pop("lr"), self.args.weight_decay
             self.optimizer = kind(parameter_groups(cast(nn.Module, self.model), share), **options)
         return self.optimizer
 

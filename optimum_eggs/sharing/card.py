@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..calibration.documents import DatasetName, dataset_id
+from ..config import EGGSConfig
 from ..engine.report import REPORT_NAME
 from ..errors import ModelError
 from ..names import hub_id
@@ -100,11 +101,13 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
     found = []
     for entry in report.get("evaluations", []):
         named = DatasetName.parse(entry["dataset"])
+        # the Hub allows no other characters here
+        kind = re.sub(r"[^\w./-]+", "-", dataset_id(entry["dataset"]) or named.path)
         for metric, value in entry["metrics"].items():
             found.append(
                 EvalResult(
                     task_type="text-generation",
-                    dataset_type=named.path,
+                    dataset_type=kind,
                     dataset_name=entry["dataset"],
                     dataset_config=named.config_name,
                     dataset_revision=named.revision,
@@ -209,7 +212,8 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
             f"pruner.pack({names})",
         ]
     else:
-        shown = {key: value for key, value in config.items() if key != "pruned_modules"}
+        shown = EGGSConfig.from_dict(config).to_dict()  # without the keys of earlier releases
+        del shown["pruned_modules"]
         digest = f"{_windows(report)}; SHA-256 of the token ids {report['calibration']['sha256']}"
         lines = [
             "from optimum_eggs import EGGSConfig, EGGSPruner",

@@ -82,7 +82,7 @@ def prune_checkpoint(
         max_shard_size: As for transformers; but blocks share a file only up to 256 MiB, so that joining them takes
             little memory.
         overwrite: Replace a saved model at `output`, and what a run of other settings that was cut has left.
-        progress: Show a progress bar on stderr. Default: if it is a terminal.
+        progress: Show a progress bar on stderr; False for silence. Default: if it is a terminal.
         ranks: The processes that do it together, of `optimum_eggs.ranks.join_ranks()`. All of them call this with the
             same arguments, and must see the same files of `model` and beside `output`; the first of them writes.
         revision: Branch, tag or commit of a model on the Hub.
@@ -240,7 +240,7 @@ def _assemble(
     shards.close()
     source.entered()
 
-    attach_quantizer(source.model, EGGSConfig.from_dict(report.config))
+    attach_quantizer(source.model, EGGSConfig.from_dict(report.config), report)
     source.model.config.architectures = [type(source.model).__name__]
     source.model.config.dtype = dtype or source.dtype
     if source.model._auto_class is not None:  # as transformers saves code that came with the model

@@ -319,6 +319,7 @@ def test_named_data_sets_are_asked_for_by_their_hub_id(monkeypatch, tokenizer):
         ({}, r"the mapping is empty"),
         ({"a": -1}, r"the share -1 of 'a' is not a positive number"),
         (3.5, r"calibration=3.5 is of no kind known here"),
+        ("wikitext2:wikitext-103-raw-v1", r"name another by its id, 'Salesforce/wikitext:wikitext-103-raw-v1'"),
         ("no/such/file.txt", r"calibration='no/such/file.txt': there is no such file; check the path"),
         ("no/such/\ud800.txt", r"there is no such file; check the path"),
         ("one\ntwo", r"a single string is the name of a file"),

@@ -62,6 +62,25 @@ def test_a_model_in_memory_can_be_recorded_where_it_was_saved(packed_folder, tex
     assert entry["dataset"] == text_file.name
 
 
+def test_what_was_measured_on_another_text_stays(packed_folder, tokenizer, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "model")
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(report | {"evaluations": []}))
+    for text in ("the first of the texts " * 30, "and now another one " * 30, "the first of the texts " * 30):
+        assert record(evaluate(folder, text=[text], **SIZE))
+    first, second = json.loads((folder / "report.json").read_text())["evaluations"]
+    assert first["dataset"] == second["dataset"] == "list in memory"
+    assert first["tokens_sha256"] != second["tokens_sha256"]
+
+
+def test_every_module_has_its_mode_back(packed_folder, text_file, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder).train()
+    model.model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, text=text_file, tokenizer=tokenizer, **SIZE)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_packed_layers_in_memory_take_what_their_tensors_take(packed_folder, text_file, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(packed_folder)
     found = evaluate(model, text=text_file, tokenizer=tokenizer, **SIZE)

@@ -156,6 +156,10 @@ def test_a_bias_of_the_adapter(folders):
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
         ({"init_lora_weights": "eva", "eva_config": peft.tuners.lora.config.EvaConfig()}, "init_lora_weights='eva'"),
+        (
+            {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]},
+            "target_parameters names a packed weight",
+        ),
     ],
 )
 def test_what_does_not_keep_the_mask_is_refused_with_the_reason(options, message, folders):

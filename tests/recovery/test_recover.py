@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from oracles import gaussian
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from optimum_eggs.cli.main import main
 from optimum_eggs.engine.report import read_report, update_report
@@ -106,6 +106,15 @@ def test_training_lowers_the_perplexity_on_text_held_out(method, packed_folder, 
     found = recover(packed_folder, tmp_path / "out", chosen)
 
     assert found.perplexity_after < 0.97 * found.perplexity_before  # the text is nearly random
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_weights_decay_as_the_arguments_say(decay, packed_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    model.model.norm.weight.requires_grad_(True)
+    arguments = TrainingArguments(str(tmp_path), weight_decay=decay, use_cpu=True, report_to=[])
+    optimizer = RecoveryTrainer(model, arguments).create_optimizer()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [decay] * len(optimizer.param_groups)
 
 
 @pytest.mark.slow

@@ -54,6 +54,21 @@ def test_what_was_measured_is_stated(folder):
 
 
 @pytest.mark.parametrize(
+    ("dataset", "listed"),
+    [
+        ("c4", "allenai/c4"),
+        ("list in memory", "list-in-memory"),
+        ("me/data:part@v2", "me/data"),
+        ("my text.txt", "my-text.txt"),
+    ],
+)
+def test_the_hub_can_read_what_it_was_measured_on(dataset, listed, folder):
+    edit(folder, evaluations=[{"dataset": dataset, "split": None, "conditions": "c", "metrics": {"perplexity": 2.0}}])
+    (result,) = model_card(folder, "me/tiny").data.to_dict()["model-index"][0]["results"]
+    assert (result["dataset"]["type"], result["dataset"]["name"]) == (listed, dataset)
+
+
+@pytest.mark.parametrize(
     ("source", "listed"),
     [
         ("c4", ["allenai/c4"]),

@@ -213,6 +213,20 @@ print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("me/plain", 
     assert b"The certificate" in hub.files("me/again")["README.md"]
 
 
+def test_a_model_that_was_pruned_again_is_pushed_with_its_own_report(hub, client, packed_folder, text_file):
+    code = """
+import sys
+from optimum_eggs import EGGSConfig, EGGSPruner
+pruner = EGGSPruner.from_pretrained(sys.argv[1])
+pruner.model.dequantize()
+pruner.prune(EGGSConfig("1:4", num_samples=8, seq_len=16, band=8), calibration=sys.argv[2], progress=False)
+pruner.model.push_to_hub("me/again")
+"""
+    client(code, packed_folder, text_file)
+    assert json.loads(hub.files("me/again")["report.json"])["config"]["n"] == 1
+    assert b"The certificate" in hub.files("me/again")["README.md"]
+
+
 def test_weights_that_changed_take_no_measurement_along(hub, client, packed_folder, tmp_path):
     code = """
 import shutil, sys, optimum_eggs

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer-repeats", type=int, default=20, help="timed turns of a layer, of some calls (default: 20)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
     parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is")
     parser.add_argument("--layers-only", action="store_true", help="leave the models out")
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         shape = (layer.out_features, layer.in_features, layer.pattern)
         shapes[shape] = shapes.get(shape, 0) + 1
     wanted = parse_dtype(args.dtype)
-    dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model)
+    dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model, args.trust_remote_code)
 
     bandwidth = read_bandwidth()
     timings = [
@@ -65,7 +66,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.layers_only:
         folders = [args.model] + ([args.against] if args.against else [])
         models = time_models(
-            folders, prompt=args.prompt, new_tokens=args.new_tokens, repeats=args.repeats, dtype=args.dtype
+            folders,
+            prompt=args.prompt,
+            new_tokens=args.new_tokens,
+            repeats=args.repeats,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
         )
     machine = {
         "processor": processor(),

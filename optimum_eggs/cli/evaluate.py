@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-windows", type=int, help="use only the first windows (default: all)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows or requests run at a time (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
     parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is")
     parser.add_argument("--against", metavar="DENSE", help="folder of another model, compared on the same data")
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'optimum-eggs[eval]')")
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         apply_chat_template=args.apply_chat_template,
         batch_size=args.batch_size,
         dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
     )
     recorded = not args.no_record and record(found)
     if args.json:

@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
     parser.add_argument("output", metavar="OUT", help="folder to make")
     parser.add_argument("--format", choices=["dense"], default="dense", help="format to write (default: dense)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with DIR")
     parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from ..hf.loading import has_tokenizer, load_model, load_tokenizer
 
     check_output(args.output, args.overwrite)
-    model = load_model(args.model)
+    model = load_model(args.model, trust_remote_code=args.trust_remote_code)
     layers = len(packed_layers(model))
     if not layers:
         raise ModelError(f"{args.model}: has no packed layers, so it is dense already")
@@ -31,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     with new_folder(args.output, args.overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         if has_tokenizer(args.model):
-            load_tokenizer(args.model).save_pretrained(folder)
+            tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+            tokenizer.save_pretrained(folder)
     if args.json:
         print(json.dumps({"output": args.output, "format": args.format, "layers": layers}))
     else:

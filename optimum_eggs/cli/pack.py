@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="pack only layers of these names")
     parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with MODEL")
     parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
 
@@ -34,9 +35,10 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.output, args.overwrite)
     pattern = None if args.pattern is None else NMPattern.parse(args.pattern)
     if Path(args.model).is_dir() and not has_tokenizer(args.model):
-        pruner = EGGSPruner(load_model(args.model))  # no text is read, so none is needed
+        # no text is read, so no tokenizer is needed
+        pruner = EGGSPruner(load_model(args.model, trust_remote_code=args.trust_remote_code))
     else:
-        pruner = EGGSPruner.from_pretrained(args.model)
+        pruner = EGGSPruner.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     report = pruner.pack(pattern, targets=args.targets, ignore=args.ignore)
     pruner.save_pretrained(args.output, overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if args.json:

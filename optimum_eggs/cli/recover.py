@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the windows (default: 0)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model or the teacher"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, and start an interrupted run again")
 
 
@@ -59,7 +62,13 @@ def run(args: argparse.Namespace) -> int:
         gradient_checkpointing=args.gradient_checkpointing,
     )
     try:
-        report = recover(args.model, args.output, settings, overwrite=args.overwrite)
+        report = recover(
+            args.model,
+            args.output,
+            settings,
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -50,6 +50,7 @@ def evaluate(
     batch_size: int = 1,
     dtype: str | torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
 ) -> EvaluationResult:
     """Measure a model on a text, on tasks, or both; and against another model, on the same windows and documents.
 
@@ -73,6 +74,7 @@ def evaluate(
         batch_size: Windows or requests run at a time.
         dtype: Dtype to load folders in. Default: the checkpoint's.
         tokenizer: Tokenizer of models in memory; a folder has its own.
+        trust_remote_code: Run code that comes with the models in folders.
 
     Returns:
         The result. [`record`][optimum_eggs.evaluation.record] puts it into the model's report, for its card.
@@ -88,7 +90,7 @@ def evaluate(
     """
     if text is None and not tasks:
         raise ConfigError("there is nothing to judge on; give text (--text), tasks (--tasks) or both")
-    sources = [_Source(each, tokenizer) for each in (model, against) if each is not None]
+    sources = [_Source(each, tokenizer, trust_remote_code) for each in (model, against) if each is not None]
     runner = None
     if tasks:
         runner = TaskRunner.create(
@@ -152,6 +154,7 @@ class _Source:
 
     given: Any
     tokenizer: Any
+    trust_remote_code: bool
 
     def __post_init__(self) -> None:
         if self.folder is None:
@@ -172,13 +175,15 @@ class _Source:
 
     def load_tokenizer(self) -> Any:
         if self.folder is not None:
-            return load_tokenizer(self.folder)
+            return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
         if self.tokenizer is None:
             raise ConfigError(f"tokenizer=None with a {self.name} in memory: pass the model's tokenizer")
         return self.tokenizer
 
     def load(self, dtype: Any) -> Any:
-        return self.given if self.folder is None else load_model(self.folder, dtype=dtype)
+        if self.folder is None:
+            return self.given
+        return load_model(self.folder, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
 
 @contextmanager

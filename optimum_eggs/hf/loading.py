@@ -63,7 +63,7 @@ def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS}
 
 
-def stored_dtype(folder: str | Path) -> torch.dtype:
+def stored_dtype(folder: str | Path, trust_remote_code: bool = False) -> torch.dtype:
     """Dtype of the weights of a saved model, from its config alone; float32 if it does not say.
 
     Raises:
@@ -72,7 +72,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     from transformers import AutoConfig
 
     with translated(str(folder), "model"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or torch.float32
 
 
 def load_model(

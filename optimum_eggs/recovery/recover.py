@@ -121,14 +121,20 @@ class RecoveryReport:
 
 
 def recover(
-    model_id: str | Path, output: str | Path, settings: RecoverySettings, *, overwrite: bool = False
+    model_id: str | Path,
+    output: str | Path,
+    settings: RecoverySettings,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> RecoveryReport:
     """Train the packed model in `model_id` and write it to `output`, packed under the same mask.
 
     Runs `transformers.Trainer` in bfloat16 autocast over float32 weights. Its checkpoints lie in a folder beside the
     output, named `.OUTPUT.recovery`; the same call after an interruption goes on from the last of them. The folder is
     removed at the end. Under `torchrun` or `accelerate launch` every process takes its share of the steps' windows:
-    `batch_size` is then that of each.
+    `batch_size` is then that of each. Code that comes with the model, its tokenizer or the teacher is run with
+    `trust_remote_code` alone.
 
     Raises:
         ConfigError: an interrupted run beside the output had other settings, or PEFT is missing.
@@ -141,15 +147,16 @@ def recover(
     work = path.with_name(f".{path.name}.recovery")
     if settings.method == "lora" and find_spec("peft") is None:
         raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
-    stored = stored_dtype(model_id)
+    stored = stored_dtype(model_id, trust_remote_code)
     state = PartialState(cpu=not torch.cuda.is_available())
     with Meter([state.device]) as meter:
-        model, tokenizer = load_model(model_id, dtype="float32"), load_tokenizer(model_id)
+        model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model_id, trust_remote_code=trust_remote_code)
         if not packed_layers(model):
             raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
         train, held_out = training_windows(settings, tokenizer, state.num_processes)
         digest = windows_digest(torch.cat([train, held_out]))
-        teacher = None if settings.teacher is None else _teacher(settings.teacher, model)
+        teacher = None if settings.teacher is None else _teacher(settings.teacher, model, trust_remote_code)
         if state.is_main_process:
             _open_work_folder(work, {"model": str(model_id), "windows": digest} | asdict(settings), overwrite)
         taught = None
@@ -213,8 +220,8 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     return windows[count:][:most], windows[:count]
 
 
-def _teacher(teacher_id: str, student: PreTrainedModel) -> PreTrainedModel:
-    teacher = load_model(teacher_id).eval()
+def _teacher(teacher_id: str, student: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
+    teacher = load_model(teacher_id, trust_remote_code=trust_remote_code).eval()
     ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
     if ours != theirs:
         raise ModelError(

@@ -47,21 +47,22 @@ def time_models(
     new_tokens: int = 128,
     repeats: int = 3,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[ModelTiming]:
     """Load the models one after the other, then time them in turn.
 
     Prefill is one forward pass over `prompt` random tokens; decoding is `generate`, greedy, with a cache, of
-    `new_tokens` tokens after a prompt of one.
+    `new_tokens` tokens after a prompt of one. Code that comes with a model is run with `trust_remote_code` alone.
 
     Raises:
         ModelError, CheckpointError: a folder cannot be loaded.
     """
     models, resident = [], []
     for folder in folders:
-        _load_and_use(folder, dtype)
+        _load_and_use(folder, dtype, trust_remote_code)
         gc.collect()
         before = psutil.Process().memory_info().rss
-        models.append(_load_and_use(folder, dtype))
+        models.append(_load_and_use(folder, dtype, trust_remote_code))
         resident.append(psutil.Process().memory_info().rss - before)
 
     prompts = [_tokens(model, prompt) for model in models]
@@ -85,8 +86,8 @@ def time_models(
     ]
 
 
-def _load_and_use(folder: str | Path, dtype: str) -> PreTrainedModel:
-    model = load_model(folder, dtype=dtype).eval()
+def _load_and_use(folder: str | Path, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     _prefill(model, _tokens(model, 2))  # a mapped file takes memory when it is first read
     return model
 

@@ -171,3 +171,32 @@ def test_code_of_a_model_is_run_if_that_is_asked_for(road, run, remote, text_fil
     options, mark = json.dumps({"trust_remote_code": True}), str(tmp_path / "mark")
     run(ROADS[road] + LOAD, remote, text_file, tmp_path / "out", options, MARK=mark)
     assert (tmp_path / "out" / "own.py").is_file()
+
+
+COMMANDS = """
+evaluate {out} --text {text} --seq-len 16 --num-windows 2
+benchmark {out} --prompt 4 --new-tokens 2 --repeats 1 --layer-repeats 1 --batch 1
+recover {out} {next} --train {text} --steps 2 --seq-len 16 --batch-size 1 --method values
+export {out} {next}
+pack {zeros} {next}
+"""
+RUN = """
+import contextlib, io, os, shutil
+from optimum_eggs.cli.main import main
+pruner.model.dequantize().save_pretrained(out + "-zeros")
+places = {"out": out, "text": text, "next": out + "-next", "zeros": out + "-zeros"}
+for line in sys.argv[5].split("\\n"):
+    words = [word.format(**places) for word in line.split()]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main(words)
+    assert status == 2 and "--trust-remote-code" in said.getvalue(), (line, status, said.getvalue())
+    assert not os.path.exists(places["next"])
+    assert main([*words, "--trust-remote-code"]) == 0, line
+    shutil.rmtree(places["next"], ignore_errors=True)
+"""
+
+
+def test_commands_run_the_code_of_a_model_if_that_is_asked_for(run, remote, text_file, tmp_path):
+    options, mark = json.dumps({"trust_remote_code": True}), str(tmp_path / "mark")
+    run(ROADS["in memory"] + RUN, remote, text_file, tmp_path / "out", options, COMMANDS.strip(), MARK=mark)

@@ -72,6 +72,7 @@ def documents(
     config_name: str | None = None,
     revision: str | None = None,
     token: str | None = None,
+    argument: str = "calibration",
 ) -> Sequence[str] | Column:
     """The texts of a calibration source, or the token ids of a data set that holds them.
 
@@ -82,23 +83,25 @@ def documents(
         config_name: Configuration of a data set from the Hub whose name says none.
         revision: Likewise its branch, tag or commit.
         token: For a data set on the Hub that is private or gated.
+        argument: What the caller calls the source, for messages.
 
     Raises:
         CalibrationError: the source is of an unknown kind, cannot be read, or lacks the column.
     """
     if isinstance(source, str | Path):
-        if source == SAMPLE and not _is_ambiguous(source):
+        if source == SAMPLE and not _is_ambiguous(source, argument):
             return [gzip.decompress(_SAMPLE_FILE.read_bytes()).decode("utf-8")]
-        if _is_file_name(source):
-            return [_read(Path(source))]
+        if _is_file_name(source, argument):
+            return [_read(Path(source), argument)]
         name = str(source)
-        return Column.of(_load_dataset(name, split or "train", config_name, revision, token), text_column, name)
+        found = _load_dataset(name, split or "train", config_name, revision, token, argument)
+        return Column.of(found, text_column, name)
     if hasattr(source, "column_names"):
         return Column.of(source, text_column, type(source).__name__)
     if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
         return source
     raise CalibrationError(
-        f"calibration={shorten(source)} is of no kind known here; pass a text file, the name of a data set, a list of "
+        f"{argument}={shorten(source)} is of no kind known here; pass a text file, the name of a data set, a list of "
         "texts, token ids, a datasets.Dataset, or a mapping of names to shares"
     )
 
@@ -165,36 +168,36 @@ def _plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def _is_file_name(source: str | Path) -> bool:
+def _is_file_name(source: str | Path, argument: str) -> bool:
     path = Path(source)
     longest = max((len(part.encode("utf-8", "surrogatepass")) for part in path.parts), default=0)
     if longest > _LONGEST_NAME or len(str(source)) > 1024 or "\n" in str(source):
         raise CalibrationError(
-            f"calibration={shorten(source)}: a single string is the name of a file or of a data set; pass a text as "
+            f"{argument}={shorten(source)}: a single string is the name of a file or of a data set; pass a text as "
             "[text]"
         )
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except OSError as error:  # such as a folder on the way that may not be searched
         raise CalibrationError(
-            f"calibration={str(source)!r} cannot be looked at: {first_line(error)}; check the path and its permissions"
+            f"{argument}={str(source)!r} cannot be looked at: {first_line(error)}; check the path and its permissions"
         ) from error
     if str(source) in NAMED_DATASETS and not isinstance(source, Path):
-        return _is_ambiguous(source)
+        return _is_ambiguous(source, argument)
     if is_file:
         return True
     if is_folder:
-        raise CalibrationError(f"calibration={str(source)!r} is a folder; pass a text file in it, or a data set's name")
+        raise CalibrationError(f"{argument}={str(source)!r} is a folder; pass a text file in it, or a data set's name")
     if isinstance(source, Path) or _is_named_like_a_file(source):
-        raise CalibrationError(f"calibration={str(source)!r}: there is no such file; check the path")
+        raise CalibrationError(f"{argument}={str(source)!r}: there is no such file; check the path")
     return False
 
 
-def _is_ambiguous(name: str | Path) -> bool:
+def _is_ambiguous(name: str | Path, argument: str) -> bool:
     """False; it is an error that a file here has the name of something known, and not to be told which is meant."""
     if Path(name).is_file():
         raise CalibrationError(
-            f"calibration={name!r} is a name known here and that of a file in this folder; write './{name}' for the "
+            f"{argument}={name!r} is a name known here and that of a file in this folder; write './{name}' for the "
             "file, or rename it"
         )
     return False
@@ -210,21 +213,23 @@ def _is_named_like_a_file(name: str) -> bool:
     return ending != "" and not ending[0].isdigit()
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, argument: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"calibration={str(path)!r} cannot be read as UTF-8 text: {error}") from error
+        raise CalibrationError(f"{argument}={str(path)!r} cannot be read as UTF-8 text: {error}") from error
 
 
-def _load_dataset(name: str, split: str, config_name: str | None, revision: str | None, token: str | None) -> Any:
+def _load_dataset(
+    name: str, split: str, config_name: str | None, revision: str | None, token: str | None, argument: str
+) -> Any:
     import datasets
 
     asked = DatasetName.parse(name)
     wanted_name = asked.config_name or config_name
     if wanted_name and asked.path in NAMED_DATASETS:
         raise CalibrationError(
-            f"calibration={name!r} with the configuration {wanted_name!r}: {asked.path!r} stands for one part of a "
+            f"{argument}={name!r} with the configuration {wanted_name!r}: {asked.path!r} stands for one part of a "
             f"data set; name another by its id, '{NAMED_DATASETS[asked.path]['path']}:{wanted_name}'"
         )
     arguments = dict(NAMED_DATASETS.get(asked.path, {"path": asked.path, "name": wanted_name}))
@@ -236,6 +241,6 @@ def _load_dataset(name: str, split: str, config_name: str | None, revision: str 
         return datasets.load_dataset(**given, split=split)
     except Exception as error:  # the client raises some twenty kinds; each means the same here
         raise CalibrationError(
-            f"calibration={name!r} with split={split!r} is no file, and could not be loaded as a data set: "
+            f"{argument}={name!r} with split={split!r} is no file, and could not be loaded as a data set: "
             f"{without(token, first_line(error))}; pass the path of a text file, or check the name and the connection"
         ) from without(token, error)

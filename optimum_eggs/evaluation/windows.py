@@ -34,7 +34,7 @@ def evaluation_windows(
     if seq_len < 2 or (num_windows is not None and num_windows < 1):
         raise ConfigError(f"seq_len={seq_len} must be 2 or more, and num_windows={num_windows} 1 or more")
     pool = None if num_windows is None else (num_windows - 1) * step + seq_len
-    ids = token_stream(documents(text, split, text_column), tokenizer, pool)
+    ids = token_stream(documents(text, split, text_column, argument="text"), tokenizer, pool)
     wanted = max(1, 1 + (len(ids) - seq_len) // step) if num_windows is None else num_windows
     needed = (wanted - 1) * step + seq_len
     if len(ids) < needed:

@@ -206,7 +206,7 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     needed = most * settings.seq_len * 2
     rows = []
     for source in settings.train:
-        ids = token_stream(documents(source, "train"), tokenizer, needed)
+        ids = token_stream(documents(source, "train", argument="train"), tokenizer, needed)
         rows.append(ids[: len(ids) // settings.seq_len * settings.seq_len].view(-1, settings.seq_len))
     windows = torch.cat(rows)
     if len(windows) < 4:

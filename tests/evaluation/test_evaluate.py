@@ -95,6 +95,7 @@ def test_packed_layers_in_memory_take_what_their_tensors_take(packed_folder, tex
         ({"text": None}, ConfigError, "nothing to judge on; give text"),
         ({"model": "some/id"}, ModelError, "some/id: there is no such folder; save the model first"),
         ({"model": tiny.make_model("llama")}, ConfigError, "a LlamaForCausalLM in memory: pass the model's tokenizer"),
+        ({"text": "missing.txt"}, CalibrationError, "text='missing.txt': there is no such file"),
         ({"seq_len": 500}, CalibrationError, "seq_len=500 is more than the model's context of 128"),
         ({"stride": 17}, ConfigError, "stride=17 must be between 1 and seq_len=16"),
         ({"tasks": ["nothing-like-it"]}, ConfigError, "task 'nothing-like-it' is unknown"),

@@ -215,7 +215,7 @@ def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_pa
         recover(packed_folder, tmp_path / "out", settings(text_file, seq_len=5000))
     with pytest.raises(ModelError, match="there is no such model"):
         recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(tmp_path / "nowhere")))
-    with pytest.raises(CalibrationError):
+    with pytest.raises(CalibrationError, match=r"train='.*no.txt': there is no such file"):
         recover(packed_folder, tmp_path / "out", settings(tmp_path / "no.txt"))
     with pytest.raises(ModelError, match="there is no such model"):
         recover(tmp_path / "nowhere", tmp_path / "out", settings(text_file))

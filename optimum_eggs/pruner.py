@@ -120,6 +120,7 @@ class EGGSPruner(OptimumQuantizer):
         *,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = ("lm_head",),
+        block_list: str | None = None,
         progress: bool | None = None,
     ) -> PruneReport:
         """Pack the model in place as it is, where its weights are N:M already: no value changes.
@@ -132,6 +133,7 @@ class EGGSPruner(OptimumQuantizer):
                 the usual patterns that it follows. A group may have fewer than n nonzeros.
             targets: Name patterns of the layers to look at. Default: all in the blocks.
             ignore: Name patterns of layers to leave dense.
+            block_list: Name of the list of blocks (`"model.layers"`), if it cannot be found by structure.
             progress: Show a progress bar on stderr; False for silence. Default: if it is a terminal.
 
         Returns:
@@ -143,7 +145,9 @@ class EGGSPruner(OptimumQuantizer):
         if self._broken:
             raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
         chosen = None if pattern is None else NMPattern.parse(pattern)
-        report = pack_model(self.model, chosen, targets=targets, ignore=ignore, progress=progress)
+        report = pack_model(
+            self.model, chosen, targets=targets, ignore=ignore, block_list=block_list, progress=progress
+        )
         attach_quantizer(self.model, EGGSConfig.from_dict(report.config), report)
         self.report = report
         return report

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="pack only layers of these names")
     parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
+    parser.add_argument("--block-list", metavar="NAME", help="list of blocks, if it cannot be found by structure")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with MODEL")
     parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         pruner = EGGSPruner(load_model(args.model, trust_remote_code=args.trust_remote_code))
     else:
         pruner = EGGSPruner.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    report = pruner.pack(pattern, targets=args.targets, ignore=args.ignore)
+    report = pruner.pack(pattern, targets=args.targets, ignore=args.ignore, block_list=args.block_list)
     pruner.save_pretrained(args.output, overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if args.json:
         print(json.dumps(report.to_dict() | {"output": args.output}))

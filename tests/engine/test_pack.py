@@ -90,6 +90,13 @@ def test_patterns_are_mixed_and_what_is_none_stays_dense(dense_folder, tmp_path)
     assert same_values(weights_of(model.dequantize()), before)
 
 
+def test_the_list_of_blocks_may_be_named():
+    model = sparse_model("llama", lambda _: "2:4")
+    with pytest.raises(ConfigError, match="is no list of blocks of this model"):
+        EGGSPruner(model).pack(block_list="model.none")
+    assert len(EGGSPruner(model).pack(block_list="model.layers").layers) == 14
+
+
 def test_one_pattern_can_be_asked_for():
     model = sparse_model("llama", lambda name: "1:4" if "mlp" in name else "4:8")
     report = EGGSPruner(model).pack("2:4")

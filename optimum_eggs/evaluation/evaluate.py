@@ -114,7 +114,7 @@ def evaluate(
             Evaluation(
                 source.folder,
                 str(loaded.dtype).removeprefix("torch."),
-                model_size(loaded, source.folder, list(packed) if index else None),
+                model_size(loaded, source.folder, packed if index else None),
                 list(packed_layers(loaded)),
                 _is_pruned(loaded, packed),
             )

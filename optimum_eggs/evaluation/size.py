@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..hf.attach import packed_layers
+from ..nn import NMLinear
 from ..packing.checkpoint import read_headers, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ELEMENT_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I64": 8, "I32": 4, "BOOL": 1}
 _PARTS = ("weight", "weight_meta")
@@ -23,8 +27,8 @@ class ModelSize:
         parameters: Parameters of the dense model, tied ones counted once.
         parameters_kept: Those that are not zero by the pattern.
         weight_bytes: Bytes of the safetensors files; None for a model in memory, which has none.
-        pruned_layer_bytes: Bytes of the layers that are packed (values and bits, without biases); of the layers named
-            in `names` for a dense model. In the files, or in memory.
+        pruned_layer_bytes: Bytes of the layers that are packed (values and bits, without biases); for a dense model, of
+            those that are packed in the other one. In the files, or in memory.
     """
 
     parameters: int
@@ -33,10 +37,13 @@ class ModelSize:
     pruned_layer_bytes: int
 
 
-def model_size(model: nn.Module, folder: str | Path | None, names: list[str] | None = None) -> ModelSize:
+def model_size(
+    model: PreTrainedModel, folder: str | Path | None, twins: Mapping[str, NMLinear] | None = None
+) -> ModelSize:
     """Sizes of `model`, loaded from `folder` if it is not None.
 
-    `names`: the layers to count as pruned; default, the packed ones.
+    `twins`: packed layers of another model whose dense ones to count; default, its own packed layers. Experts, which a
+    dense model holds under other names, take their elements in the dtype that most of the model is in.
 
     Raises:
         CheckpointError: the folder holds no whole safetensors checkpoint.
@@ -44,13 +51,16 @@ def model_size(model: nn.Module, folder: str | Path | None, names: list[str] | N
     layers = packed_layers(model)
     kept = sum(parameter.numel() for parameter in model.parameters())
     dropped = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers.values())
-    wanted = {f"{name}.{part}" for name in names or layers for part in _PARTS}
     if folder is None:
-        packed = sum(value.nbytes for key, value in model.state_dict().items() if key in wanted)
-        return ModelSize(kept + dropped, kept, None, packed)
-    files = weight_files(folder)
-    entries = read_headers(files)
-    packed = sum(
-        prod(entry.shape) * _ELEMENT_SIZE.get(entry.dtype, 1) for key, entry in entries.items() if key in wanted
-    )
-    return ModelSize(kept + dropped, kept, sum(file.stat().st_size for file in files), packed)
+        weight_bytes, element = None, model.dtype.itemsize
+        held = {key: value.nbytes for key, value in model.state_dict().items()}
+    else:
+        files = weight_files(folder)
+        weight_bytes, entries = sum(file.stat().st_size for file in files), read_headers(files)
+        held = {key: prod(entry.shape) * _ELEMENT_SIZE.get(entry.dtype, 1) for key, entry in entries.items()}
+        element = _ELEMENT_SIZE.get(entries[max(held, key=lambda key: held[key])].dtype, 1)
+    pruned = 0
+    for name, layer in (twins or layers).items():
+        parts = [held[key] for key in (f"{name}.{part}" for part in _PARTS) if key in held]
+        pruned += sum(parts) if parts else layer.in_features * layer.out_features * element
+    return ModelSize(kept + dropped, kept, weight_bytes, pruned)

@@ -12,6 +12,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.errors import CalibrationError, CheckpointError, ConfigError, ModelError
 from optimum_eggs.evaluation import EvaluationResult, compare, evaluate, perplexity, read, record
 from optimum_eggs.evaluation.windows import evaluation_windows
@@ -60,6 +61,19 @@ def test_a_model_in_memory_can_be_recorded_where_it_was_saved(packed_folder, tex
     assert entry["metrics"]["perplexity"] == found.model.perplexity.perplexity
     assert entry["conditions"] == "3 windows of 16 tokens with stride 8, float32"
     assert entry["dataset"] == text_file.name
+
+
+def test_experts_are_counted_in_the_dense_model_too(tokenizer, text_file, tmp_path):
+    model = tiny.make_model("mixtral")
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    pruner = EGGSPruner(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), tokenizer)
+    pruner.prune(EGGSConfig("2:4", num_samples=8, seq_len=16, band=8), calibration=text_file, progress=False)
+    pruner.save_pretrained(tmp_path / "out")
+    found = evaluate(tmp_path / "out", tmp_path / "dense", text=text_file, **SIZE)
+    assert found.to_dict()["ratio"]["pruned_layer_bytes"] == pytest.approx(1 / 2 + 1 / 32, rel=0.02)  # padded bits
+    in_memory = evaluate(pruner.model, model, text=text_file, tokenizer=tokenizer, **SIZE)
+    assert in_memory.against.size.pruned_layer_bytes == found.against.size.pruned_layer_bytes
 
 
 def test_what_was_measured_on_another_text_stays(packed_folder, tokenizer, tmp_path):

@@ -12,6 +12,7 @@ from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.errors import CalibrationError, ConfigError, ModelError
 from optimum_eggs.evaluation import model_size, perplexity
 from optimum_eggs.evaluation.windows import evaluation_windows
+from optimum_eggs.hf.attach import packed_layers
 
 WINDOWS = tiny.make_windows(5, 12)
 
@@ -85,7 +86,6 @@ def test_sizes_count_what_the_pattern_keeps(tmp_path):
     assert size.parameters == parameters
     assert size.parameters_kept == parameters - pruned * 3 // 4
     assert size.pruned_layer_bytes == pruned + pruned // 8  # a quarter of the values in 4 bytes, and a bit for each
-    names = [layer.name for layer in report.layers]
-    dense = model_size(tiny.make_model("llama"), tmp_path / "dense", names)
+    dense = model_size(tiny.make_model("llama"), tmp_path / "dense", packed_layers(model))
     assert dense.pruned_layer_bytes == 4 * pruned
     assert dense.parameters == dense.parameters_kept == parameters

@@ -43,7 +43,7 @@ def model_size(
     """Sizes of `model`, loaded from `folder` if it is not None.
 
     `twins`: packed layers of another model whose dense ones to count; default, its own packed layers. Experts, which a
-    dense model holds under other names, take their elements in the dtype that most of the model is in.
+    dense model holds under other names, take the bytes of their elements in the dtype of the largest tensor.
 
     Raises:
         CheckpointError: the folder holds no whole safetensors checkpoint.
@@ -58,7 +58,8 @@ def model_size(
         files = weight_files(folder)
         weight_bytes, entries = sum(file.stat().st_size for file in files), read_headers(files)
         held = {key: prod(entry.shape) * _ELEMENT_SIZE.get(entry.dtype, 1) for key, entry in entries.items()}
-        element = _ELEMENT_SIZE.get(entries[max(held, key=lambda key: held[key])].dtype, 1)
+        largest = max(entries.values(), key=lambda entry: prod(entry.shape), default=None)
+        element = model.dtype.itemsize if largest is None else _ELEMENT_SIZE.get(largest.dtype, 1)
     pruned = 0
     for name, layer in (twins or layers).items():
         parts = [held[key] for key in (f"{name}.{part}" for part in _PARTS) if key in held]

@@ -1,64 +1,262 @@
-"""Output folders that are whole or not there."""
+"""Where an output may be written, decided before the work begins; it is whole then, or not there.
+
+An output that is not there, or replaces one of ours, is made in a hidden folder beside it and renamed. A folder that is
+there and empty, which may be a mount point, is filled, and the hidden folder is in it. That folder is locked.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from .errors import OutputError
+from safetensors import SafetensorError
+
+from .errors import EGGSError, OutputError, first_line
+from .files import REPORT_NAME, listed_files, seal, sync
+from .locks import LOCK_NAME, OWNER_NAME, locked
+
+_UNFINISHED, _MADE, _OLD = "unfinished", "made", "old"
+_NOTHING = {f".{_UNFINISHED}", "lost+found"}  # the latter is in every new file system of some kinds
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SAID_OF_NO_SPACE = (  # by writers whose errors are no OSError: those in Rust, and torch's
+    *(f"os error {number}" for number in _NO_SPACE),
+    "file write failed",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)
 
 
-def check_output(folder: str | Path, overwrite: bool = False) -> None:
-    """Raise unless `folder` may be written: it is not there, it is empty, or it is a saved model to be overwritten.
+def check_output(folder: str | Path, overwrite: bool = False, *, sources: Sequence[Any] = (), needs: int = 0) -> Path:
+    """Raise unless `folder` may be written. Nothing is written for it.
+
+    It may be a folder that is not there, one that is empty, or one that holds nothing but what this package wrote, as
+    its record lists it, and is to be overwritten.
+
+    Args:
+        folder: Where the output is to be.
+        overwrite: Whether what is there may be replaced.
+        sources: Folders and files that are read; those that are no paths of anything here are passed over.
+        needs: Bytes that will be written.
+
+    Returns:
+        The folder's absolute path, links followed.
 
     Raises:
-        OutputError: it is a file, or it is not empty and may not be replaced.
+        OutputError: it may not, and why.
     """
+    if not str(folder):
+        raise OutputError("the name of the output folder is empty; name a folder")
     path = Path(folder)
-    if path.is_file():
-        raise OutputError(f"{path}: is a file; name a folder")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{path}: exists and is not empty; name another folder, or pass --overwrite (overwrite=True)")
-    if not (path / "config.json").is_file():
-        raise OutputError(
-            f"{path}: is not empty and has no config.json, so it is no saved model and is not overwritten; name "
-            "another folder"
-        )
+    try:
+        if path.is_symlink() and not path.exists():
+            raise OutputError(f"{path}: is a link to {path.readlink()}, which is not there; remove it, or name another")
+        path = path.resolve()
+        _check_sources(path, sources)
+        if path.exists() and not path.is_dir():
+            what = "a file" if path.is_file() else "a device" if _is_device(path) else "no folder"
+            raise OutputError(f"{path}: is {what}; name a folder")
+        if not _is_free(path):
+            _check_ours(path, overwrite)
+            _check_replaceable(path)
+        _check_room(path, needs)
+    except (OSError, RuntimeError) as error:  # a RuntimeError is what a loop of links becomes in older versions
+        if isinstance(error, EGGSError):
+            raise
+        raise OutputError(f"{path}: cannot be written ({first_line(error)}); name another folder") from error
+    return path
 
 
 @contextmanager
-def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def claimed(path: Path) -> Iterator[Path]:
+    """The hidden folder that the output `path` of [`check_output`] is made in, locked; removed if nothing is in it.
+
+    Raises:
+        OutputError: another process writes the same output, or the folder cannot be made.
+    """
+    inside = path.is_dir() and _is_free(path)
+    work = path / f".{_UNFINISHED}" if inside else path.parent / f".{path.name}.{_UNFINISHED}"
+    with ExitStack() as stack:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(work))
+            _put_back(path, work)
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({first_line(error)}); name another folder") from error
+        try:
+            yield work
+        finally:
+            if work.is_dir() and not {entry.name for entry in work.iterdir()} - {LOCK_NAME, OWNER_NAME}:
+                shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(
+    folder: str | Path, overwrite: bool = False, *, sources: Sequence[Any] = (), needs: int = 0
+) -> Iterator[Path]:
     """A folder to write to, which becomes `folder` when everything within succeeded, and is removed otherwise.
 
     Raises:
-        OutputError: as [`check_output`], or the parent folder cannot be written.
+        OutputError: as [`check_output`] and [`claimed`], or the disk is full.
     """
-    check_output(folder, overwrite)
-    path = Path(folder).absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error}); name another folder") from error
-    try:
-        partial.chmod(0o755)  # mkdtemp makes it private
-        yield partial
-        put_in_place(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    path = check_output(folder, overwrite, sources=sources, needs=needs)
+    with claimed(path) as work, written(path, "once it can be, give the same command again"):
+        check_output(path, overwrite)  # another process may just have finished it
+        made = work / _MADE
+        shutil.rmtree(made, ignore_errors=True)  # left by a process that was killed
+        try:
+            made.mkdir()
+            yield made
+            put_in_place(made, path, work)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
 
-def put_in_place(partial: Path, path: Path) -> None:
-    """Make the finished folder `partial` be `path`, in place of a folder that is there."""
+@contextmanager
+def written(path: Path, remedy: str) -> Iterator[None]:
+    """Turn a disk that is full, or may not be written, into an error that says how to go on.
+
+    Raises:
+        OutputError: instead of what was raised within because of it.
+    """
+    try:
+        yield
+    except EGGSError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and not _says_no_space(error):
+            raise
+        raise OutputError(f"{path}: cannot be written ({first_line(error)}); {remedy}") from error
+
+
+def put_in_place(made: Path, path: Path, work: Path) -> None:
+    """Make the finished folder `made`, in `work`, be the output `path`: all of it is listed, readable and on disk."""
+    seal(made)
+    mode = stat.S_IMODE((made / REPORT_NAME).stat().st_mode)  # as any file that is made here; weights are made private
+    for file in made.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+        sync(file)
+    sync(made)
     if not path.is_dir():
-        partial.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    path.rename(old / path.name)
-    partial.rename(path)
-    shutil.rmtree(old)
+        made.rename(path)
+    elif work.parent == path:
+        for entry in sorted(made.iterdir(), key=_order_of_moving):
+            _remove(path / entry.name)
+            entry.rename(path / entry.name)
+    else:
+        old = work / _OLD
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        made.rename(path)
+        shutil.rmtree(old)
+    sync(path.parent if path.parent != work else path)
+
+
+def _order_of_moving(entry: Path) -> tuple[bool, bool, str]:
+    """The record first, so that a folder cut then is known for ours; the configuration, which makes a model, last."""
+    return entry.name == "config.json", entry.name != REPORT_NAME, entry.name
+
+
+def _check_sources(path: Path, sources: Sequence[Any]) -> None:
+    for source in sources:
+        if not isinstance(source, str | Path) or not str(source) or not Path(source).exists():
+            continue
+        read = Path(source).resolve()
+        if path.exists() and (path.samefile(read) or (read.is_file() and path.samefile(read.parent))):
+            raise OutputError(f"{path}: is {source} itself, which is read; name another folder for what is written")
+        if path in read.parents:
+            raise OutputError(f"{path}: holds {source}, which is read; name another folder for what is written")
+
+
+def _is_free(path: Path) -> bool:
+    """Whether there is no such folder, or nothing in it that counts, or what a run has left that was filling it."""
+    if not path.exists():
+        return True
+    found = {entry.name for entry in path.iterdir()}
+    unfinished = f".{_UNFINISHED}" in found
+    return not found - _NOTHING or (unfinished and not _others(path) and not (path / "config.json").exists())
+
+
+def _check_ours(path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise OutputError(f"{path}: exists and is not empty; name another folder, or pass --overwrite (overwrite=True)")
+    if not listed_files(path):
+        raise OutputError(
+            f"{path}: is not empty, and has no list of files in a {REPORT_NAME} of this package, so it is not known "
+            "what may be replaced; remove it yourself, or name another folder"
+        )
+    others = _others(path)
+    if others:
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        raise OutputError(
+            f"{path}: {others[0]}{more} in it was not written by this package, so the folder is not replaced; move it "
+            "away, or name another folder"
+        )
+
+
+def _others(path: Path) -> list[str]:
+    """What is in a folder and not in its list, by name; empty folders that hold nothing of the list too."""
+    listed = listed_files(path)
+    ours = {*listed, *(parent.as_posix() for name in listed for parent in Path(name).parents)}
+    found = [entry.relative_to(path) for entry in path.rglob("*")]
+    return sorted(name.as_posix() for name in found if name.as_posix() not in ours and name.parts[0] not in _NOTHING)
+
+
+def _check_replaceable(path: Path) -> None:
+    here = Path.cwd()
+    if path.is_mount() or path == here or path in here.parents:
+        what = "a mount point" if path.is_mount() else "the folder you are in"
+        raise OutputError(f"{path}: is {what}, which cannot be replaced; empty it, or name another folder")
+
+
+def _check_room(path: Path, needs: int) -> None:
+    # An empty folder is filled, one that is replaced is renamed in its parent.
+    beside = path if path.is_dir() and _is_free(path) else path.parent
+    there = next(parent for parent in (beside, *beside.parents) if parent.exists())
+    if not there.is_dir():
+        raise OutputError(f"{path}: {there} is no folder, so nothing can be in it; name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: {there} may not be written to; name another folder, or change its permissions")
+    free = shutil.disk_usage(there).free
+    if needs > free:
+        raise OutputError(
+            f"{path}: about {needs / 1e9:.1f} GB will be written, and {free / 1e9:.1f} GB are free there; free some, "
+            "or name a folder on another disk"
+        )
+
+
+def _put_back(path: Path, work: Path) -> None:
+    """Undo, or end, the exchange of folders of a process that was killed within it."""
+    old = work / _OLD
+    if old.is_dir() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _is_device(path: Path) -> bool:
+    mode = path.stat().st_mode
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+
+def _says_no_space(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is that there is no space."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return True
+    said = any(text in str(error) for text in _SAID_OF_NO_SPACE)
+    return said or _says_no_space(error.__cause__) or _says_no_space(error.__context__)

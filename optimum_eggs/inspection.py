@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .errors import CheckpointError
+from .files import changed_files
 from .masks.certificate import Certificate, certify
 from .masks.spectra import Spectra, spectra
 from .packing import unpack
@@ -114,6 +115,9 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
     quiet = None if progress is None else not progress
     for key, (name, pattern) in tqdm(listed.items(), desc="Inspecting", unit="layer", disable=quiet):
         _inspect_layer(found, key, name, pattern, entries, with_spectra)
+    for file in changed_files(Path(folder)):
+        detail = "its bytes are not those that were saved, by the digest in report.json; save or download it again"
+        found.violations.append(Violation(file, "digest", detail))
     return found
 
 

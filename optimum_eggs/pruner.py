@@ -12,9 +12,9 @@ from optimum.quantization_base import OptimumQuantizer
 
 from .config import EGGSConfig
 from .engine import PruneReport, calibrate_and_prune, pack_model
-from .engine.report import REPORT_NAME
 from .errors import ConfigError, ModelError
-from .folders import check_output, new_folder
+from .files import REPORT_NAME
+from .folders import new_folder
 from .hf.attach import attach_quantizer
 from .hf.loading import hub_options, load_model, load_tokenizer, own_memory, parse_dtype
 from .pattern import NMPattern
@@ -165,32 +165,40 @@ class EGGSPruner(OptimumQuantizer):
         The folder appears when it is complete; nothing is left behind otherwise.
 
         Args:
-            save_directory: Folder to make.
-            overwrite: Replace a saved model that is there.
+            save_directory: Folder to make, or an empty one to fill.
+            overwrite: Replace what this package saved there. Text of your own in its README.md stays.
             dtype: Cast the model to this dtype first. Default: as it is.
             max_shard_size: As for transformers.
 
         Raises:
             ModelError: the model is not pruned, or the last `prune` did not finish.
-            OutputError: the folder is not empty, or cannot be written.
+            OutputError: the folder may not be replaced, or cannot be written: before anything is.
         """
-        from .sharing import write_card
+        from .sharing import keep_own_text, write_card
 
         if self._broken:
             raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
         if self.report is None:
             raise ModelError("the model is not pruned yet; call prune() first, or pack() if it has its zeros already")
-        check_output(save_directory, overwrite)
         target = parse_dtype(dtype)
-        if isinstance(target, torch.dtype):
-            for parameter in self.model.parameters():  # not buffers: rotary tables are computed in float32
-                parameter.data = parameter.data.to(target)
-        with new_folder(save_directory, overwrite) as folder:
+        cast = target if isinstance(target, torch.dtype) else None
+        tensors = {id(value): value for value in self.model.state_dict(keep_vars=True).values()}.values()
+        needs = sum(
+            value.numel() * (cast.itemsize if cast and value.is_floating_point() else value.element_size())
+            for value in tensors
+        )
+        read = getattr(self.model.config, "_name_or_path", None)
+        with new_folder(save_directory, overwrite, sources=[read], needs=needs) as folder:
+            if cast is not None:
+                for parameter in self.model.parameters():  # not buffers: rotary tables are computed in float32
+                    parameter.data = parameter.data.to(cast)
             self.model.save_pretrained(folder, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             self.report.save(folder / REPORT_NAME)
-            write_card(folder, Path(save_directory).absolute().name)
+            path = Path(save_directory).resolve()
+            keep_own_text(path, folder)
+            write_card(folder, path.name)
 
     def push_to_hub(
         self: EGGSPruner | str | Path, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any

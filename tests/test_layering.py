@@ -12,8 +12,8 @@ import optimum_eggs
 PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
     ["dtypes", "errors", "imports", "version"],
-    ["pattern", "measure", "ranks"],
-    ["importance", "packing", "presets", "folders", "names", "validation"],
+    ["pattern", "measure", "ranks", "files", "locks"],
+    ["importance", "packing", "presets", "folders", "runs", "names", "validation"],
     ["masks"],
     ["update"],
     ["ops", "config"],

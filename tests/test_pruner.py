@@ -75,7 +75,7 @@ def test_a_folder_that_is_not_empty_is_refused(dense_folder, config, tmp_path, t
     pruner.prune(config, calibration=text_file)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
-    for overwrite, message in ((False, "exists and is not empty"), (True, "no config.json, so it is no saved model")):
+    for overwrite, message in ((False, "exists and is not empty"), (True, "has no list of files")):
         with pytest.raises(OutputError, match=message):
             pruner.save_pretrained(tmp_path / "out", overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, record, and print."""
-    from ..engine.report import REPORT_NAME
     from ..evaluation import evaluate, record
+    from ..files import REPORT_NAME
 
     found = evaluate(
         args.model,

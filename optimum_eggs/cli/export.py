@@ -23,19 +23,23 @@ def run(args: argparse.Namespace) -> int:
     from ..hf.attach import packed_layers
     from ..hf.loading import has_tokenizer, load_model, load_tokenizer
 
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, sources=[args.model])
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
-    layers = len(packed_layers(model))
+    layers = packed_layers(model)
     if not layers:
         raise ModelError(f"{args.model}: has no packed layers, so it is dense already")
-    model = model.dequantize()
-    with new_folder(args.output, args.overwrite) as folder:
+    zeros = sum((layer.in_features * layer.out_features - layer.weight.numel()) for layer in layers.values())
+    needs = sum(value.nbytes for value in model.parameters()) + zeros * model.dtype.itemsize
+    count = len(layers)
+    del layers  # or packed and dense ones are in memory together
+    with new_folder(args.output, args.overwrite, sources=[args.model], needs=needs) as folder:
+        model = model.dequantize()
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         if has_tokenizer(args.model):
             tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
             tokenizer.save_pretrained(folder)
     if args.json:
-        print(json.dumps({"output": args.output, "format": args.format, "layers": layers}))
+        print(json.dumps({"output": args.output, "format": args.format, "layers": count}))
     else:
-        print(f"{layers} layers made dense, saved to {args.output}")
+        print(f"{count} layers made dense, saved to {args.output}")
     return 0

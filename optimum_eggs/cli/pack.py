@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pattern import NMPattern
     from ..pruner import EGGSPruner
 
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, sources=[args.model])
     pattern = None if args.pattern is None else NMPattern.parse(args.pattern)
     if Path(args.model).is_dir() and not has_tokenizer(args.model):
         # no text is read, so no tokenizer is needed

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
     ranks = join_ranks()
     # Everything that can be refused is refused before a model is loaded.
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, sources=[args.model])
     flags = {key: getattr(args, key) for key in _FLAGS}
     config = make_config(flags | {"calibration": parse_sources(args.calibration or [])}, args.set)
     if config.calibration is None:
@@ -171,6 +171,7 @@ def _from_disk(args: argparse.Namespace, config: EGGSConfig, ranks: Ranks) -> Pr
 
 def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
     """The model as a whole in memory."""
+    from ..folders import check_output
     from ..pruner import EGGSPruner
 
     if args.memory_budget is not None:
@@ -182,6 +183,8 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
     options |= {"device_map": args.device} if args.device else {}
     options |= {"revision": args.revision} if args.revision else {}
     pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **options)
+    least = sum(value.nbytes for value in pruner.model.parameters()) * config.n // config.m
+    check_output(args.output, args.overwrite, sources=[args.model], needs=least)
     report = pruner.prune(config)
     pruner.save_pretrained(
         args.output,

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, write, and say where."""
     from ..errors import OutputError
+    from ..files import add_to_list
     from ..report import report_page
 
     folder = Path(args.model)
@@ -31,5 +32,6 @@ def run(args: argparse.Namespace) -> int:
         output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error}); name another file with --output") from error
+    add_to_list(folder, [path for path in (output, *folder.glob("figures/*")) if path.is_relative_to(folder)])
     print(json.dumps({"page": str(output)}) if args.json else f"wrote {output}")
     return 0

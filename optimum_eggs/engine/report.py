@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..files import REPORT_NAME, write_durably
 from ..masks.certificate import Certificate
 from ..masks.shortfall import Shortfall
 from .tune import BlockTuning
 
 REPORT_VERSION = 1
-REPORT_NAME = "report.json"
 _MEASURED = ("evaluations", "tasks", "benchmark", "recovery")  # parts that other commands than `prune` put in
 
 
@@ -156,9 +156,7 @@ def update_report(folder: str | Path, **parts: Any) -> bool:
     if not path.is_file():
         return False
     report = json.loads(path.read_text(encoding="utf-8")) | parts
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_durably(path, json.dumps(report, indent=2) + "\n")
     return True
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,14 +19,17 @@ from torch import Tensor
 
 from ..calibration.documents import documents
 from ..calibration.windows import token_stream, windows_digest
-from ..engine.report import REPORT_NAME, read_report, without_measurements
-from ..errors import CalibrationError, ConfigError, ModelError, OutputError
+from ..engine.report import read_report, without_measurements
+from ..errors import CalibrationError, ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
-from ..folders import check_output, new_folder
+from ..files import REPORT_NAME, listed_files
+from ..folders import check_output, claimed, put_in_place, written
 from ..hf.attach import packed_layers
 from ..hf.loading import load_model, load_tokenizer, stored_dtype
 from ..measure import Meter
 from ..names import public_name
+from ..ranks import Ranks
+from ..runs import open_run, run_folder
 from .distill import TeacherTokens, TeacherWindows, teacher_tokens
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 
 METHODS = ("lora", "values")
 _LEARNING_RATES = {"lora": 5e-3, "values": 1.5e-3}  # as shares of the root mean square of what is changed
-_SETTINGS, _TAUGHT = "settings.json", "teacher.safetensors"
+_TAUGHT, _MADE = "teacher.safetensors", "made"
 _MOST_HELD_OUT = 16  # windows: judging more of them took time from training
 
 
@@ -130,68 +134,99 @@ def recover(
 ) -> RecoveryReport:
     """Train the packed model in `model_id` and write it to `output`, packed under the same mask.
 
-    Runs `transformers.Trainer` in bfloat16 autocast over float32 weights. Its checkpoints lie in a folder beside the
-    output, named `.OUTPUT.recovery`; the same call after an interruption goes on from the last of them. The folder is
-    removed at the end. Under `torchrun` or `accelerate launch` every process takes its share of the steps' windows:
-    `batch_size` is then that of each. Code that comes with the model, its tokenizer or the teacher is run with
-    `trust_remote_code` alone.
+    Runs `transformers.Trainer` in bfloat16 autocast over float32 weights. Its checkpoints lie in a hidden folder beside
+    the output (in it, where it is an empty folder that is there already); the same call after an interruption goes on
+    from the last of them. A run of other settings that was cut is not in the way: its checkpoints stay until a run
+    ends. Under `torchrun` or `accelerate launch` every process takes its share of the steps' windows: `batch_size` is
+    then that of each. Code that comes with the model, its tokenizer or the teacher is run with `trust_remote_code`
+    alone.
+
+    Args:
+        model_id: A packed model.
+        output: Folder to make.
+        settings: How it is trained.
+        overwrite: Replace a model that this package saved at `output`, and what runs of other settings that were cut
+            have left.
+        trust_remote_code: Run code that comes with the models.
 
     Raises:
-        ConfigError: an interrupted run beside the output had other settings, or PEFT is missing.
+        ConfigError: PEFT is missing.
         ModelError: the model has no packed layer, or cannot be loaded.
         CalibrationError: the texts are too short.
-        OutputError: the output cannot be written.
+        OutputError: the output may not be written, before the work begins; or the disk is full.
     """
-    check_output(output, overwrite)
-    path = Path(output).absolute()
-    work = path.with_name(f".{path.name}.recovery")
+    path = check_output(output, overwrite, sources=[model_id, settings.teacher])
     if settings.method == "lora" and find_spec("peft") is None:
         raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
     stored = stored_dtype(model_id, trust_remote_code)
     state = PartialState(cpu=not torch.cuda.is_available())
-    with Meter([state.device]) as meter:
-        model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(model_id, trust_remote_code=trust_remote_code)
-        if not packed_layers(model):
-            raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
-        train, held_out = training_windows(settings, tokenizer, state.num_processes)
-        digest = windows_digest(torch.cat([train, held_out]))
-        teacher = None if settings.teacher is None else _teacher(settings.teacher, model, trust_remote_code)
-        if state.is_main_process:
-            _open_work_folder(work, {"model": str(model_id), "windows": digest} | asdict(settings), overwrite)
-        taught = None
-        if teacher is not None:
-            with meter.stage("teacher"), state.main_process_first():
-                taught = _taught(work / _TAUGHT, teacher, torch.cat([train, held_out]), settings.top_k)
-            if not settings.block_matching:
-                teacher = None
-        state.wait_for_everyone()
-        with meter.stage("judging"):
-            before = perplexity(model, held_out).perplexity
-        with meter.stage("training"):
-            trained, losses, steps = _train(model, train, held_out, teacher, taught, settings, work)
-        with meter.stage("judging"):
-            after = perplexity(trained, held_out).perplexity
-    public = {"train": [public_name(text) for text in settings.train], "teacher": public_name(settings.teacher)}
-    report = RecoveryReport(
-        asdict(settings) | public, steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
-    )
-    for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
-        parameter.data = parameter.data.to(stored)
-    trained.config.dtype = stored
-    if state.is_main_process:
-        with new_folder(path, overwrite) as folder:
-            trained.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            pruned = without_measurements(read_report(model_id)) | {"recovery": report.to_dict()}
-            (folder / REPORT_NAME).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
-            if "layers" in pruned:  # else there is nothing to make a card of
-                from ..sharing import write_card
-
-                write_card(folder, path.name)
-        shutil.rmtree(work, ignore_errors=True)
-    state.wait_for_everyone()
+    ranks = Ranks(state.process_index, state.num_processes)
+    with ExitStack() as stack:
+        with Meter([state.device]) as meter:
+            with ranks.together():
+                model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
+                tokenizer = load_tokenizer(model_id, trust_remote_code=trust_remote_code)
+                if not packed_layers(model):
+                    raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
+                train, held_out = training_windows(settings, tokenizer, state.num_processes)
+                digest = windows_digest(torch.cat([train, held_out]))
+                teacher = None if settings.teacher is None else _teacher(settings.teacher, model, trust_remote_code)
+            weights = {name: sha for name, sha in listed_files(Path(model_id)).items() if sha is not None}
+            run = {"recover": weights or str(model_id), "windows": digest} | asdict(settings)
+            work: Path | None = None
+            with ranks.together():
+                if ranks.first:
+                    work = stack.enter_context(claimed(path))
+                stack.enter_context(written(path, "once it can be, the same command goes on from the last checkpoint"))
+            (work, *_) = ranks.gather(work)
+            assert work is not None
+            with ranks.together():
+                if ranks.first:
+                    check_output(path, overwrite, needs=_bytes_to_write(model, settings, train, held_out, stored))
+                    stack.callback(_remove_without_work, open_run(work, run, overwrite))
+            folder = run_folder(work, run)
+            taught = None
+            if teacher is not None:
+                with meter.stage("teacher"), state.main_process_first():
+                    taught = _taught(folder / _TAUGHT, teacher, torch.cat([train, held_out]), settings.top_k)
+                if not settings.block_matching:
+                    teacher = None
+            state.wait_for_everyone()
+            with meter.stage("judging"):
+                before = perplexity(model, held_out).perplexity
+            with meter.stage("training"):
+                trained, losses, steps = _train(model, train, held_out, teacher, taught, settings, folder)
+            with meter.stage("judging"):
+                after = perplexity(trained, held_out).perplexity
+        public = {"train": [public_name(text) for text in settings.train], "teacher": public_name(settings.teacher)}
+        report = RecoveryReport(
+            asdict(settings) | public, steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
+        )
+        for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
+            parameter.data = parameter.data.to(stored)
+        trained.config.dtype = stored
+        with ranks.together():
+            if ranks.first:
+                made = folder / _MADE
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+                _save(made, trained, tokenizer, without_measurements(read_report(model_id)), report, path)
+                check_output(path, overwrite)
+                put_in_place(made, path, work)
+                shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _save(made: Path, model: Any, tokenizer: Any, pruned: dict[str, Any], report: RecoveryReport, output: Path) -> None:
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    text = json.dumps(pruned | {"recovery": report.to_dict()}, indent=2)
+    (made / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+    if "layers" in pruned:  # else there is nothing to make a card of
+        from ..sharing import keep_own_text, write_card
+
+        keep_own_text(output, made)
+        write_card(made, output.name)
 
 
 def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int = 1) -> tuple[Tensor, Tensor]:
@@ -241,25 +276,26 @@ def _taught(file: Path, teacher: PreTrainedModel, windows: Tensor, top_k: int) -
     return found
 
 
-def _open_work_folder(work: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder of checkpoints, or go on with that of an interrupted run of the same settings."""
-    marker = work / _SETTINGS
-    if marker.is_file() and overwrite:
-        shutil.rmtree(work)
-    if marker.is_file():
-        before = json.loads(marker.read_text())
-        changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != _plain(settings.get(key)))
-        if changed:
-            raise ConfigError(
-                f"{work}: an interrupted run is there, and {', '.join(changed)} changed since; use the same settings "
-                "to go on, or pass --overwrite (overwrite=True) to start again"
-            )
-        return
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(settings))
-    except OSError as error:
-        raise OutputError(f"{work}: cannot be written ({error}); name another output folder") from error
+def _bytes_to_write(
+    model: PreTrainedModel, settings: RecoverySettings, train: Tensor, held_out: Tensor, stored: torch.dtype
+) -> int:
+    """Bytes of the output, of three checkpoints, which is how many there are while one is written, and of `_TAUGHT`."""
+    everything = sum(value.numel() for value in model.parameters())
+    layers = packed_layers(model).values()
+    if settings.method == "lora":
+        trained = sum(settings.rank * (layer.in_features + layer.out_features) for layer in layers)
+        checkpoint = 12 * trained  # the values and Adam's two moments, in float32
+    else:
+        trained = sum(layer.weight.numel() for layer in layers)
+        checkpoint = 4 * everything + 8 * trained
+    bits = sum(layer.weight_meta.numel() for layer in layers)
+    taught = 0 if settings.teacher is None else (train.numel() + held_out.numel()) * settings.top_k * 6
+    return everything * stored.itemsize + bits + 3 * checkpoint + taught
+
+
+def _remove_without_work(folder: Path) -> None:
+    if not (folder / _TAUGHT).is_file() and not any(folder.glob("checkpoint-*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _last_checkpoint(work: Path) -> str | None:
@@ -273,10 +309,6 @@ def _last_checkpoint(work: Path) -> str | None:
         else:
             return str(path)
     return None
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def _train(

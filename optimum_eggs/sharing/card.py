@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..calibration.documents import DatasetName, dataset_id
 from ..config import EGGSConfig
-from ..engine.report import REPORT_NAME
 from ..errors import ModelError
+from ..files import REPORT_NAME
 from ..names import hub_id
 
 BEGIN, END = "<!-- optimum-eggs: begin -->", "<!-- optimum-eggs: end -->"
@@ -278,6 +278,13 @@ def has_own_text(readme: str) -> bool:
     if BEGIN in text and END in text:
         text = text[: text.index(BEGIN)] + text[text.index(END) + len(END) :]
     return any(line.strip() and not line.startswith("# ") for line in text.splitlines())
+
+
+def keep_own_text(before: Path, folder: Path) -> None:
+    """Take the card of the folder that `folder` is to replace over, if it has text of the user's own."""
+    card = before / "README.md"
+    if card.is_file() and has_own_text(text := card.read_text(encoding="utf-8")):
+        (folder / card.name).write_text(text, encoding="utf-8")
 
 
 def _merged(existing: ModelCard, made: ModelCard) -> ModelCard:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
-import os
-import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..engine.block import BlockResult
 from ..engine.report import DenseLayer, LayerReport
 from ..engine.tune import BlockTuning
-from ..errors import OutputError, shorten
+from ..files import sha256, sync, write_durably
 from ..masks import Shortfall
 from ..masks.certificate import Certificate
 
+logger = logging.getLogger(__name__)
+
 JOURNAL_NAME = "journal.json"
-LOCK_NAME = "lock"
-_OWNER_NAME = "owner.json"
 
 
 @dataclass(frozen=True)
@@ -38,126 +31,44 @@ class Finished:
 
 
 class Journal:
-    """The finished blocks of a run, in a folder beside the output.
+    """The finished blocks of a run, in the run's own folder.
 
     A block is written, synced to disk and only then recorded; the record replaces the one before in one step. So the
-    journal never names a file that is not whole, whenever the run is cut.
+    journal never names a file that is not whole, whenever the run is cut. A journal that cannot be read all the same
+    counts as none.
 
     Args:
         folder: Where finished blocks are.
-        run: What decides the result, as JSON types.
 
     Attributes:
         finished: The finished blocks, in order.
-
-    Raises:
-        OutputError: the folder is of another run.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
-        self.folder, self.run = folder, json.loads(json.dumps(run))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.finished: list[Finished] = []
         path = folder / JOURNAL_NAME
         if not path.is_file():
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            self._check_same(found["run"])
-            for entry in found["blocks"]:
-                if _sha256(folder / entry["file"]) != entry["sha256"]:
+            for entry in json.loads(path.read_text(encoding="utf-8")):
+                file = folder / entry["file"]
+                if not file.is_file() or sha256(file) != entry["sha256"]:
                     break  # what follows was computed from it
                 self.finished.append(Finished(entry["file"], entry["sha256"], _result(entry["result"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(f"{path}: cannot be read ({error}); start again with --overwrite") from error
+            logger.warning("%s: cannot be read (%s), so the run starts from the beginning", path, error)
+            self.finished = []
 
     def add(self, file: str, result: BlockResult) -> None:
         """Record that the next block is finished; its `file` is in the folder."""
         sync(self.folder / file)
         sync(self.folder)
-        self.finished.append(Finished(file, _sha256(self.folder / file) or "", result))
+        self.finished.append(Finished(file, sha256(self.folder / file), result))
         blocks = [
             {"file": block.file, "sha256": block.sha256, "result": _as_json(block.result)} for block in self.finished
         ]
-        write_durably(self.folder / JOURNAL_NAME, json.dumps({"run": self.run, "blocks": blocks}, indent=1))
-
-    def _check_same(self, before: dict[str, Any]) -> None:
-        changed = sorted(key for key in self.run.keys() | before.keys() if self.run.get(key) != before.get(key))
-        if changed:
-            key = changed[0]
-            was, now = before.get(key), self.run.get(key)
-            if isinstance(was, dict) and isinstance(now, dict):
-                part = next(k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
-                key, was, now = f"{key}.{part}", was.get(part), now.get(part)
-            raise OutputError(
-                f"{self.folder}: holds the finished blocks of another run: {key} was {shorten(was)} and is now "
-                f"{shorten(now)}; give the options of before to go on with it, or --overwrite to start again"
-            )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder while within.
-
-    Raises:
-        OutputError: another process is at work in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(f"{folder}: {_owner(folder)} is writing to it; wait for it, or name another output") from None
-    try:
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "user": _user(), "since": time.time()}
-        (folder / _OWNER_NAME).write_text(json.dumps(owner), encoding="utf-8")
-        yield
-    finally:
-        (folder / _OWNER_NAME).unlink(missing_ok=True)
-        lock.release()
-
-
-def sync(path: Path) -> None:
-    """Have a file, or a folder's list of files, written to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a text file in one step: after a crash it is the old one or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def _owner(folder: Path) -> str:
-    try:
-        owner = json.loads((folder / _OWNER_NAME).read_text(encoding="utf-8"))
-        minutes = (time.time() - owner["since"]) / 60
-        return f"process {owner['pid']} of {owner['user']} on {owner['host']}, begun {minutes:.0f} minutes ago,"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or just ended
-        return "another process"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no name for this user id, as in containers
-        return str(os.getuid())
-
-
-def _sha256(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while piece := opened.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
+        write_durably(self.folder / JOURNAL_NAME, json.dumps(blocks, indent=1, allow_nan=False))
 
 
 def sample(file: Path, pieces: int = 64, size: int = 4096) -> str:

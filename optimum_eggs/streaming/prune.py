@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
@@ -22,12 +21,13 @@ from ..calibration.states import StatesOnDisk
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
-from ..engine.plan import make_plan
+from ..engine.plan import PrunePlan, make_plan
 from ..engine.prune import check_run, make_report, prune_blocks
-from ..engine.report import REPORT_NAME, PruneReport
+from ..engine.report import PruneReport
 from ..engine.run import calibration_windows, name_sources, with_seq_len
-from ..errors import ConfigError, EGGSError, OutputError
-from ..folders import check_output, put_in_place
+from ..errors import ConfigError, OutputError
+from ..files import REPORT_NAME
+from ..folders import check_output, claimed, put_in_place, written
 from ..hf.attach import attach_quantizer
 from ..hf.loading import has_tokenizer, load_tokenizer, parse_dtype
 from ..measure import Meter
@@ -35,8 +35,9 @@ from ..nn import dense_weight
 from ..packing import unpack
 from ..pattern import NMPattern
 from ..ranks import ALONE, Ranks
+from ..runs import open_run, run_folder
 from ..version import __version__
-from .journal import Journal, locked, sample, sync
+from .journal import JOURNAL_NAME, Journal, sample
 from .shards import JOINED, Shards
 from .source import DenseSource
 
@@ -65,7 +66,8 @@ def prune_checkpoint(
     Blocks are loaded one at a time, pruned as [`EGGSPruner.prune`][optimum_eggs.EGGSPruner.prune] prunes them, and
     written, each to a file of its own, before the next one is loaded. `output` appears when all is there. A run that
     is cut goes on behind its last finished block when it is started again, and ends with the same weights; until then
-    the blocks are in a hidden folder beside `output`.
+    the blocks are in a hidden folder beside `output` (in it, where it is an empty folder that is there already). A run
+    of other options that was cut is not in the way: its blocks stay until a run ends.
 
     Memory: the largest block or what is outside the blocks, whichever is more; the buffers of its largest layer, as
     `prune_model` says; and the windows' hidden states, unless they are on disk.
@@ -81,7 +83,8 @@ def prune_checkpoint(
             it they are on disk. Default: no limit.
         max_shard_size: As for transformers; but blocks share a file only up to 256 MiB, so that joining them takes
             little memory.
-        overwrite: Replace a saved model at `output`, and what a run of other settings that was cut has left.
+        overwrite: Replace a model that this package saved at `output`, and what runs of other settings that were cut
+            have left.
         progress: Show a progress bar on stderr; False for silence. Default: if it is a terminal.
         ranks: The processes that do it together, of `optimum_eggs.ranks.join_ranks()`. All of them call this with the
             same arguments, and must see the same files of `model` and beside `output`; the first of them writes.
@@ -91,17 +94,17 @@ def prune_checkpoint(
         trust_remote_code: Run code that comes with the model or its tokenizer.
 
     Raises:
-        EGGSError: bad input, before anything is written, but for weights that are damaged, which are seen when their
-            block is loaded; a run of other settings that was cut, or another process at work on the same output; a disk
-            that is full.
+        EGGSError: bad input, or an output that may not be written, before the work begins, but for weights that are
+            damaged, which are seen when their block is loaded; another process at work on the same output; a disk that
+            is full.
         KeyboardInterrupt: with what is finished in its message.
     """
-    from ..sharing import write_card
+    from ..sharing import keep_own_text, write_card
 
-    output = Path(output).absolute()
     with ranks.together():
-        check_output(output, overwrite)
+        path = check_output(output, overwrite, sources=[model])
         target = parse_dtype(save_dtype)
+        cast = target if isinstance(target, torch.dtype) else None
         budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
         shard_size = _bytes("max_shard_size", max_shard_size)
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -118,21 +121,31 @@ def prune_checkpoint(
         described = _run(source, config, windows, ranks)
     run = _same_run(ranks.gather(described))
 
-    work = output.parent / f".{output.name}.unfinished"
+    remedy = "once it can be, the same command goes on behind the last finished block"
     with ExitStack() as stack:
-        stack.enter_context(_written(output))
-        journal: Journal | None = None
+        work: Path | None = None
         with ranks.together():
             if ranks.first:
-                stack.enter_context(locked(work))
-                check_output(output, overwrite)  # another process may just have finished it
-                journal = _open_journal(work, run, overwrite)
+                work = stack.enter_context(claimed(path))
+            stack.enter_context(written(path, remedy))
+        (work, *_) = ranks.gather(work)
+        assert work is not None
         with ranks.together():
-            keeper = _Keeper(journal or Journal(work, run), source, ranks)
+            if ranks.first:
+                check_output(path, overwrite)  # another process may just have finished it
+                folder = open_run(work, run, overwrite)
+                _clear(folder)
+                stack.callback(_remove_without_blocks, folder)
+        with ranks.together():
+            keeper = _Keeper(Journal(run_folder(work, run)), source, ranks)
+            stream = _stream_bytes(source, config, windows)
+            on_disk = budget is not None and stream > budget * ranks.size
+            if ranks.first:
+                needs = _bytes_to_write(source, plan, config, len(keeper), cast) + (stream if on_disk else 0)
+                check_output(path, overwrite, needs=needs)
         begun = ranks.gather(len(keeper))
         if len(set(begun)) > 1:
             raise OutputError(f"{work}: processes see {begun} finished blocks in it; use a disk that all of them share")
-        on_disk = budget is not None and _stream_bytes(source, config, windows) > budget * ranks.size
         try:
             with Meter([source.device]) as meter:
                 done = prune_blocks(
@@ -143,7 +156,7 @@ def prune_checkpoint(
                     windows,
                     meter,
                     progress,
-                    partial(StatesOnDisk, work) if on_disk else list,
+                    partial(StatesOnDisk, keeper.journal.folder) if on_disk else list,
                     keeper,
                     ranks,
                 )
@@ -152,19 +165,16 @@ def prune_checkpoint(
             name_sources(report, config.calibration, drawn, source.model)
             with ranks.together():  # and the others end when the output is there
                 if ranks.first:
-                    made = work / _ASSEMBLED
+                    made = keeper.journal.folder / _ASSEMBLED
                     made.mkdir()
-                    cast = target if isinstance(target, torch.dtype) else None
                     _assemble(made, source, keeper.journal, report, cast, shard_size)
                     if tokenizer is not None:
                         tokenizer.save_pretrained(made)
                     report.save(made / REPORT_NAME)
-                    write_card(made, output.name)
-                    for path in (*made.rglob("*"), made):
-                        sync(path)
-                    check_output(output, overwrite)  # something may have been put there meanwhile
-                    put_in_place(made, output)
-                    sync(output.parent)
+                    keep_own_text(path, made)
+                    write_card(made, path.name)
+                    check_output(path, overwrite)  # something may have been put there meanwhile
+                    put_in_place(made, path, work)
                     shutil.rmtree(work, ignore_errors=True)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -299,34 +309,33 @@ def _bytes(name: str, value: int | str) -> int:
         raise ConfigError(f"{name}={value!r} is no size; write a number of bytes, or such as '8GiB'") from error
 
 
-def _open_journal(work: Path, run: dict[str, Any], overwrite: bool) -> Journal:
-    """The journal of `run`; finished blocks of another run are removed, if that may be overwritten.
+def _bytes_to_write(
+    source: DenseSource, plan: PrunePlan, config: EGGSConfig, finished: int, dtype: torch.dtype | None
+) -> int:
+    """Bytes of the blocks that are not finished, and of the output, which lie beside each other at the end."""
+    pattern, kept, total = config.pattern, 0, 0
+    planned = [{f"{name}.weight" for name in layers} for layers in plan.layers]
+    size = dtype.itemsize if dtype is not None else source.dtype.itemsize
+    tied = source.model.all_tied_weights_keys
+    for name, value in source.model.state_dict().items():
+        if name in tied:
+            continue
+        block = source.block_of(name)
+        packed = block is not None and name in planned[block]
+        values = value.numel() * pattern.n // pattern.m if packed else value.numel()
+        bits = value.numel() // 8 if packed else 0
+        total += values * (size if value.is_floating_point() else value.element_size()) + bits
+        if block is not None and block >= finished:
+            kept += values * value.element_size() + bits
+    return kept + total
 
-    Raises:
-        OutputError: there are blocks of another run, or a journal that cannot be read.
-    """
-    for folder in (work / _ASSEMBLED, *work.glob("states-*")):
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
-    try:
-        return Journal(work, run)
-    except OutputError:
-        if not overwrite:
-            raise
-    for file in [*work.glob("block-*"), *work.glob("journal*")]:
-        file.unlink()
-    return Journal(work, run)
+
+def _remove_without_blocks(folder: Path) -> None:
+    if not (folder / JOURNAL_NAME).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _written(output: Path) -> Iterator[None]:
-    """Turns a disk that is full, or may not be written, into an error that says how to go on."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except EGGSError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{output}: cannot be written ({error}); once it can be, the same command goes on behind the last finished "
-            "block"
-        ) from error
+def _clear(folder: Path) -> None:
+    """Remove what a run that was killed has left and cannot be used."""
+    for left in (folder / _ASSEMBLED, *folder.glob("states-*")):
+        shutil.rmtree(left, ignore_errors=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import sync
 from ..packing.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from .journal import sync
 
 JOINED = 256 * 2**20
 """Bytes up to which parts share a file: what is in memory while it is written."""

@@ -98,6 +98,13 @@ class DenseSource:
     def __len__(self) -> int:
         return len(self.block_list.blocks)
 
+    def block_of(self, name: str) -> int | None:
+        """The block that a weight is in, by its name in the model; None for one outside of all."""
+        prefix = f"{self.block_list.name}."
+        block = name.removeprefix(prefix).split(".")[0]
+        inside = name.startswith(prefix) and block.isdecimal() and int(block) < len(self)
+        return int(block) if inside else None
+
     def skeleton(self, index: int) -> nn.Module:
         """Block `index`, mostly without weights."""
         return self.block_list.blocks[index]
@@ -206,13 +213,11 @@ class DenseSource:
 
     def _by_block(self, files: dict[str, Path]) -> dict[int | None, dict[str, Path]]:
         """The checkpoint's keys and their files, by the block that they go to; None: outside of all."""
-        known, prefix = self.model.state_dict(), f"{self.block_list.name}."
+        known = self.model.state_dict()
         found: dict[int | None, dict[str, Path]] = {index: {} for index in (None, *range(len(self)))}
         names = {key: self._name(key, known) for key in files}
         for key, name in names.items():
-            block = name.removeprefix(prefix).split(".")[0]
-            inside = name.startswith(prefix) and block.isdecimal() and int(block) < len(self)
-            found[int(block) if inside else None][key] = files[key]
+            found[self.block_of(name)][key] = files[key]
         missing = sorted(known.keys() - set(names.values()) - self.model.all_tied_weights_keys.keys())
         converted = any(isinstance(entry, WeightConverter) for entry in self._conversions)
         if missing and not converted:  # with conversions, one key may fill several weights: `_load` sees to it

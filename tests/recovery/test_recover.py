@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from optimum_eggs.cli.main import main
 from optimum_eggs.engine.report import read_report, update_report
 from optimum_eggs.errors import CalibrationError, ConfigError, ModelError, OutputError
+from optimum_eggs.folders import claimed
 from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.recovery.distill import block_error, divergence, teacher_tokens
@@ -122,16 +124,16 @@ def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-m", "optimum_eggs", "recover", str(packed_folder), str(out)]
     command += ["--train", str(text_file), "--steps", "400", "--seq-len", "16", "--batch-size", "2", "--rank", "2"]
-    work = tmp_path / ".out.recovery"
+    work = tmp_path / ".out.unfinished"
 
     def stopped_after_a_checkpoint(how):
-        seen = set(work.glob("checkpoint-*/trainer_state.json"))
+        seen = set(work.glob("*/checkpoint-*/trainer_state.json"))
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard
         )
         deadline = time.monotonic() + 240
-        while not set(work.glob("checkpoint-*/trainer_state.json")) - seen:
+        while not set(work.glob("*/checkpoint-*/trainer_state.json")) - seen:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -143,8 +145,6 @@ def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
     assert "goes on from the last checkpoint" in said
     stopped_after_a_checkpoint(signal.SIGKILL)
     assert not out.exists()
-    with pytest.raises(ConfigError, match="steps, windows changed since"):
-        recover(packed_folder, out, RecoverySettings([str(text_file)], seq_len=16, batch_size=2, rank=2, steps=6))
     subprocess.run(command, check=True, capture_output=True)
     state = json.loads((out / "report.json").read_text())["recovery"]
     assert state["steps"] > 0
@@ -170,8 +170,8 @@ def test_an_interrupted_run_does_the_steps_that_are_left_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         recover(packed_folder, tmp_path / "cut", chosen)
     assert not (tmp_path / "cut").exists()
-    broken = tmp_path / ".cut.recovery" / "checkpoint-6"  # as a kill in the middle of writing leaves it
-    broken.mkdir()
+    (run,) = (tmp_path / ".cut.unfinished").glob("run-*")
+    (run / "checkpoint-6").mkdir()  # as a kill in the middle of writing leaves it
     done.append(None)
     report = recover(packed_folder, tmp_path / "cut", chosen)
     assert done == [0, 1, 2, 3, 4, None, 4, 5, 6, 7]  # the last checkpoint was that of step 4
@@ -179,6 +179,36 @@ def test_an_interrupted_run_does_the_steps_that_are_left_and_ends_the_same(
     whole, cut = (packed_layers(AutoModelForCausalLM.from_pretrained(tmp_path / name)) for name in ("whole", "cut"))
     for name, layer in whole.items():
         torch.testing.assert_close(cut[name].weight, layer.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_run_of_other_settings_has_left_is_not_in_the_way(
+    packed_folder, text_file, tmp_path, monkeypatch, caplog
+):
+    def interrupted(self, *arguments, **options):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return plain(self, *arguments, **options)
+
+    plain = RecoveryTrainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoveryTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recover(packed_folder, tmp_path / "out", settings(text_file, steps=2))
+    recover(packed_folder, tmp_path / "out", settings(text_file, steps=1))
+    assert "steps was 2 and is now 1; this one starts from the beginning" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_output_is_decided_on_before_the_work(packed_folder, dense_folder, text_file, tmp_path, monkeypatch):
+    for out in (packed_folder, dense_folder):
+        with pytest.raises(OutputError, match="itself, which is read"):
+            recover(packed_folder, out, settings(text_file, teacher=str(dense_folder)), overwrite=True)
+    with claimed(tmp_path / "out"), pytest.raises(OutputError, match="is writing to it"):
+        recover(packed_folder, tmp_path / "out", settings(text_file))
+    monkeypatch.setattr("optimum_eggs.folders.shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(OutputError, match=r"will be written, and .* are free there"):
+        recover(packed_folder, tmp_path / "out", settings(text_file, method="values"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_measured_before_is_not_said_of_the_recovered_model(packed_folder, text_file, tmp_path):

@@ -215,9 +215,9 @@ def command(folder, output):
     return [*LAUNCH, "-m", "optimum_eggs", "prune", *given]
 
 
-def wait_for(file, running=None):
+def wait_for_a_block(work, running=None):
     deadline = time.monotonic() + 200
-    while not file.exists():
+    while not list(work.glob("*/journal.json")):
         assert running is None or running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -230,7 +230,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(victim, deep, tmp
     if not whole.exists():
         subprocess.run(command(deep, whole), env=ENVIRONMENT, capture_output=True, check=True, timeout=300)
     running = subprocess.Popen(command(deep, output), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / ".out.unfinished" / "journal.json", running)
+    wait_for_a_block(tmp_path / ".out.unfinished", running)
     workers = {int(child.environ()["RANK"]): child for child in psutil.Process(running.pid).children()}
     os.kill(workers[victim].pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -260,7 +260,7 @@ def test_who_is_left_alone_says_so(victim, deep, forks, tmp_path):
     alone = arguments[arguments.index("optimum_eggs") - 1 :]
     shared = forks.environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     workers = [forks.start(*alone, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-    wait_for(tmp_path / ".out.unfinished" / "journal.json")
+    wait_for_a_block(tmp_path / ".out.unfinished")
     workers[victim].kill()
     workers[victim].wait()
     left = workers[1 - victim].wait(60)
@@ -285,14 +285,16 @@ def test_accelerate_starts_the_same_processes(together, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_not_continued_by_one(deep, tmp_path, capsys):
+def test_a_run_of_two_processes_is_not_continued_by_one(deep, tmp_path, caplog):
     running = subprocess.Popen(command(deep, tmp_path / "out"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    wait_for(tmp_path / ".out.unfinished" / "journal.json", running)
+    wait_for_a_block(tmp_path / ".out.unfinished", running)
     workers = psutil.Process(running.pid).children()
     running.kill()
     for worker in workers:
         worker.kill()
     psutil.wait_procs([running, *workers], timeout=30)
     arguments = command(deep, tmp_path / "out")
-    assert main(arguments[arguments.index("prune") :]) == 2
-    assert "processes was 2 and is now 1" in capsys.readouterr().err
+    assert main(arguments[arguments.index("prune") :]) == 0
+    assert "processes was 2 and is now 1; this one starts from the beginning" in caplog.text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["measurements"]["blocks_of_earlier_runs"] == 0

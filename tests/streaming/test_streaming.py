@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -19,10 +20,10 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.errors import CheckpointError, ConfigError, ModelError, NumericalError, OutputError
+from optimum_eggs.folders import claimed, new_folder
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.streaming import prune as streaming
 from optimum_eggs.streaming import prune_checkpoint
-from optimum_eggs.streaming.journal import locked
 
 SIZE = {"num_samples": 8, "seq_len": 16, "band": 8, "batch_size": 2}
 KINDS = {
@@ -214,43 +215,59 @@ def test_a_finished_block_that_was_damaged_is_pruned_again(deep, whole, text_fil
         cut_after(patch, 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
-    file = tmp_path / ".out.unfinished" / "block-00002.safetensors"
+    (file,) = (tmp_path / ".out.unfinished").glob("*/block-00002.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
     assert report.measurements["blocks_of_earlier_runs"] == 2
     same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
 
 
-def test_another_run_is_refused_with_what_changed_and_overwrite_starts_again(
-    deep, whole, text_file, tmp_path, monkeypatch
-):
+def test_what_another_run_has_left_is_not_in_the_way(deep, whole, text_file, tmp_path, monkeypatch, caplog):
+    def cut(model, config, **options):
+        with monkeypatch.context() as patch:
+            cut_after(patch, 2, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt, match="2 of 5 blocks are finished"):
+                prune_checkpoint(model, tmp_path / "out", config, progress=False, **options)
+
     config = config_for(text_file)
-    with monkeypatch.context() as patch:
-        cut_after(patch, 2, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    cut(deep, config)
     other_text = tmp_path / "other.txt"
     other_text.write_text(tiny.make_text(4000, seed=1))
     other_model = shutil.copytree(deep, tmp_path / "model")
     save_file(
         {name: value * 2 for name, value in tensors(deep).items()}, other_model / "model.safetensors", {"format": "pt"}
     )
-    for model, changed, options, message in (
+    for model, changed, options, message in (  # what was cut last is named
         (deep, config_for(text_file, refit_steps=3), {}, "config.refit_steps was 10 and is now 3"),
-        (deep, config_for(other_text), {}, "calibration was "),
-        (deep, config, {"dtype": "float32"}, "dtype was 'torch.bfloat16' and is now 'torch.float32'"),
-        (other_model, config, {}, "model.model.safetensors was "),
+        (deep, config_for(other_text, refit_steps=3), {}, "calibration was "),
+        (deep, config_for(other_text, refit_steps=3), {"dtype": "float32"}, "dtype was 'torch.bfloat16' and is now"),
+        (other_model, config_for(other_text, refit_steps=3), {"dtype": "float32"}, "model.model.safetensors was "),
     ):
-        with pytest.raises(OutputError, match=message):
-            prune_checkpoint(model, tmp_path / "out", changed, progress=False, **options)
-    config = config_for(text_file, **KINDS["best"])
-    prune_checkpoint(deep, tmp_path / "out", config, overwrite=True, progress=False)
-    same_bits(tensors(tmp_path / "out"), tensors(whole / "best"))
+        caplog.clear()
+        cut(model, changed, **options)
+        assert message in caplog.text
+        assert "this one starts from the beginning" in caplog.text
+    caplog.clear()
+    report = prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == 2
+    assert not caplog.text
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other.txt", "out"]
+
+
+def test_overwriting_removes_what_other_runs_have_left(deep, text_file, tmp_path, monkeypatch):
+    for steps in (3, 4):
+        with monkeypatch.context() as patch:
+            cut_after(patch, 1, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                prune_checkpoint(deep, tmp_path / "out", config_for(text_file, refit_steps=steps), overwrite=True)
+        assert len(list((tmp_path / ".out.unfinished").glob("run-*"))) == 1
 
 
 def test_overwriting_goes_on_too_where_it_was_cut(deep, whole, text_file, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("{}")
+    with new_folder(tmp_path / "out") as made:
+        (made / "config.json").write_text("{}")
+        (made / "README.md").write_text("# out\n\nText of my own.\n")
     with monkeypatch.context() as patch:
         cut_after(patch, 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt, match="2 of 5 blocks are finished"):
@@ -258,6 +275,40 @@ def test_overwriting_goes_on_too_where_it_was_cut(deep, whole, text_file, tmp_pa
     report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), overwrite=True, progress=False)
     assert report.measurements["blocks_of_earlier_runs"] == 2
     same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
+    assert "Text of my own." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_empty_folder_is_filled_and_the_unfinished_run_is_in_it(deep, whole, text_file, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        cut_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt, match="2 of 5 blocks are finished"):
+            prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert [path.name for path in tmp_path.rglob(".*")] == [".unfinished"]
+    report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == 2
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_space_is_asked_for_before_the_work(deep, whole, text_file, tmp_path, monkeypatch):
+    free = []
+    monkeypatch.setattr("optimum_eggs.folders.shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    sizes = {name: value.nbytes for name, value in tensors(whole / "fast").items()}
+    needs = sum(size * (2 if ".layers." in name else 1) for name, size in sizes.items())
+    free[:] = [needs - 1]
+    with pytest.raises(OutputError, match=r"will be written, and .* are free there"):
+        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert not list(tmp_path.iterdir())
+    free[:] = [needs]
+    prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+
+
+def test_the_model_is_not_replaced(deep, text_file, tmp_path):
+    (tmp_path / "link").symlink_to(deep)
+    for out in (deep, tmp_path / "link"):
+        with pytest.raises(OutputError, match="itself, which is read"):
+            prune_checkpoint(deep, out, config_for(text_file), overwrite=True)
 
 
 def test_an_interrupt_while_the_output_is_put_together_says_what_is_finished(deep, text_file, tmp_path, monkeypatch):
@@ -287,20 +338,17 @@ def test_what_is_put_at_the_output_during_a_run_stays(deep, text_file, tmp_path,
     assert report.measurements["blocks_of_earlier_runs"] == 5
 
 
-def test_a_journal_that_knows_more_is_refused_with_what(deep, text_file, tmp_path, monkeypatch):
+def test_a_journal_that_cannot_be_read_counts_as_none(deep, whole, text_file, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         cut_after(patch, 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
-    journal = tmp_path / ".out.unfinished" / "journal.json"
-    found = json.loads(journal.read_text())
-    found["run"]["config"]["later_option"] = 3
-    journal.write_text(json.dumps(found))
-    with pytest.raises(OutputError, match=r"config\.later_option was 3 and is now None"):
-        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
-    journal.write_text(json.dumps(found | {"run": []}))
-    with pytest.raises(OutputError, match="cannot be read"):
-        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    (journal,) = (tmp_path / ".out.unfinished").glob("*/journal.json")
+    journal.write_text('[{"file": "block-00000.safetensors"}]')
+    report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == 0
+    assert "cannot be read ('sha256'), so the run starts from the beginning" in caplog.text
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "fast"))
 
 
 def test_blocks_with_buffers_that_no_file_holds(tokenizer, text_file, tmp_path):
@@ -329,26 +377,9 @@ def test_files_that_cannot_be_read_any_more_are_not_taken_for_a_full_disk(deep, 
         prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
 
 
-def test_a_second_process_is_refused_and_told_of_the_first(deep, forks, text_file, tmp_path):
-    code = "import sys, time; from pathlib import Path; from optimum_eggs.streaming.journal import locked\n"
-    code += "with locked(Path(sys.argv[1])): Path(sys.argv[2]).touch(); time.sleep(60)"
-    first = forks.start("-c", code, tmp_path / ".out.unfinished", tmp_path / "held")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "held").exists():
-        assert time.monotonic() < deadline, first.wait(0).stderr
-        time.sleep(0.01)
-    with pytest.raises(OutputError, match=rf"process {first.pid} of .* begun 0 minutes ago, is writing to it"):
+def test_a_second_process_is_refused(deep, text_file, tmp_path):
+    with claimed(tmp_path / "out"), pytest.raises(OutputError, match=rf"process {os.getpid()} of .* is writing to it"):
         prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
-    first.kill()
-    first.wait()
-    prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)  # the dead one holds nothing
-
-
-def test_the_lock_is_let_go(tmp_path):
-    for _ in range(2):
-        with locked(tmp_path / "work"):
-            assert (tmp_path / "work" / "owner.json").exists()
-    assert not (tmp_path / "work" / "owner.json").exists()
 
 
 def test_bad_models_are_refused_before_anything_is_written(deep, packed_folder, text_file, tmp_path):

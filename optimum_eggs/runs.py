@@ -1,0 +1,74 @@
+"""What unfinished runs have left beside an output: each has a folder of its own, so that none is in another's way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .errors import shorten
+from .files import write_durably
+
+logger = logging.getLogger(__name__)
+
+_RUN = "run.json"
+
+
+def run_folder(work: Path, run: dict[str, Any]) -> Path:
+    """Where a run leaves what is finished, in the hidden folder beside its output."""
+    text = json.dumps(run, sort_keys=True)
+    return work / f"run-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def open_run(work: Path, run: dict[str, Any], overwrite: bool) -> Path:
+    """The folder of a run: that of the same run that was cut, or a new one.
+
+    What other runs have left is removed with `overwrite`; else it stays, and a warning says what is different.
+
+    Args:
+        work: Hidden folder beside the output, locked.
+        run: What decides the result, as JSON types.
+        overwrite: Whether other runs are to be gone on with no more.
+    """
+    run = json.loads(json.dumps(run))
+    folder = run_folder(work, run)
+    others = [other for other in sorted(work.glob("run-*")) if other != folder]
+    if overwrite:
+        for other in others:
+            shutil.rmtree(other, ignore_errors=True)
+    elif others and not folder.is_dir():
+        latest = max(others, key=lambda other: other.stat().st_mtime)
+        logger.warning(
+            "%s: another run was cut there, of which %s; this one starts from the beginning. The options of before go "
+            "on with that one, until a run ends, which removes it",
+            work,
+            difference(_read(latest), run),
+        )
+    folder.mkdir(exist_ok=True)
+    write_durably(folder / _RUN, json.dumps(run, indent=1))
+    return folder
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing that two runs differ in, in words.
+
+    >>> difference({"config": {"n": 2}}, {"config": {"n": 1}})
+    'config.n was 2 and is now 1'
+    """
+    key = next(key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key))
+    was, is_now = before.get(key), now.get(key)
+    if isinstance(was, dict) and isinstance(is_now, dict):
+        part = next(k for k in sorted(was.keys() | is_now.keys()) if was.get(k) != is_now.get(k))
+        key, was, is_now = f"{key}.{part}", was.get(part), is_now.get(part)
+    return f"{key} was {shorten(was)} and is now {shorten(is_now)}"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it was cut before that was written
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -29,6 +29,7 @@ _SAID_OF_NO_SPACE = (  # by writers whose errors are no OSError: those in Rust, 
     "file write failed",
     "PytorchStreamWriter failed",
     "unexpected pos",
+    "iostream error",
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import random
 
 import torch
@@ -111,3 +113,11 @@ def make_tokenizer() -> t.PreTrainedTokenizerFast:
 def make_windows(count: int = 8, length: int = 16, seed: int = 0) -> torch.Tensor:
     """Random token windows (count, length)."""
     return torch.randint(4, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def flip_a_bit(file, tensor="model.layers.0.mlp.up_proj.weight"):
+    """Flip the lowest bit of a tensor's first value in a safetensors file."""
+    data = bytearray(file.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin + json.loads(data[8:begin])[tensor]["data_offsets"][0]] ^= 1
+    file.write_bytes(data)

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=["dense"], default="dense", help="format to write (default: dense)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with DIR")
     parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote at OUT")
 
 
 def run(args: argparse.Namespace) -> int:

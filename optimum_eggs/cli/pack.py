@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-list", metavar="NAME", help="list of blocks, if it cannot be found by structure")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with MODEL")
     parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote at OUT")
 
 
 def run(args: argparse.Namespace) -> int:

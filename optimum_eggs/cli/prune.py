@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a saved model at OUT, and what an interrupted run of other settings has left",
+        help="replace what this package wrote at OUT, and what an interrupted run of other settings has left",
     )
     add_set(parser, _FLAGS)
 

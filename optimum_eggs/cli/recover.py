@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model or the teacher"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, and start an interrupted run again")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what this package wrote at OUT, and what an interrupted run of other settings has left",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

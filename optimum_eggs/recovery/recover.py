@@ -180,11 +180,12 @@ def recover(
                 stack.enter_context(written(path, "once it can be, the same command goes on from the last checkpoint"))
             (work, *_) = ranks.gather(work)
             assert work is not None
+            folder = run_folder(work, run)
             with ranks.together():
                 if ranks.first:
                     check_output(path, overwrite, needs=_bytes_to_write(model, settings, train, held_out, stored))
-                    stack.callback(_remove_without_work, open_run(work, run, overwrite))
-            folder = run_folder(work, run)
+                    stack.callback(_remove_without_work, folder)
+                    open_run(work, run, overwrite)
             taught = None
             if teacher is not None:
                 with meter.stage("teacher"), state.main_process_first():
@@ -346,6 +347,8 @@ def _train(
         for layer in packed_layers(model).values():
             layer.weight.requires_grad_(True)
     every = max(1, settings.steps // settings.evaluations)
+    # not where it is off: newer versions of transformers warn of that name
+    saving_memory: dict[str, Any] = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
@@ -363,7 +366,7 @@ def _train(
         metric_for_best_model="loss",
         prediction_loss_only=True,
         remove_unused_columns=False,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        **saving_memory,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         seed=settings.seed,

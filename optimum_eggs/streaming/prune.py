@@ -133,9 +133,8 @@ def prune_checkpoint(
         with ranks.together():
             if ranks.first:
                 check_output(path, overwrite)  # another process may just have finished it
-                folder = open_run(work, run, overwrite)
-                _clear(folder)
-                stack.callback(_remove_without_blocks, folder)
+                stack.callback(_remove_without_blocks, run_folder(work, run))
+                _clear(open_run(work, run, overwrite))
         with ranks.together():
             keeper = _Keeper(Journal(run_folder(work, run)), source, ranks)
             stream = _stream_bytes(source, config, windows)

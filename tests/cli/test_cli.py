@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs.cli.main import main
 from optimum_eggs.cli.prune import parse_sources
+from optimum_eggs.folders import check_output
 from optimum_eggs.inspection import inspect_checkpoint
 
 OPTIMUM_CLI = Path(sys.executable).with_name("optimum-cli")
@@ -284,6 +286,42 @@ def test_a_packed_model_is_not_pruned_again_and_a_dense_one_not_exported(
     assert "has no packed layers" in done.stderr
     done = within("inspect", dense_folder, code=2)
     assert "this model is not packed" in done.stderr
+
+
+def test_what_this_package_wrote_is_replaced_and_nothing_else(dense_folder, packed_folder, text_file, tmp_path):
+    """Every command that makes a folder, on a model of its own that nobody may replace."""
+    shutil.copytree(dense_folder, tmp_path / "dense")
+    shutil.copytree(packed_folder, tmp_path / "packed")
+    commands = [
+        ("prune", "dense", "--calibration", text_file, *SMALL),
+        ("pack", "dense"),
+        ("export", "packed"),
+        ("recover", "packed", "--train", text_file, "--steps", "1", "--seq-len", "16", "--batch-size", "1"),
+    ]
+    before = tree(tmp_path)
+    for name, model, *options in commands:
+        said = within(name, tmp_path / model, tmp_path / model, *options, "--overwrite", code=2).stderr
+        assert "itself, which is read; name another folder" in said
+        said = within(name, tmp_path / model, "/dev/null", *options, "--overwrite", code=2).stderr
+        assert "/dev/null: is a device" in said
+    assert tree(tmp_path) == before
+    done = within("report", tmp_path / "packed", "--figures")
+    assert done.stdout.startswith("wrote ")
+    check_output(tmp_path / "packed", overwrite=True)  # page and pictures are in the list
+    (tmp_path / "packed" / "thesis.tex").touch()
+    said = within("prune", tmp_path / "dense", tmp_path / "packed", *commands[0][2:], "--overwrite", code=2).stderr
+    assert "thesis.tex in it was not written by this package" in said
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_bit_that_is_flipped_in_a_packed_value_is_found(packed_folder, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "flipped")
+    tiny.flip_a_bit(folder / "model.safetensors")
+    said = within("inspect", folder, code=2).stderr
+    assert said.startswith("error: model.safetensors: digest: its bytes are not those that were saved")
 
 
 def test_what_is_n_of_m_already_is_packed_without_a_change(packed_folder, text_file, tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
@@ -299,9 +300,16 @@ def test_a_damaged_folder_is_not_pushed(hub, client, packed_folder, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(packed_folder, folder)
     weights = folder / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-200:] = b"\xff" * 200
-    weights.write_bytes(bytes(data))
-    done = client(PUSH, folder, "me/tiny", check=False)
-    assert done.returncode == 2
-    assert hub.repositories == {}
+    whole = weights.read_bytes()
+
+    def refused(said):
+        done = client(PUSH, folder, "me/tiny", check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert hub.repositories == {}
+
+    weights.write_bytes(whole[:-200] + b"\xff" * 200)
+    refused("error: ")
+    weights.write_bytes(whole)
+    tiny.flip_a_bit(weights)
+    refused("its bytes are not those that were saved")

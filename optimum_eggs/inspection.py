@@ -115,9 +115,9 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
     quiet = None if progress is None else not progress
     for key, (name, pattern) in tqdm(listed.items(), desc="Inspecting", unit="layer", disable=quiet):
         _inspect_layer(found, key, name, pattern, entries, with_spectra)
-    for file in changed_files(Path(folder)):
+    for changed in changed_files(Path(folder)):
         detail = "its bytes are not those that were saved, by the digest in report.json; save or download it again"
-        found.violations.append(Violation(file, "digest", detail))
+        found.violations.append(Violation(changed, "digest", detail))
     return found
 
 

@@ -34,6 +34,7 @@ _HOME = {
 # transformers.quantizers, and not the registry within it: our quantizer imports both, and nothing that comes later.
 after_import("torch", f"{__name__}.ops")
 after_import("transformers.quantizers", f"{__name__}.hf.quantizer")
+after_import("transformers.modeling_utils", f"{__name__}.hf.saving")
 after_import("peft.tuners.lora.model", f"{__name__}.recovery.install")
 if importlib.util.find_spec("optimum.quanto"):
     after_import("optimum.quanto", f"{__name__}.nn.quanto")

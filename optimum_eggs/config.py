@@ -262,6 +262,10 @@ class EGGSConfig(QuantizationConfigMixin):
         fields["calibration"] = _calibration_names(self.calibration)
         return copy.deepcopy(fields)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; transformers asks so, of a model's configuration as of the one in its file."""
+        return self.to_dict().get(key, default)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EGGSConfig) and self.to_dict() == other.to_dict()
 

@@ -81,7 +81,8 @@ class EGGSConfig(QuantizationConfigMixin):
             tuning, where many small steps take less time than few large ones for the same result.
         min_expert_tokens: Calibration tokens that an expert of a mixture must see; one that sees fewer is pruned by its
             weights alone.
-        targets: Name patterns of the linear layers to prune. Default: all within the blocks.
+        targets: Name patterns of the linear layers to prune. Default: all within the blocks. Routers of experts, and
+            gates (layers of fewer than 16 outputs), are pruned only where a pattern ends in their own name.
         ignore: Name patterns of layers to leave dense. Default: `["lm_head"]`. A pattern is a shell-style glob on the
             dotted name; it may leave out leading and trailing parts (`"down_proj"`, `"layers.0"`, `"*.mlp.*"`).
         block_list: Name of the list of blocks (`"model.layers"`), if it cannot be found by structure.
@@ -260,6 +261,10 @@ class EGGSConfig(QuantizationConfigMixin):
         fields = {key: value for key, value in self.__dict__.items() if key not in ("tokenizer", "token")}
         fields["calibration"] = _calibration_names(self.calibration)
         return copy.deepcopy(fields)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; transformers asks so, of a model's configuration as of the one in its file."""
+        return self.to_dict().get(key, default)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EGGSConfig) and self.to_dict() == other.to_dict()

@@ -18,6 +18,8 @@ from ..nn.experts import keep_names, split_experts
 from ..nn.linear import check_packable
 from .report import DenseLayer
 
+_FEW_OUTPUTS = 16  # fewer are a gate's: a mask there saves next to nothing, and moves all that the gate scales
+
 
 @dataclass
 class PrunePlan:
@@ -71,6 +73,7 @@ def _plan(model: nn.Module, config: EGGSConfig, loaded: bool, fitting: bool) -> 
     modules = dict(model.named_modules())
     block_list = find_block_list(model, config.block_list)
     linears = {name: module for name, module in modules.items() if is_dense_linear(module)}
+    routers = _routers(modules)
     _check_patterns(config, list(linears))
 
     plan = PrunePlan(block_list, [{} for _ in block_list.blocks])
@@ -79,7 +82,7 @@ def _plan(model: nn.Module, config: EGGSConfig, loaded: bool, fitting: bool) -> 
         if name not in linears:
             plan.left_dense += _other_matrices(name, module, inside=block is not None)
             continue
-        reason = _why_dense(name, block, config)
+        reason = _why_dense(name, block, config) or _why_gate(name, module, name in routers, config)
         if reason:
             plan.left_dense.append(DenseLayer(name, reason, dense_weight(module).numel()))
         elif block is not None:
@@ -155,6 +158,37 @@ def _why_dense(name: str, block: int | None, config: EGGSConfig) -> str | None:
     if config.targets is not None and not matches(name, config.targets):
         return "not in `targets`"
     return None
+
+
+def _why_gate(name: str, linear: nn.Module, routes: bool, config: EGGSConfig) -> str | None:
+    """Why a layer that routes or gates stays dense, unless a target names it itself and not a module around it."""
+    outputs = dense_weight(linear).shape[0]
+    if not routes and outputs >= _FEW_OUTPUTS:
+        return None
+    own = name.rpartition(".")[2]
+    for pattern in config.targets or []:
+        last = pattern.rpartition(".")[2]
+        if last != "*" and fnmatchcase(own, last) and matches(name, [pattern]):
+            return None
+    return "a router of experts" if routes else f"only {outputs} output{'s' * (outputs > 1)}, as gates have"
+
+
+def _routers(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The linear layers beside experts that have one output for each of them."""
+    found = set()
+    for name, experts in modules.items():
+        parent, _, own = name.rpartition(".")
+        if own != "experts":
+            continue
+        count = getattr(experts, "num_experts", None) or len(list(experts.children()))
+        for beside, module in modules[parent].named_children():
+            linears = [key for key, inner in module.named_modules() if is_dense_linear(inner)]
+            if beside == own or len(linears) != 1:
+                continue
+            router = ".".join(part for part in (parent, beside, linears[0]) if part)
+            if dense_weight(modules[router]).shape[0] == count:
+                found.add(router)
+    return found
 
 
 def _other_matrices(name: str, module: nn.Module, inside: bool) -> list[DenseLayer]:

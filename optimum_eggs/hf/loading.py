@@ -101,7 +101,7 @@ def load_model(
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     kwargs = {"trust_remote_code": False, **kwargs}  # where nothing is said, transformers would ask on the terminal
     hub = hub_options(kwargs)
-    with translated(source, "model", kwargs.get("token")):
+    with translated(source, "model", kwargs.get("token"), kwargs.get("subfolder")):
         config = transformers.AutoConfig.from_pretrained(source, **extra, **hub)
         kind = model_class(config, kwargs["trust_remote_code"]) or transformers.AutoModelForCausalLM
         model = kind.from_pretrained(source, dtype=parse_dtype(dtype), **extra, **kwargs)
@@ -114,11 +114,32 @@ def load_model(
     return model
 
 
+_SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
+
+
 def set_commit(model: PreTrainedModel, file: str | None) -> None:
     """Note in a model's configuration which commit on the Hub it is of, from where the cache has a file of it."""
-    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", file or "")
+    found = _SNAPSHOT.search(file or "")
     if found:
         model.config._commit_hash = found[1]  # older versions of transformers do so themselves
+
+
+def found_by(source: str, file: str | None) -> dict[str, str]:
+    """The `subfolder`, and of a model on the Hub the `cache_dir`, by which a file of the model `source` was found.
+
+    >>> found_by("here/all", "here/all/one/model.safetensors")
+    {'subfolder': 'one'}
+    """
+    if file is None:
+        return {}
+    found = _SNAPSHOT.search(file) if hub_id(source) else None
+    if found:
+        return {"cache_dir": str(Path(file[: found.start()]).parent), **_subfolder(Path(file[found.end() :]))}
+    return _subfolder(Path(file).relative_to(source)) if Path(file).is_relative_to(source) else {}
+
+
+def _subfolder(file: Path) -> dict[str, str]:
+    return {} if file.parent == Path() else {"subfolder": file.parent.as_posix()}
 
 
 def _cached(source: str, hub: Mapping[str, Any]) -> str | None:
@@ -163,7 +184,7 @@ def load_tokenizer(model_id: str | Path, *, gguf_file: str | None = None, **kwar
     source, gguf_file = split_gguf(model_id, gguf_file)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     kwargs = {"trust_remote_code": False, **kwargs}
-    with translated(source, "tokenizer", kwargs.get("token")):
+    with translated(source, "tokenizer", kwargs.get("token"), kwargs.get("subfolder")):
         return AutoTokenizer.from_pretrained(source, **extra, **kwargs)
 
 
@@ -173,17 +194,18 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 @contextmanager
-def translated(source: str, what: str, token: str | bool | None = None) -> Iterator[None]:
+def translated(source: str, what: str, token: str | bool | None = None, subfolder: str | None = None) -> Iterator[None]:
     """Turns what transformers raises for a missing or damaged model into one of this package's errors.
 
     Its message and what led to it do not hold the `token`.
     """
-    path = Path(source)
+    shown = f"{source}/{subfolder}" if subfolder else source
+    path = Path(shown)
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not path.exists():
-        raise ModelError(f"{source}: there is no such {what}; check the path")
+        raise ModelError(f"{shown}: there is no such {what}; check the path")
     if path.is_dir() and not any(path.glob("*.gguf")) and not (path / "config.json").is_file():
-        raise ModelError(f"{source}: there is no config.json in it; pass the folder of a saved model")
+        raise ModelError(f"{shown}: there is no config.json in it; pass the folder of a saved model")
     try:
         yield
     except EGGSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
 from ..masks import topn_mask
@@ -15,10 +16,11 @@ from .dense import dense_weight, is_conv1d, is_dense_linear
 TWO_OF_FOUR = NMPattern(2, 4)
 
 
-class NMLinear(nn.Linear):
+class NMLinear(NonDynamicallyQuantizableLinear):
     """y = x Wᵀ + b with W packed N:M.
 
-    A subclass of `nn.Linear` so that tools that look for linear layers find it. Its `weight` is the packed one, of
+    A subclass of `nn.Linear` so that tools that look for linear layers find it, by the class that torch keeps for those
+    that quantisers leave alone: torchao, quanto, bitsandbytes and torch's own do. Its `weight` is the packed one, of
     shape (out, in·n/m), so a tool that mistakes it for a dense one fails on the shape and cannot do silent harm.
 
     Args:

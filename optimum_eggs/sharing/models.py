@@ -52,7 +52,7 @@ def _report_of(model: Any, token: str | bool | None) -> tuple[dict[str, Any] | N
     pruned = getattr(model.hf_quantizer, "report", None)
     if pruned is not None:
         return pruned.to_dict(), None
-    source = model.config._name_or_path
+    source = model.config._name_or_path or ""  # a state dict came from nowhere
     path = Path(source) / REPORT_NAME
     if not path.is_file():
         if Path(source).is_dir() or not source:

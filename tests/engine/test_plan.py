@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import transformers
 
 from optimum_eggs import EGGSConfig, NMLinear, NMPattern
 from optimum_eggs.engine import make_plan
@@ -65,6 +66,37 @@ def test_experts_with_a_norm_of_their_own_are_left_dense_and_named():
     ]
     assert all(layer.parameters > 0 for layer in experts)
     assert all("self_attn" in layer for layer in found.names)
+
+
+def gated(name):
+    """A tiny model with experts, and what is beside them there."""
+    experts = tiny._MOE | {"num_experts": 16}
+    if name == "qwen2_moe":  # also in Qwen3-Next: a gate of one output on the expert that all tokens see
+        config = transformers.Qwen2MoeConfig(**tiny._LLAMA, **experts, shared_expert_intermediate_size=32)
+        return transformers.Qwen2MoeForCausalLM(config), "shared_expert_gate"
+    config = transformers.AfmoeConfig(**tiny._LLAMA, **experts, head_dim=8, num_dense_layers=0)
+    return transformers.AfmoeForCausalLM(config), "router.gate"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("qwen2_moe", "only 1 output, as gates have"), ("afmoe", "a router of experts")]
+)
+def test_gates_and_routers_stay_dense_unless_they_are_named(name, reason):
+    model, layer = gated(name)
+    layers = [f"model.layers.{block}.mlp.{layer}" for block in (0, 1)]
+    for targets in (None, ["mlp"], ["*.mlp.*"]):  # a module around them is no name of theirs
+        found = plan(model, targets=targets)
+        assert [left.name for left in found.left_dense if left.reason == reason] == layers
+        assert not set(layers) & set(found.names)
+        assert any("shared_expert" in pruned for pruned in found.names)
+    named = make_plan(model, EGGSConfig("2:4", preset="magnitude", targets=[layer]))
+    assert named.names == layers
+
+
+def test_a_gate_that_is_named_and_cannot_keep_the_floor_is_refused():
+    model, layer = gated("qwen2_moe")
+    with pytest.raises(ShapeError, match=r"layers.0.mlp.shared_expert_gate: min_degree=1 cannot hold at 2:4: 1 rows"):
+        plan(model, targets=[layer])
 
 
 def test_targets_and_ignore_choose_by_name():

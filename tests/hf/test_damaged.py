@@ -111,6 +111,17 @@ def test_a_configuration_that_is_not_ours_is_named(folder, change, message):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_folder_that_calls_itself_packed_and_is_dense_is_named(packed_folder, folder):
+    dense = AutoModelForCausalLM.from_pretrained(packed_folder).dequantize()
+    save_file(
+        {name: value for name, value in dense.state_dict().items() if name != "lm_head.weight"},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(CheckpointError, match=r"says that 14 layers are packed, and the files hold no packed layer"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_a_bias_that_is_missing_or_too_short_is_named(tmp_path):
     model = make_model("opt")
     prune_model(model, EGGSConfig("2:4", preset="magnitude"), torch.zeros(1, 8, dtype=torch.int64))

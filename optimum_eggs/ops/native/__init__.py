@@ -41,6 +41,11 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+def torch_may_hang() -> bool:
+    """Whether torch's products may wait for ever: in a forked child, for the threads that stayed with the parent."""
+    return _forked and torch.get_num_threads() > 1
+
+
 @lru_cache(maxsize=1)
 def warn_missing() -> None:
     """Say, once, that the package was built without its extension."""

@@ -173,7 +173,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.num_samples = check.integer("num_samples", num_samples, least=1)
         self.seq_len = None if seq_len is None else check.integer("seq_len", seq_len, least=2)
         self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
-        self.seed = check.integer("seed", seed, least=0)
+        self.seed = check.integer("seed", seed, least=0, most=check.TORCH_SEEDS)
         size = _batch_size(self.block_tuning) if batch_size is None else batch_size
         self.batch_size = check.integer("batch_size", size, least=1)
         self.min_expert_tokens = check.integer("min_expert_tokens", min_expert_tokens, least=0)

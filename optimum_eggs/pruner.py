@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from optimum.quantization_base import OptimumQuantizer
 
+from . import validation as check
 from .config import EGGSConfig
 from .engine import PruneReport, calibrate_and_prune, pack_model
 from .engine.report import REPORT_NAME
@@ -168,9 +169,10 @@ class EGGSPruner(OptimumQuantizer):
             save_directory: Folder to make.
             overwrite: Replace a saved model that is there.
             dtype: Cast the model to this dtype first. Default: as it is.
-            max_shard_size: As for transformers.
+            max_shard_size: Bytes of the largest weight file, or such as `"5GB"` or `"4GiB"`.
 
         Raises:
+            ConfigError: `dtype` is unknown, or `max_shard_size` no size.
             ModelError: the model is not pruned, or the last `prune` did not finish.
             OutputError: the folder is not empty, or cannot be written.
         """
@@ -181,12 +183,13 @@ class EGGSPruner(OptimumQuantizer):
         if self.report is None:
             raise ModelError("the model is not pruned yet; call prune() first, or pack() if it has its zeros already")
         check_output(save_directory, overwrite)
+        shard_size = check.size("max_shard_size", max_shard_size)
         target = parse_dtype(dtype)
         if isinstance(target, torch.dtype):
             for parameter in self.model.parameters():  # not buffers: rotary tables are computed in float32
                 parameter.data = parameter.data.to(target)
         with new_folder(save_directory, overwrite) as folder:
-            self.model.save_pretrained(folder, max_shard_size=max_shard_size)
+            self.model.save_pretrained(folder, max_shard_size=shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             self.report.save(folder / REPORT_NAME)

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import validation as check
 from ..calibration.documents import documents
 from ..calibration.windows import token_stream, windows_digest
 from ..engine.report import REPORT_NAME, read_report, without_measurements
@@ -89,6 +90,7 @@ class RecoverySettings:
         for name in ("rank", "steps", "batch_size", "evaluations", "patience", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
+        check.integer("seed", self.seed, least=0, most=check.NUMPY_SEEDS)
         if self.seq_len < 2:
             raise ConfigError(f"seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
         if not 0 < self.held_out < 1:

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..calibration.documents import DatasetName, dataset_id
 from ..config import EGGSConfig
 from ..engine.report import REPORT_NAME
-from ..errors import ModelError
+from ..errors import ModelError, more
 from ..names import hub_id
 
 BEGIN, END = "<!-- optimum-eggs: begin -->", "<!-- optimum-eggs: end -->"
@@ -145,7 +145,7 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
             "tokens reached; they were pruned by their weights alone."
         )
     if dense:
-        method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{_more(dense, 6)}.")
+        method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{more(dense, 6)}.")
     if recovered:
         settings = recovered["settings"]
         method.append(
@@ -310,10 +310,6 @@ def _title(part: str) -> str | None:
     """The title that goes with our part of a card: the last part of what its code loads."""
     found = re.search(r'from_pretrained\("(?:[^"\n]*/)?([^"/\n]+)"\)', part)
     return found[1] if found else None
-
-
-def _more(items: list[Any], shown: int) -> str:
-    return f" and {len(items) - shown} more" if len(items) > shown else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -384,13 +384,6 @@ def test_bad_models_are_refused_before_anything_is_written(deep, packed_folder, 
     assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [(7, 7), ("1000", 1000), ("8GiB", 8 * 2**30), ("2gb", 2 * 10**9), ("3 mib", 3 * 2**20)]
-)
-def test_sizes_are_read(text, size):
-    assert streaming._bytes("memory_budget", text) == size
-
-
 def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):
     seen = []
     load = streaming.DenseSource._load

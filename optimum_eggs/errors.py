@@ -4,7 +4,7 @@ Each message names the thing, its value, the rule it broke and what to do about 
 [`EGGSError`], so `except EGGSError` catches bad input and nothing else.
 """
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from typing import Any, overload
 
 
@@ -54,14 +54,15 @@ def without(secret: str | bool | None, said: str | Exception) -> str | Exception
         for form in forms:
             said = said.replace(form, "***")
         return said
-    return None if any(_says(said, form) for form in forms) else said
+    return None if any(form in str(error) for error in led_by(said) for form in forms) else said
 
 
-def _says(error: BaseException | None, secret: str) -> bool:
-    """Whether an error, or one that led to it, has `secret` in its message."""
-    if error is None:
-        return False
-    return secret in str(error) or _says(error.__cause__, secret) or _says(error.__context__, secret)
+def led_by(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    yield error
+    for earlier in (error.__cause__, error.__context__):
+        if earlier is not None:
+            yield from led_by(earlier)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import ModelError, OutputError
+
+
+def check_folder(folder: str | Path, option: str = "") -> None:
+    """Raise unless there is such a folder.
+
+    Args:
+        folder: That of a saved model.
+        option: What it was given by, for the message, such as `"--against"`.
+
+    Raises:
+        ModelError: there is none, or it is a file.
+    """
+    path, named = Path(folder), f"{option} {folder}".strip() or "''"
+    if not str(folder) or not path.exists():
+        raise ModelError(f"{named}: there is no such {'file' if path.suffix == '.gguf' else 'folder'}; check the path")
+    if not path.is_dir():
+        raise ModelError(f"{named}: is a file; name the folder of a saved model")
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..engine.report import update_report
     from ..errors import CheckpointError
+    from ..folders import check_folder
     from ..hf.loading import parse_dtype, stored_dtype
     from ..inspection import inspect_checkpoint
     from ..measure import processor
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from ..pattern import NMPattern
     from ..speed import read_bandwidth, time_layer, time_models
 
+    if args.against is not None:
+        check_folder(args.against, "--against")
     found = inspect_checkpoint(args.model)
     if not found.ok:
         first = found.violations[0]

@@ -66,7 +66,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, record, and print."""
     from ..engine.report import REPORT_NAME
     from ..evaluation import evaluate, record
+    from ..folders import check_folder
 
+    check_folder(args.model)
+    if args.against is not None:
+        check_folder(args.against, "--against")
     found = evaluate(
         args.model,
         args.against,

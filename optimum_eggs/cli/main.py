@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partialmethod
 
 from ..errors import EGGSError, first_line, is_out_of_memory
+from ..logs import said_once
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
 
 _SUBCOMMANDS = {  # docstrings would be gone in a Python without them (-OO)
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
         args = build_parser(prog).parse_args(arguments)
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
         _quiet_libraries()
-        return args.run(args)
+        with said_once():
+            return args.run(args)
     except EGGSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,9 +71,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
 
 def _quiet_libraries() -> None:
     """Keep the libraries' progress bars and notes from a stderr that is no terminal."""
+    from huggingface_hub.utils import logging as hub_logging
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.disable_propagation()  # it has a handler of its own
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -43,11 +43,14 @@ def run(args: argparse.Namespace) -> int:
     """Load, pack, save, and print what was found."""
     from pathlib import Path
 
-    from ..folders import check_output
+    from ..folders import check_folder, check_output
     from ..hf.loading import has_tokenizer, load_model
+    from ..names import hub_id
     from ..pattern import NMPattern
     from ..pruner import EGGSPruner
 
+    if not Path(args.model).exists() and not (hub_id(args.model) and "/" in args.model):
+        check_folder(args.model)
     check_output(args.output, args.overwrite)
     pattern = None if args.pattern is None else NMPattern.parse(args.pattern)
     if Path(args.model).is_dir() and not has_tokenizer(args.model):

@@ -57,9 +57,14 @@ def run(args: argparse.Namespace) -> int:
     """Train, write, and print."""
     from accelerate import PartialState
 
+    from ..folders import check_folder
+    from ..names import hub_id
     from ..recovery.memory import keep_freed_memory
     from ..recovery.recover import RecoverySettings, recover
 
+    check_folder(args.model)
+    if args.teacher is not None and hub_id(args.teacher) is None:
+        check_folder(args.teacher, "--teacher")
     keep_freed_memory()  # here, since it changes the whole process
     settings = RecoverySettings(
         args.train,

@@ -148,7 +148,7 @@ def recover(
     path = Path(output).absolute()
     work = path.with_name(f".{path.name}.recovery")
     if settings.method == "lora" and find_spec("peft") is None:
-        raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
+        raise ConfigError("method='lora' needs PEFT: pip install 'peft>=0.21', or use method='values'")
     stored = stored_dtype(model_id, trust_remote_code)
     state = PartialState(cpu=not torch.cuda.is_available())
     with Meter([state.device]) as meter:
@@ -223,7 +223,10 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
 
 
 def _teacher(teacher_id: str, student: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
-    teacher = load_model(teacher_id, trust_remote_code=trust_remote_code).eval()
+    try:
+        teacher = load_model(teacher_id, trust_remote_code=trust_remote_code).eval()
+    except ModelError as error:
+        raise ModelError(f"teacher={teacher_id!r}: {error}") from error
     ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
     if ours != theirs:
         raise ModelError(

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from .. import validation as check
-from ..engine.report import REPORT_NAME, without_measurements
+from ..engine.report import REPORT_NAME, read_report, without_measurements
 from .push import save_and_push
 
 logger = logging.getLogger(__name__)
@@ -59,9 +59,9 @@ def _report_of(model: Any, token: str | bool | None) -> tuple[dict[str, Any] | N
             return None, None
         try:
             path = Path(hf_hub_download(source, REPORT_NAME, token=token))
-        except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        except (EntryNotFoundError, HTTPError, OSError, ValueError):
             return None, None
-    return json.loads(path.read_text(encoding="utf-8")), path.parent
+    return read_report(path.parent), path.parent
 
 
 def _same_weights(folder: Path, source: Path) -> bool:

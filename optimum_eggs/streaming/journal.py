@@ -83,15 +83,26 @@ class Journal:
     def _check_same(self, before: dict[str, Any]) -> None:
         changed = sorted(key for key in self.run.keys() | before.keys() if self.run.get(key) != before.get(key))
         if changed:
-            key = changed[0]
-            was, now = before.get(key), self.run.get(key)
-            if isinstance(was, dict) and isinstance(now, dict):
-                part = next(k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
-                key, was, now = f"{key}.{part}", was.get(part), now.get(part)
+            how = _change(changed[0], before.get(changed[0]), self.run.get(changed[0]))
             raise OutputError(
-                f"{self.folder}: holds the finished blocks of another run: {key} was {shorten(was)} and is now "
-                f"{shorten(now)}; give the options of before to go on with it, or --overwrite to start again"
+                f"{self.folder}: holds the finished blocks of another run: {how}; give what it was given to go on with "
+                "it, or --overwrite to start again"
             )
+
+
+def _change(key: str, was: Any, now: Any) -> str:
+    """In words, how what decides the result differs from before."""
+    part = None
+    if isinstance(was, dict) and isinstance(now, dict):
+        part = next(k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
+        was, now = was.get(part), now.get(part)
+    if key == "model":
+        how = "is not there any more" if now is None else "is new" if was is None else "changed since"
+        return f"the model's file {part} {how}"
+    if key == "calibration":
+        return "the calibration text gives other tokens"
+    name = key if part is None else f"{key}.{part}"
+    return f"{name} was {shorten(was)} and is now {shorten(now)}"
 
 
 @contextmanager

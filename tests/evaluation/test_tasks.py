@@ -183,7 +183,7 @@ def test_a_task_whose_data_are_missing_is_refused(packed_folder, tmp_path, capsy
 
 def test_without_the_harness_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ConfigError, match=r"pip install 'optimum-eggs\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'lm_eval>=0.4.9'"):
         TaskRunner.create(["arc_easy"])
 
 

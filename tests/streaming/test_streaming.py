@@ -237,9 +237,9 @@ def test_another_run_is_refused_with_what_changed_and_overwrite_starts_again(
     )
     for model, changed, options, message in (
         (deep, config_for(text_file, refit_steps=3), {}, "config.refit_steps was 10 and is now 3"),
-        (deep, config_for(other_text), {}, "calibration was "),
+        (deep, config_for(other_text), {}, "the calibration text gives other tokens"),
         (deep, config, {"dtype": "float32"}, "dtype was 'torch.bfloat16' and is now 'torch.float32'"),
-        (other_model, config, {}, "model.model.safetensors was "),
+        (other_model, config, {}, "the model's file model.safetensors changed since; give what it was given"),
     ):
         with pytest.raises(OutputError, match=message):
             prune_checkpoint(model, tmp_path / "out", changed, progress=False, **options)
@@ -364,7 +364,7 @@ def test_bad_models_are_refused_before_anything_is_written(deep, packed_folder, 
         (changed(lambda v: v.pop(name)), CheckpointError, f"{name} is missing"),
         (changed(lambda v: v.pop("model.embed_tokens.weight")), CheckpointError, "embed_tokens.weight is missing"),
         (packed_folder, ModelError, "is packed already"),
-        (tmp_path / "nothing", CheckpointError, "is missing"),
+        (tmp_path / "nothing", ModelError, "nothing: there is no such folder"),
     ):
         with pytest.raises(error, match=message):
             prune_checkpoint(folder, tmp_path / "out", config_for(text_file), progress=False)

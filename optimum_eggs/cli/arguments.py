@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .. import validation as check
 from ..errors import ConfigError
+from ..folders import check_folder
+from ..names import hub_id
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -50,6 +53,30 @@ def size(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(str(error).removeprefix("=")) from None
 
     return parse
+
+
+def check_source(name: str, option: str = "", bare: bool = True) -> None:
+    """Raise if a model is no folder, no GGUF file and no id on the Hub; `bare`: whether an id may be without an owner.
+
+    Raises:
+        ModelError: it is none; the `option` that it was given by is in the message.
+    """
+    path = Path(name)
+    on_the_hub = hub_id(name) is not None and (bare or "/" in name)
+    if not on_the_hub and not (path.suffix == ".gguf" and path.is_file()):
+        check_folder(name, option)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raise if DIR is no folder."""
+    check_folder(args.model)
+
+
+def check_both(args: argparse.Namespace) -> None:
+    """Raise if DIR, or what is given by `--against`, is no folder."""
+    check_folder(args.model)
+    if args.against is not None:
+        check_folder(args.against, "--against")
 
 
 def add_trust(add: Callable[..., Any], whose: str) -> None:

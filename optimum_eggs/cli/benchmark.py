@@ -8,7 +8,7 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
-from .arguments import add_trust, integer
+from .arguments import add_trust, check_both, integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers-only", action="store_true", help="leave the models out (default: time them too)")
 
 
+check = check_both
+
+
 def run(args: argparse.Namespace) -> int:
     """Time, and print."""
     import torch
 
     from ..engine.report import update_report
     from ..errors import CheckpointError
-    from ..folders import check_folder
     from ..hf.loading import parse_dtype, stored_dtype
     from ..inspection import inspect_checkpoint
     from ..measure import processor
@@ -61,8 +63,6 @@ def run(args: argparse.Namespace) -> int:
     from ..pattern import NMPattern
     from ..speed import read_bandwidth, time_layer, time_models
 
-    if args.against is not None:
-        check_folder(args.against, "--against")
     found = inspect_checkpoint(args.model)
     if not found.ok:
         first = found.violations[0]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_trust, integer
+from .arguments import add_trust, check_both, integer
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Estimate, Evaluation
@@ -62,15 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+check = check_both
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, record, and print."""
     from ..engine.report import REPORT_NAME
     from ..evaluation import evaluate, record
-    from ..folders import check_folder
 
-    check_folder(args.model)
-    if args.against is not None:
-        check_folder(args.against, "--against")
     found = evaluate(
         args.model,
         args.against,

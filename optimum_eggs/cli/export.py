@@ -21,11 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, make dense, save."""
     from ..errors import ModelError
-    from ..folders import check_folder, check_output, new_folder
+    from ..folders import check_output, new_folder
     from ..hf.attach import packed_layers
     from ..hf.loading import has_tokenizer, load_model, load_tokenizer
 
-    check_folder(args.model)
     check_output(args.output, args.overwrite)
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
     layers = len(packed_layers(model))

@@ -11,6 +11,7 @@ from functools import partialmethod
 from ..errors import EGGSError, first_line, is_out_of_memory
 from ..logs import said_once
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
+from .arguments import check_model
 
 _SUBCOMMANDS = {  # docstrings would be gone in a Python without them (-OO)
     "prune": (prune, "Prune a model to N:M and save it packed."),
@@ -30,7 +31,7 @@ _SUBCOMMANDS = {  # docstrings would be gone in a Python without them (-OO)
     "report": (report, "Draw the report of a packed model as one page, and as pictures for its card."),
     "push": (push, "Push a packed model to the Hub in one commit, with its card."),
 }
-_SAVE_MEMORY = ("batch_size", "seq_len", "num_samples", "memory_budget", "prompt", "batch", "max_shard_size")
+_SAVE_MEMORY = ("batch_size", "seq_len", "num_samples", "memory_budget", "prompt", "batch")
 """Options that take less memory if they are smaller."""
 
 
@@ -42,7 +43,7 @@ def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, help=text, description=text)
         module.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
-        subparser.set_defaults(run=module.run)
+        subparser.set_defaults(run=module.run, check=getattr(module, "check", check_model))
     return parser
 
 
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
     try:
         args = build_parser(prog).parse_args(arguments)
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+        args.check(args)  # before anything heavy is imported
         _quiet_libraries()
         with said_once():
             return args.run(args)

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections import Counter
 
-from .arguments import add_shard_size, add_trust
+from .arguments import add_shard_size, add_trust, check_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,18 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a saved model at OUT (default: no)")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse a MODEL that is nowhere. One without an owner is a folder: no such model on the Hub has zeros to pack."""
+    check_source(args.model, bare=False)
+
+
 def run(args: argparse.Namespace) -> int:
     """Load, pack, save, and print what was found."""
     from pathlib import Path
 
-    from ..folders import check_folder, check_output
+    from ..folders import check_output
     from ..hf.loading import has_tokenizer, load_model
-    from ..names import hub_id
     from ..pattern import NMPattern
     from ..pruner import EGGSPruner
 
-    if not Path(args.model).exists() and not (hub_id(args.model) and "/" in args.model):
-        check_folder(args.model)
     check_output(args.output, args.overwrite)
     pattern = None if args.pattern is None else NMPattern.parse(args.pattern)
     if Path(args.model).is_dir() and not has_tokenizer(args.model):

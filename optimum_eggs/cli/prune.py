@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, more
 from ..validation import TORCH_SEEDS
-from .arguments import add_shard_size, add_trust, integer, rare, size
+from .arguments import add_shard_size, add_trust, check_source, integer, rare, size
 from .settings import add_set, make_config
 
 if TYPE_CHECKING:
@@ -123,6 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rare("--save-dtype", choices=DTYPES, default="auto", help="dtype to save in (default: auto, as loaded)")
     add_shard_size(add_rare)
     parser.set_defaults(**dict.fromkeys(_FLAGS))  # what is not given is left to the configuration, and to --set
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a MODEL that is nowhere."""
+    check_source(args.model)
 
 
 def run(args: argparse.Namespace) -> int:

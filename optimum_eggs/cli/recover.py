@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 
+from ..folders import check_folder
 from ..validation import NUMPY_SEEDS
-from .arguments import add_trust, integer, number
+from .arguments import add_trust, check_source, integer, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,18 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse a folder that is not there."""
+    check_folder(args.model)
+    if args.teacher is not None:
+        check_source(args.teacher, "--teacher")
+
+
 def run(args: argparse.Namespace) -> int:
     """Train, write, and print."""
     from accelerate import PartialState
 
-    from ..folders import check_folder
-    from ..names import hub_id
     from ..recovery.memory import keep_freed_memory
     from ..recovery.recover import RecoverySettings, recover
 
-    check_folder(args.model)
-    if args.teacher is not None and hub_id(args.teacher) is None:
-        check_folder(args.teacher, "--teacher")
     keep_freed_memory()  # here, since it changes the whole process
     settings = RecoverySettings(
         args.train,

@@ -26,10 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, write, and say where."""
     from ..errors import OutputError
-    from ..folders import check_folder
     from ..report import report_page
 
-    check_folder(args.model)
     folder = Path(args.model)
     output = Path(args.output) if args.output else folder / "report.html"
     page = report_page(folder, folder / "figures" if args.figures else None, with_spectra=args.spectra)

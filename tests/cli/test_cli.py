@@ -377,14 +377,14 @@ def test_help_lists_the_subcommands():
         )
 
 
-def test_an_interrupt_ends_with_130(monkeypatch, capsys):
+def test_an_interrupt_ends_with_130(monkeypatch, capsys, tmp_path):
     from optimum_eggs.cli import main as command
 
     def interrupted(args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command.inspect, "run", interrupted)
-    assert command.main(["inspect", "anything"]) == 130
+    assert command.main(["inspect", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
 
 

@@ -27,7 +27,11 @@ from optimum_eggs.cli import main as command
         (["inspect", "model"], "use a machine that has more"),
     ],
 )
-def test_memory_that_cannot_be_had_ends_with_1_and_what_to_reduce(failure, arguments, remedy, monkeypatch, capsys):
+def test_memory_that_cannot_be_had_ends_with_1_and_what_to_reduce(
+    failure, arguments, remedy, monkeypatch, capsys, tmp_path
+):
+    arguments = [str(tmp_path) if part == "model" else part for part in arguments]
+
     def fails(args):
         raise failure
 
@@ -38,18 +42,18 @@ def test_memory_that_cannot_be_had_ends_with_1_and_what_to_reduce(failure, argum
     assert remedy in line
 
 
-def test_another_error_of_torch_is_not_taken_for_it(monkeypatch):
+def test_another_error_of_torch_is_not_taken_for_it(monkeypatch, tmp_path):
     def fails(args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(command.inspect, "run", fails)
     with pytest.raises(RuntimeError, match="mat1"):
-        command.main(["inspect", "model"])
+        command.main(["inspect", str(tmp_path)])
 
 
 def test_an_interrupt_while_libraries_are_imported_ends_with_130(tmp_path):
     (tmp_path / "tqdm.py").write_text("raise KeyboardInterrupt")  # the first that a command imports
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[:] = ['eggs', 'inspect', 'model']; "
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[:] = ['eggs', 'inspect', '.']; "
     code += "import runpy; runpy.run_module('optimum_eggs', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .errors import CheckpointError
 from .files import changed_files
+from .folders import check_folder
 from .masks.certificate import Certificate, certify
 from .masks.spectra import Spectra, spectra
 from .packing import unpack
@@ -79,13 +80,17 @@ class Inspection:
 
 
 def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with_spectra: bool = False) -> Inspection:
-    """Check a packed checkpoint and compute its certificates. Never raises for what is in the files: it is reported.
+    """Check a packed checkpoint and compute its certificates. What is wrong with the files is reported, not raised.
 
     Args:
         folder: A packed model.
         progress: Show a progress bar on stderr. Default: if it is a terminal.
         with_spectra: Measure the spectral gaps of every layer too, which takes longer than all the rest.
+
+    Raises:
+        ModelError: there is no such folder.
     """
+    check_folder(folder)
     found = Inspection(str(folder))
     try:
         found.config = read_config(folder)

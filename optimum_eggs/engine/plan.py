@@ -11,11 +11,10 @@ from torch import nn
 
 from ..calibration import BlockList, find_block_list
 from ..config import EGGSConfig
-from ..errors import ConfigError, ModelError, NumericalError, ShapeError
+from ..errors import ConfigError, ModelError, NumericalError, ShapeError, more
 from ..masks.expander import check_floor
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.experts import keep_names, split_experts
-from ..nn.linear import check_packable
 from .report import DenseLayer
 
 _FEW_OUTPUTS = 16  # fewer are a gate's: a mask there saves next to nothing, and moves all that the gate scales
@@ -221,11 +220,43 @@ def _check_patterns(config: EGGSConfig, names: list[str]) -> None:
 def _check_layers(plan: PrunePlan, config: EGGSConfig) -> None:
     if not plan.names:
         raise ModelError(f"there is nothing to prune: targets={config.targets!r} and ignore={config.ignore!r}")
+    _check_inputs(plan, config)
     for layers in plan.layers:
         for name, module in layers.items():
             weight = dense_weight(module)
-            check_packable(name, module, config.pattern)
             try:
                 check_floor(weight.shape[0], config.pattern, config.min_degree, config.band)
             except ConfigError as error:
                 raise ShapeError(f"{name}: {error}") from error
+
+
+def _check_inputs(plan: PrunePlan, config: EGGSConfig) -> None:
+    """Raise if m does not divide the inputs of some layers, with what to ignore so that it divides all."""
+    m = config.pattern.m
+    widths = {name: dense_weight(module).shape[1] for layers in plan.layers for name, module in layers.items()}
+    bad = [name for name, width in widths.items() if width % m]
+    if bad:
+        ignore = [*config.ignore, *_patterns_of(bad, [name for name in widths if name not in set(bad)])]
+        sizes = " and ".join(str(width) for width in sorted({widths[name] for name in bad}))
+        raise ShapeError(
+            f"{', '.join(bad[:6])}{more(bad, 6)}: in_features={sizes} is not a multiple of m={m}; leave them dense "
+            f"with ignore={ignore} (--ignore {' '.join(ignore)}), or choose another pattern"
+        )
+
+
+def _patterns_of(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Few name patterns that match all of `names` and none of `others`: the ends of names, as short as may be.
+
+    >>> _patterns_of(["layers.0.fc2", "layers.1.fc2"], ["layers.0.fc1", "layers.1.fc1"])
+    ['fc2']
+    >>> _patterns_of(["layers.1.fc2"], ["layers.0.fc2"])
+    ['layers.1.fc2']
+    """
+    found: list[str] = []
+    for name in names:
+        if matches(name, found):
+            continue
+        parts = name.split(".")
+        ends = [".".join(parts[start:]) for start in range(len(parts))[::-1] if not parts[start].isdecimal()]
+        found.append(next((end for end in ends if not any(matches(other, [end]) for other in others)), name))
+    return found

@@ -9,13 +9,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import CheckpointError, shorten
 from ..files import REPORT_NAME, write_durably
 from ..masks.certificate import Certificate
 from ..masks.shortfall import Shortfall
 from .tune import BlockTuning
 
 REPORT_VERSION = 1
+_KINDS = {
+    "summary": dict,
+    "config": dict,
+    "calibration": dict,
+    "base_model": dict,
+    "layers": list,
+    "tuning": list,
+    "left_dense": list,
+    "measurements": dict,
+    "evaluations": list,
+    "tasks": list,
+    "benchmark": dict,
+    "recovery": dict,
+}
+"""What the parts of a report are in JSON."""
 _MEASURED = ("evaluations", "tasks", "benchmark", "recovery")  # parts that other commands than `prune` put in
 
 
@@ -155,7 +170,7 @@ def update_report(folder: str | Path, **parts: Any) -> bool:
     path = Path(folder) / REPORT_NAME
     if not path.is_file():
         return False
-    report = json.loads(path.read_text(encoding="utf-8")) | parts
+    report = read_report(folder) | parts
     write_durably(path, json.dumps(report, indent=2) + "\n")
     return True
 
@@ -164,13 +179,23 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     """The report of a saved model, or an empty one.
 
     Raises:
-        ModelError: the file is no JSON.
+        CheckpointError: the file is no JSON, or holds no report.
     """
     path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path}: is no JSON ({error}); save the model again") from error
+        raise CheckpointError(f"{path}: is no JSON ({error}); save the model again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds {shorten(found)}, no report; save the model again")
+    for part, kind in _KINDS.items():
+        if found.get(part) is not None and not isinstance(found[part], kind):
+            raise CheckpointError(
+                f"{path}: {part} is {shorten(found[part])}, where a report has a {kind.__name__}; save the model again"
+            )
+    return found
 
 
 def without_measurements(report: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def record(result: EvaluationResult, folder: str | Path | None = None) -> bool:
         Whether the folder has a report.
 
     Raises:
-        ModelError: the report is no JSON.
+        CheckpointError: the report is damaged.
     """
     folder = result.model.folder if folder is None else folder
     if folder is None:

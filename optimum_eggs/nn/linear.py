@@ -156,14 +156,3 @@ class NMLinear(NonDynamicallyQuantizableLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}"
         )
-
-
-def check_packable(name: str, linear: nn.Module, pattern: NMPattern) -> None:
-    """Raise unless the pattern fits the layer called `name`.
-
-    Raises:
-        ShapeError: m does not divide in_features.
-    """
-    in_features = dense_weight(linear).shape[1]
-    if in_features % pattern.m:
-        raise ShapeError(f"{name}: in_features={in_features} is not a multiple of m={pattern.m}; add it to `ignore`")

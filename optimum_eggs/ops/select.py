@@ -55,7 +55,7 @@ class _Forced:
             there = ", ".join(INSTRUCTION_SETS) or f"none, since the extension is missing ({native.missing})"
             raise ConfigError(f"instruction set {self.isa!r} is not to be had here; there are: {there}")
         if self.backend in ("native", "panel") and not INSTRUCTION_SETS:
-            raise ConfigError(f"backend {self.backend!r} needs the native extension: {native.missing}")
+            raise ConfigError(f"backend {self.backend!r} needs the native extension, and {native.missing}")
         if self.backend == "triton" and (missing := triton.missing()):
             raise ConfigError(f"backend 'triton' cannot run: {missing}")
 

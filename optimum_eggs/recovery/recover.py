@@ -17,6 +17,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import validation as check
 from ..calibration.documents import documents
 from ..calibration.windows import token_stream, windows_digest
 from ..engine.report import read_report, without_measurements
@@ -93,6 +94,7 @@ class RecoverySettings:
         for name in ("rank", "steps", "batch_size", "evaluations", "patience", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
+        check.integer("seed", self.seed, least=0, most=check.NUMPY_SEEDS)
         if self.seq_len < 2:
             raise ConfigError(f"seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
         if not 0 < self.held_out < 1:
@@ -157,7 +159,7 @@ def recover(
     """
     path = check_output(output, overwrite, sources=[model_id, settings.teacher])
     if settings.method == "lora" and find_spec("peft") is None:
-        raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
+        raise ConfigError("method='lora' needs PEFT: pip install 'peft>=0.21', or use method='values'")
     stored = stored_dtype(model_id, trust_remote_code)
     state = PartialState(cpu=not torch.cuda.is_available())
     ranks = Ranks(state.process_index, state.num_processes)
@@ -172,7 +174,7 @@ def recover(
                 digest = windows_digest(torch.cat([train, held_out]))
                 teacher = None if settings.teacher is None else _teacher(settings.teacher, model, trust_remote_code)
             weights = {name: sha for name, sha in listed_files(Path(model_id)).items() if sha is not None}
-            run = {"recover": weights or str(model_id), "windows": digest} | asdict(settings)
+            run = {"model": weights or str(model_id), "windows": digest} | asdict(settings)
             work: Path | None = None
             with ranks.together():
                 if ranks.first:
@@ -257,7 +259,10 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
 
 
 def _teacher(teacher_id: str, student: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
-    teacher = load_model(teacher_id, trust_remote_code=trust_remote_code).eval()
+    try:
+        teacher = load_model(teacher_id, trust_remote_code=trust_remote_code).eval()
+    except ModelError as error:
+        raise ModelError(f"teacher={teacher_id!r}: {error}") from error
     ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
     if ours != theirs:
         raise ModelError(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny
 import torch
@@ -126,10 +128,28 @@ def test_nothing_to_prune_is_refused():
 def test_a_layer_that_m_does_not_divide_is_named_with_the_remedy():
     model = tiny.make_model("llama")
     model.model.layers[1].mlp.down_proj = torch.nn.Linear(66, 32)
-    message = r"model.layers.1.mlp.down_proj: in_features=66 is not a multiple of m=4; add it to `ignore`"
-    with pytest.raises(ShapeError, match=message):
+    message = "model.layers.1.mlp.down_proj: in_features=66 is not a multiple of m=4; leave them dense with ignore="
+    remedy = "['lm_head', 'layers.1.mlp.down_proj'] (--ignore lm_head layers.1.mlp.down_proj)"
+    with pytest.raises(ShapeError, match=re.escape(message + remedy)):
         plan(model)
     assert len(plan(model, ignore=["layers.1.mlp.down_proj", "lm_head"]).names) == 13
+
+
+def test_all_layers_that_m_does_not_divide_are_named_at_once_with_what_to_ignore():
+    model = tiny.make_model("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj = torch.nn.Linear(66, 32)
+    model.model.layers[0].self_attn.o_proj = torch.nn.Linear(34, 32)
+    ignore = ["lm_head", "layers.0.self_attn.o_proj", "down_proj"]
+    with pytest.raises(ShapeError) as caught:
+        plan(model)
+    said = str(caught.value)
+    names = ["layers.0.self_attn.o_proj", "layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
+    assert said.startswith(
+        ", ".join(f"model.{name}" for name in names) + ": in_features=34 and 66 is not a multiple of"
+    )
+    assert f"ignore={ignore} (--ignore {' '.join(ignore)})" in said
+    assert len(plan(model, ignore=ignore).names) == 11
 
 
 def test_a_layer_too_small_for_the_floor_is_named():

@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_eggs.errors import ShapeError
 from optimum_eggs.nn import NMLinear, dense_weight, is_dense_linear
-from optimum_eggs.nn.linear import check_packable
 from optimum_eggs.pattern import NMPattern
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
@@ -228,14 +227,6 @@ def test_an_input_that_m_does_not_divide_is_refused():
         NMLinear(10, 3)
     with pytest.raises(ShapeError, match="in=10, which is not a multiple of m=4"):
         NMLinear.from_linear(nn.Linear(10, 3), TWO_OF_FOUR)
-    with pytest.raises(ShapeError, match=r"block\.fc: in_features=10 is not a multiple of m=4; add it to `ignore`"):
-        check_packable("block.fc", nn.Linear(10, 3), TWO_OF_FOUR)
-
-
-def test_a_layer_that_fits_is_packable():
-    check_packable("fc", conv1d(columns=24, rows=10), NMPattern(4, 8))
-    with pytest.raises(ShapeError, match="in_features=24 is not a multiple of m=16"):
-        check_packable("fc", conv1d(columns=24, rows=16), NMPattern(4, 16))
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,19 @@ def test_what_is_not_there_cannot_be_forced():
         pass
 
 
+def test_an_extension_that_was_not_built_is_explained(forks):
+    code = """
+import importlib, sys
+from optimum_eggs.ops import native
+sys.modules["optimum_eggs.ops.native._native"] = None
+importlib.reload(native).warn_missing()
+"""
+    said = forks.run("-c", code, check=True).stderr
+    assert "there was no C compiler when the package was installed" in said
+    assert "run `pip install -e .` in a clone of the repository" in said
+    assert "circular import" not in said
+
+
 def test_without_the_extension_the_reference_runs_and_says_so_once(monkeypatch, caplog):
     from optimum_eggs.ops import select
 

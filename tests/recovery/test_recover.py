@@ -243,11 +243,11 @@ def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_pa
         recover(dense_folder, tmp_path / "out", settings(text_file))
     with pytest.raises(CalibrationError, match="needs four"):
         recover(packed_folder, tmp_path / "out", settings(text_file, seq_len=5000))
-    with pytest.raises(ModelError, match="there is no such model"):
+    with pytest.raises(ModelError, match="there is no such folder"):
         recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(tmp_path / "nowhere")))
     with pytest.raises(CalibrationError, match=r"train='.*no.txt': there is no such file"):
         recover(packed_folder, tmp_path / "out", settings(tmp_path / "no.txt"))
-    with pytest.raises(ModelError, match="there is no such model"):
+    with pytest.raises(ModelError, match="there is no such folder"):
         recover(tmp_path / "nowhere", tmp_path / "out", settings(text_file))
     with monkeypatch.context() as patch:
         patch.setattr("optimum_eggs.recovery.recover.find_spec", lambda name: None)

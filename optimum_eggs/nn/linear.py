@@ -113,8 +113,8 @@ class NMLinear(nn.Linear):
         return unpack_mask(self.weight_meta, self.in_features)
 
     def dense_weight(self) -> Tensor:
-        """The dense weight (out, in), zeros in place, in the layer's dtype."""
-        return unpack(self.weight, self.weight_meta, self.pattern)
+        """The dense weight (out, in), zeros in place, in the layer's dtype, without gradient."""
+        return unpack(self.weight.detach(), self.weight_meta, self.pattern)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

@@ -7,6 +7,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
 
@@ -93,3 +94,13 @@ def test_an_adapter_may_be_offloaded_with_its_layer(dropout, offload_buffers, pa
     assert all(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(logits(model), expected)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_dense_layer_of_a_packed_model_is_trained_too(tokenizer, tmp_path):
+    pruner = EGGSPruner(tiny.make_model("llama"), tokenizer)
+    config = EGGSConfig("2:4", preset="magnitude", num_samples=2, seq_len=16, ignore=["o_proj", "lm_head"])
+    pruner.prune(config, calibration=tiny.make_windows(2, 16))
+    pruner.save_pretrained(tmp_path / "packed")
+    inside, outside = (gradients(adapted(tmp_path / "packed", offload)) for offload in (None, tmp_path))
+    assert sum("o_proj" in name for name in inside) == 4
+    assert all(grad.any() and torch.equal(grad, outside[name]) for name, grad in inside.items())

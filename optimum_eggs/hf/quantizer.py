@@ -30,7 +30,7 @@ from ..nn.dense import is_conv1d
 from ..nn.experts import conversions_for, is_fused_experts, split_experts
 from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors
 from ..pattern import NMPattern
-from .attach import attach_quantizer, packed_layers, share_with_card, unpack_layers
+from .attach import attach_quantizer, give_back, packed_layers, take_over, unpack_layers
 from .loading import found_by, load_tokenizer, own_memory, set_commit
 
 if TYPE_CHECKING:
@@ -106,13 +106,10 @@ class EGGSHfQuantizer(HfQuantizer):
             for name, layer in packed_layers(model).items():
                 if self._file is None:
                     _check_filled(name, layer)
-                layer.weight.requires_grad_(False)  # the loader turns gradients on
-                if layer.bias is not None:
-                    layer.bias.requires_grad_(False)
                 # A layer that is offloaded to disk has been checked by its shapes alone.
                 if "meta" not in (layer.weight.device.type, layer.weight_meta.device.type):
                     check_packed_tensors(name, layer.weight, layer.weight_meta, layer.pattern)
-            share_with_card(model)
+            take_over(model)
             return model
         return self._prune(model)
 
@@ -126,10 +123,19 @@ class EGGSHfQuantizer(HfQuantizer):
         attach_quantizer(model, EGGSConfig.from_dict(report.config), report)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
-        # transformers passes config.dtype, which a save leaves as a string
-        vars(model).pop("push_to_hub", None)  # the dense model is pushed as any other
-        return unpack_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Make `model` dense, zeros in place: what `model.dequantize` calls. As for [`unpack_layers`].
+
+        transformers' own would ask for the dtype of the configuration, which does not know of a cast since.
+        """
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        unpack_layers(model, dtype)
+        give_back(model)
+        return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict]:
         """What is to be saved, None for the model's own state; and nothing else for the files' headers."""
@@ -146,7 +152,7 @@ class EGGSHfQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The packed values can be trained themselves, under their mask, where they are made to ask for gradients."""
+        """Without, too: the packed values are parameters like any other, and are trained under their mask."""
         return True
 
     @property

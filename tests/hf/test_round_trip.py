@@ -71,9 +71,9 @@ def test_a_dtype_override_casts_the_values(packed_folder):
     assert all(torch.equal(a.weight_meta, b.weight_meta) for a, b in pairs)
 
 
-def test_nothing_asks_for_gradients_but_what_the_user_chooses(packed_folder):
+def test_its_parameters_ask_for_gradients_as_those_of_a_dense_model_do(packed_folder):
     model = AutoModelForCausalLM.from_pretrained(packed_folder)
-    assert not any(layer.weight.requires_grad for layer in model.modules() if isinstance(layer, NMLinear))
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_base_model_loads_from_a_causal_checkpoint(packed_folder):

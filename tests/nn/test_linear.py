@@ -145,8 +145,12 @@ def test_it_is_a_linear_layer_to_tools_but_is_not_packed_twice():
     assert not is_dense_linear(layer)
 
 
-def test_its_parameters_do_not_ask_for_gradients():
-    assert not any(parameter.requires_grad for parameter in packed().parameters())
+@pytest.mark.parametrize("asks", [True, False])
+def test_its_parameters_ask_for_gradients_as_those_of_the_dense_layer_do(asks):
+    layer = NMLinear.from_linear(linear().requires_grad_(asks), TWO_OF_FOUR)
+    for each in (layer, layer.to_linear()):
+        assert [parameter.requires_grad for parameter in each.parameters()] == [asks, asks]
+    assert NMLinear(8, 4).weight.requires_grad
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -174,7 +178,7 @@ def test_gradients_are_those_of_the_dense_layer(batch):
 
 
 def test_gradients_reach_x_through_a_frozen_layer():
-    layer, x = packed(), gaussian(3, 24, seed=2)
+    layer, x = packed().requires_grad_(False), gaussian(3, 24, seed=2)
     (of_x,) = gradients(layer, x)
     # One product, the same on both sides.
     assert torch.equal(of_x, gaussian(3, 10, seed=4) @ layer.dense_weight())

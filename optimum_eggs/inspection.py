@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .engine.report import read_report
 from .errors import CheckpointError
-from .files import changed_files
+from .files import REPORT_NAME, changed_files
 from .folders import check_folder
 from .masks.certificate import Certificate, certify
 from .masks.spectra import Spectra, spectra
@@ -120,6 +121,10 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
     quiet = None if progress is None else not progress
     for key, (name, pattern) in tqdm(listed.items(), desc="Inspecting", unit="layer", disable=quiet):
         _inspect_layer(found, key, name, pattern, entries, with_spectra)
+    try:
+        read_report(folder)
+    except CheckpointError as error:
+        found.violations.append(Violation(REPORT_NAME, "report", str(error)))
     for changed in changed_files(Path(folder)):
         detail = "its bytes are not those that were saved, by the digest in report.json; save or download it again"
         found.violations.append(Violation(changed, "digest", detail))

@@ -29,6 +29,7 @@ _KINDS = {
     "tasks": list,
     "benchmark": dict,
     "recovery": dict,
+    "files": dict,
 }
 """What the parts of a report are in JSON."""
 _MEASURED = ("evaluations", "tasks", "benchmark", "recovery")  # parts that other commands than `prune` put in

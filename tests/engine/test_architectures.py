@@ -9,6 +9,7 @@ import transformers as t
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import ModelError
+from optimum_eggs.evaluation.perplexity import perplexity
 from optimum_eggs.streaming import prune_checkpoint
 
 IDS = tiny.make_windows(2, 8)
@@ -135,3 +136,9 @@ def test_a_model_that_reads_no_text_is_refused_and_can_be_packed(name, block_lis
     packed = EGGSPruner(model)
     packed.pack("2:4", block_list=block_list or ("model.encoder.layers" if name == "whisper" else None), progress=False)
     assert any(isinstance(layer, NMLinear) for layer in packed.model.modules())
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_has_no_perplexity(name):
+    with pytest.raises(ModelError, match="is an encoder-decoder; perplexity needs a causal model"):
+        perplexity(make(name), IDS)

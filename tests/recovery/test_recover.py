@@ -195,7 +195,7 @@ def test_what_a_run_of_other_settings_has_left_is_not_in_the_way(
         with pytest.raises(KeyboardInterrupt):
             recover(packed_folder, tmp_path / "out", settings(text_file, steps=2))
     recover(packed_folder, tmp_path / "out", settings(text_file, steps=1))
-    assert "steps was 2 and is now 1; this one starts from the beginning" in caplog.text
+    assert "steps was 2 and is now 1); this one starts from the beginning" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 

@@ -295,6 +295,6 @@ def test_a_run_of_two_processes_is_not_continued_by_one(deep, tmp_path, caplog):
     psutil.wait_procs([running, *workers], timeout=30)
     arguments = command(deep, tmp_path / "out")
     assert main(arguments[arguments.index("prune") :]) == 0
-    assert "processes was 2 and is now 1; this one starts from the beginning" in caplog.text
+    assert "processes was 2 and is now 1); this one starts from the beginning" in caplog.text
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["measurements"]["blocks_of_earlier_runs"] == 0

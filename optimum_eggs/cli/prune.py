@@ -49,12 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         action="append",
         metavar="FILE|NAME[=SHARE]",
-        help="text file, data set (wikitext2, c4, or ID[:CONFIGURATION][@REVISION] on the Hub), or sample, the text "
-        "shipped here for a first try; given several times they are mixed, in proportion to their shares",
+        help="text file, file of rows (.jsonl, .json, .csv, .tsv, .parquet), data set (wikitext2, c4, or "
+        "ID[:CONFIGURATION][@REVISION] on the Hub), or sample, the text shipped here for a first try; given several "
+        "times they are mixed, in proportion to their shares",
     )
     parser.add_argument("--split", help="split of a data set from the Hub (default: train)")
     parser.add_argument(
-        "--text-column", help="text column of a data set from the Hub (default: input_ids if it has one, else text)"
+        "--text-column", help="column of a data set or of a file of rows (default: input_ids if it has one, else text)"
     )
     parser.add_argument(
         "--num-samples", type=int, default=NUM_SAMPLES, help=f"calibration windows (default: {NUM_SAMPLES})"
@@ -200,20 +201,25 @@ def parse_sources(given: list[str]) -> str | dict[str, float] | None:
 
     Raises:
         ConfigError: a source is named twice.
+        CalibrationError: a share is not a positive number.
 
     >>> parse_sources(["a.txt=3", "c4"])
     {'a.txt': 3.0, 'c4': 1.0}
     """
-    sources: dict[str, float] = {}
+    from ..calibration.documents import refuse_twice
+    from ..calibration.windows import check_share
+
+    pairs: list[tuple[str, float]] = []
     for item in given:
         name, share = item, 1.0
         head, equals, tail = item.rpartition("=")
         if equals and not Path(item).exists():
             with suppress(ValueError):  # an equals sign within a name
                 name, share = head, float(tail)
-        if name in sources:
-            raise ConfigError(f"calibration={name!r} is given twice; give it once, with a share")
-        sources[name] = share
+        check_share(name, share)
+        pairs.append((name, share))
+    refuse_twice([name for name, _ in pairs], "calibration")
+    sources = dict(pairs)
     return next(iter(sources)) if len(sources) == 1 else sources or None
 
 

@@ -17,8 +17,8 @@ from ..names import TEXT_ENDINGS, public_names
 
 SAMPLE = "sample"
 SOURCES = (
-    "a text file, a file of rows (JSON, JSON lines, CSV, TSV, Parquet), the name of a data set ('wikitext2', 'c4', or "
-    "any id on the Hub), or 'sample', the text that is shipped with this package for a first try"
+    "a text file, the name of a data set ('wikitext2', 'c4', or any id on the Hub), a file of rows (.jsonl, .json, "
+    ".csv, .tsv, .parquet), or 'sample', the text that is shipped with this package for a first try"
 )
 
 _SAMPLE_FILE = Path(__file__).with_name("sample.txt.gz")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import strict_json
 from ..errors import ConfigError
 from .settings import add_set, make_config
 
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     if not ranks.first:
         return 0
     if args.json:
-        print(json.dumps(report.to_dict() | {"output": args.output}))
+        print(strict_json.dumps(report.to_dict() | {"output": args.output}))
         return 0
     summary = report.to_dict()["summary"]
     took = report.measurements

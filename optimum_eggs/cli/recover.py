@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+
+from .. import strict_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if not PartialState().is_main_process:
         return 0
     if args.json:
-        print(json.dumps(report.to_dict() | {"output": args.output}))
+        print(strict_json.dumps(report.to_dict() | {"output": args.output}))
         return 0
     took = report.measurements
     print(f"{report.steps} steps on {report.windows} windows in {took['seconds']:.0f} s")

@@ -23,7 +23,8 @@ def record(result: EvaluationResult, folder: str | Path | None = None) -> bool:
         Whether the folder has a report.
 
     Raises:
-        ModelError: the report is no JSON.
+        CheckpointError: what is there is no report.
+        OutputError: it cannot be written.
     """
     folder = result.model.folder if folder is None else folder
     if folder is None:
@@ -56,6 +57,7 @@ def _perplexity_entry(result: EvaluationResult, dense: Evaluation | None) -> dic
         "split": asked.split,
         "conditions": f"{found['windows']} windows of {found['seq_len']} tokens{overlap}, {ours.dtype}",
         "tokens_sha256": ours.token_digest,
+        "text_sha256": asked.text_sha256,
         "metrics": {key: found[key] for key in ("perplexity", "bits_per_byte") if found[key] is not None},
     }
     if dense is not None and dense.perplexity is not None and result.comparison is not None:

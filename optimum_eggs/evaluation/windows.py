@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..calibration.documents import documents
 from ..calibration.windows import token_stream
-from ..errors import CalibrationError, ConfigError
+from ..errors import CalibrationError, ConfigError, shorten
 
 
 def evaluation_windows(
@@ -39,7 +39,7 @@ def evaluation_windows(
     needed = (wanted - 1) * step + seq_len
     if len(ids) < needed:
         raise CalibrationError(
-            f"text={text!r} has {len(ids)} tokens, and {wanted} windows of seq_len={seq_len} need {needed}; "
+            f"text={shorten(text)} has {len(ids)} tokens, and {wanted} windows of seq_len={seq_len} need {needed}; "
             "give more text, or lower num_windows or seq_len"
         )
     return ids[:needed].unfold(0, seq_len, step)

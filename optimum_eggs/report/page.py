@@ -58,7 +58,7 @@ def report_page(folder: str | Path, figures: str | Path | None = None, *, with_s
 
     Raises:
         ModelError: the folder has no report of a pruned model.
-        CheckpointError: its weights cannot be read, or are damaged.
+        CheckpointError: its report or its weights cannot be read, or are damaged.
         ConfigError: matplotlib is missing.
     """
     try:

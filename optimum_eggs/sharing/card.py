@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pprint
 import re
 from collections.abc import Sequence
@@ -11,8 +10,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .. import strict_json
 from ..calibration.documents import DatasetName, dataset_id
 from ..config import EGGSConfig
+from ..engine.report import text_uses
 from ..errors import ModelError
 from ..files import REPORT_NAME
 from ..names import hub_id
@@ -228,7 +229,10 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
 def _measured(report: dict[str, Any]) -> str:
     lines = ["| what | on | value | dense |", "|---|---|---:|---:|"]
     for entry in report.get("evaluations", []):
-        where = f"{entry['dataset']}, {entry['conditions']}"
+        text = {"name": entry["dataset"], "split": entry.get("split"), "sha256": entry.get("text_sha256")}
+        uses = text_uses(report, text)
+        also = f"; the model was also {' and '.join(uses)} on it" if uses else ""
+        where = f"{entry['dataset']}, {entry['conditions']}{also}"
         for metric, value in entry["metrics"].items():
             dense = entry.get("dense", {}).get(metric)
             lines.append(f"| {metric} | {where} | {value:.2f} | {'' if dense is None else f'{dense:.2f}'} |")
@@ -332,7 +336,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path}: is missing; name the folder of a packed model that EGGSPruner saved")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path}: is no JSON ({error}); save the model again") from error
     if not isinstance(found, dict):

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from .. import strict_json
 from ..engine.report import without_measurements
 from ..files import REPORT_NAME, seal
 from .push import save_and_push
@@ -41,7 +42,7 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
     def save(folder: Path) -> None:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         kept = report if source is None or _same_weights(folder, source) else without_measurements(report)
-        (folder / REPORT_NAME).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        (folder / REPORT_NAME).write_text(strict_json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         seal(folder)
 
     return save_and_push(save, repo_id, **options)

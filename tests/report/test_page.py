@@ -210,7 +210,7 @@ def test_bad_input_is_refused(dense_folder, folder, tmp_path, capsys):
         report_page(dense_folder)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "report.json").write_text((folder / "report.json").read_text()[:-20])
-    with pytest.raises(ModelError, match="is no JSON"):
+    with pytest.raises(CheckpointError, match="is no JSON"):
         report_page(tmp_path / "cut")
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert main(["report", str(folder), "-o", str(tmp_path / "no" / "page.html")]) == 2

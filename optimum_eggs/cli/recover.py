@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train", required=True, action="append", metavar="FILE|NAME", help="text to train on; several are mixed"
     )
+    parser.add_argument(
+        "--text-column", help="column of a data set or of a file of rows (default: input_ids if it has one, else text)"
+    )
     parser.add_argument("--teacher", metavar="DENSE", help="dense model to match (default: none, learn from the text)")
     parser.add_argument("--method", choices=["lora", "values"], default="lora", help="what is trained (default: lora)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA (default: 16)")
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         block_matching=args.block_matching,
         seed=args.seed,
         gradient_checkpointing=args.gradient_checkpointing,
+        text_column=args.text_column,
     )
     try:
         report = recover(
@@ -86,5 +90,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{report.steps} steps on {report.windows} windows in {took['seconds']:.0f} s")
     change = f"{report.perplexity_before:.2f} -> {report.perplexity_after:.2f}"
     print(f"perplexity on the {report.windows_held_out} windows held out {change}")
+    if report.kept == "before":
+        print("training made it worse: the values of before were kept; more text or a smaller --lr may help")
     print(f"saved to {args.output}")
     return 0

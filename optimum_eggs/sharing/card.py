@@ -149,10 +149,16 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
         method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{_more(dense, 6)}.")
     if recovered:
         settings = recovered["settings"]
+        done = (
+            f"{recovered['steps']} steps of `{settings['method']}` on {recovered['windows']} windows of "
+            f"{settings['seq_len']} tokens"
+            + (", towards the dense model's probabilities" if settings.get("teacher") else "")
+        )
         method.append(
-            f"Recovered afterwards under the mask: {recovered['steps']} steps of `{settings['method']}` on "
-            f"{recovered['windows']} windows of {settings['seq_len']} tokens"
-            + (", towards the dense model's probabilities." if settings.get("teacher") else ".")
+            f"Training it afterwards under the mask ({done}) raised the perplexity on the windows held out, so the "
+            "values are those of before."
+            if recovered.get("kept") == "before"
+            else f"Recovered afterwards under the mask: {done}."
         )
     done = "stored packed, with the zeros that it had:" if as_it_was else "pruned and stored packed:"
     return {
@@ -247,7 +253,7 @@ def _measured(report: dict[str, Any]) -> str:
             theirs = entry.get("dense", {}).get(metric)
             lines.append(f"| {metric} | {where} | {_score(score)} | {'' if theirs is None else _score(theirs)} |")
     recovered = report.get("recovery")
-    if recovered:
+    if recovered and recovered.get("kept") != "before":
         change = f"{recovered['perplexity_after']:.2f} (before: {recovered['perplexity_before']:.2f})"
         lines.append(f"| perplexity after recovery | {recovered['windows_held_out']} windows held out | {change} | |")
     speed = report.get("benchmark")

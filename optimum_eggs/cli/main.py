@@ -10,6 +10,7 @@ from functools import partialmethod
 
 from ..errors import EGGSError
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
+from .printing import printed_at_the_end
 
 _SUBCOMMANDS = {
     "prune": prune,
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     _quiet_libraries()
     try:
-        return args.run(args)
+        with printed_at_the_end():
+            return args.run(args)
     except EGGSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

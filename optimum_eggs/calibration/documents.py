@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import re
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CalibrationError, ConfigError, first_line, shorten, without
+from ..files import sha256
 from ..names import TEXT_ENDINGS, public_names
 
 SAMPLE = "sample"
@@ -104,7 +104,7 @@ def documents(
     Raises:
         CalibrationError: the source is of an unknown kind, cannot be read, or lacks the column.
     """
-    called = f"{argument}={_shown(source)}"
+    called = f"{argument}={shown(source)}"
     try:
         if isinstance(source, str | Path):
             if _is_file_name(source):
@@ -124,6 +124,19 @@ def documents(
         )
     except _UnusableError as error:
         raise CalibrationError(f"{called}{error}") from error.__cause__
+
+
+def check_name(source: Any, argument: str) -> None:
+    """Raise if `source` is a name that is known to be none of a text, without a look at the Hub.
+
+    Raises:
+        CalibrationError: it is.
+    """
+    if isinstance(source, str | Path):
+        try:
+            _is_file_name(source)
+        except _UnusableError as error:
+            raise CalibrationError(f"{argument}={shown(source)}{error}") from error.__cause__
 
 
 class _UnusableError(Exception):
@@ -184,13 +197,7 @@ def described(sources: Iterable[Any], split: str | None = None) -> list[dict[str
 
 
 def _digest(source: Any) -> str | None:
-    if not isinstance(source, str | Path) or not Path(source).is_file():
-        return None
-    digest = hashlib.sha256()
-    with Path(source).open("rb") as opened:
-        while piece := opened.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    return sha256(Path(source)) if isinstance(source, str | Path) and Path(source).is_file() else None
 
 
 class Column:
@@ -255,7 +262,7 @@ def _plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def _shown(source: Any) -> str:
+def shown(source: Any) -> str:
     """A source in a message: a name in full, anything else in short."""
     return repr(str(source)) if isinstance(source, str | Path) and not _is_a_text(source) else shorten(source)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, shorten
-from .documents import SOURCES, Column, documents, is_tokenised, refuse_splits, refuse_twice
+from .documents import SOURCES, Column, check_name, documents, is_tokenised, refuse_splits, refuse_twice
 from .pieces import PIECE, token_pieces
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ def token_windows(
         CalibrationError: no source, an unknown kind of source, or too few tokens.
         ConfigError: a mapping names one source twice.
     """
-    if source is None:
-        raise CalibrationError(f"calibration=None: pass {SOURCES}; or texts or token ids")
-    refuse_splits(source, "calibration")
+    check_source(source)
     if isinstance(source, Mapping):
 
         def draw(name: Any, count: int) -> Windows:
@@ -150,6 +148,25 @@ def shares(weights: Mapping[Any, float], total: int) -> list[int]:
     return counts
 
 
+def check_source(source: Any) -> None:
+    """Raise if it can be told from a calibration source itself that it is none; nothing of it is read.
+
+    Raises:
+        CalibrationError: there is none, a name is none of a text, or a share no positive number.
+        ConfigError: a mapping names one source twice.
+    """
+    if source is None:
+        raise CalibrationError(f"calibration=None: pass {SOURCES}; or texts or token ids")
+    refuse_splits(source, "calibration")
+    if not isinstance(source, Mapping):
+        check_name(source, "calibration")
+        return
+    refuse_twice(source, "calibration")
+    for name, share in source.items():
+        check_share(name, share)
+        check_name(name, "calibration")
+
+
 def check_share(name: Any, share: Any) -> None:
     """Raise unless the share of a source is a positive number.
 
@@ -167,7 +184,6 @@ def check_share(name: Any, share: Any) -> None:
 def _mixed(source: Mapping[Any, float], num_samples: int, seed: int, draw: Callable[[Any, int], Windows]) -> Windows:
     if not source:
         raise CalibrationError("calibration={}: the mapping is empty; name at least one source")
-    refuse_twice(source, "calibration")
     parts = [draw(name, count) for name, count in zip(source, shares(source, num_samples), strict=True)]
     # Mixed within batches, so that no batch is of one kind of text alone.
     ids = torch.cat([part.ids for part in parts])

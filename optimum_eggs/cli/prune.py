@@ -99,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
     from ..calibration.documents import SOURCES
+    from ..calibration.windows import check_source
     from ..folders import check_output
     from ..ranks import join_ranks
 
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     config = make_config(flags | {"calibration": parse_sources(args.calibration or [])}, args.set)
     if config.calibration is None:
         raise ConfigError(f"--calibration is missing: give {SOURCES}")
+    check_source(config.calibration)
     if _is_on_disk(args):
         report = _from_disk(args, config, ranks)
     elif ranks.size == 1:

@@ -164,6 +164,8 @@ def _summary(report: dict[str, Any]) -> str:
             f"Recovered under the mask: {recovered['steps']} steps of <code>{html.escape(settings['method'])}</code>, "
             f"in {recovered['measurements']['seconds']:,.0f} s."
         )
+        if recovered.get("kept") == "before":
+            lines.append("That was worse on the windows held out, so the values are those of before.")
     speed = report.get("benchmark")
     if speed:
         machine = speed["machine"]

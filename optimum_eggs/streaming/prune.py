@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..calibration.states import StatesOnDisk
-from ..calibration.windows import windows_digest
+from ..calibration.windows import check_source, windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
 from ..engine.plan import PrunePlan, make_plan
@@ -108,6 +108,7 @@ def prune_checkpoint(
         budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
         shard_size = _bytes("max_shard_size", max_shard_size)
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        check_source(config.calibration)
         source = DenseSource(model, dtype, device, config.block_list, revision=revision, token=token, **trust)
         tokenizer = config.tokenizer
         if tokenizer is None and has_tokenizer(source.folder):

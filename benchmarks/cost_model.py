@@ -29,10 +29,10 @@ from pathlib import Path
 
 import torch
 
+from optimum_eggs.engine.estimate import FACTORISATION
 from optimum_eggs.measure import processor
 
 UPDATE_PRODUCTS = 14
-FACTORISATION = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
         before += inputs * sum(outputs)
         statistics += 2 * inputs**2
         update += busiest(
-            [(UPDATE_PRODUCTS * 2 * rows + FACTORISATION * inputs) * inputs**2 for rows in outputs], processes
+            [(UPDATE_PRODUCTS * 2 * rows + FACTORISATION["sparsegpt"] * inputs) * inputs**2 for rows in outputs],
+            processes,
         )
         sent += 4 * inputs**2 * 2 + shape.itemsize * sum(outputs) * inputs
     passes += 2 * before + 4 * seq_len * shape.hidden

@@ -1,13 +1,14 @@
 """N:M sparse language models with an expander-graph floor on connectivity.
 
 Importing this package makes transformers know packed checkpoints, so that `from_pretrained` loads them, PEFT know
-packed layers, so that a LoRA on them keeps their zeros, and torch know the operation that they call. Each is told when
-it is imported, be it before this package or after; until then nothing heavy is imported.
+packed layers, so that a LoRA on them keeps their zeros, quanto leave them alone, and torch know the operation that they
+call. Each is told when it is imported, be it before this package or after; until then nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from .imports import after_import
@@ -33,7 +34,10 @@ _HOME = {
 # transformers.quantizers, and not the registry within it: our quantizer imports both, and nothing that comes later.
 after_import("torch", f"{__name__}.ops")
 after_import("transformers.quantizers", f"{__name__}.hf.quantizer")
+after_import("transformers.modeling_utils", f"{__name__}.hf.saving")
 after_import("peft.tuners.lora.model", f"{__name__}.recovery.install")
+if importlib.util.find_spec("optimum.quanto"):
+    after_import("optimum.quanto", f"{__name__}.nn.quanto")
 
 
 def __getattr__(name: str) -> Any:

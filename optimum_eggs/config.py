@@ -81,7 +81,8 @@ class EGGSConfig(QuantizationConfigMixin):
             tuning, where many small steps take less time than few large ones for the same result.
         min_expert_tokens: Calibration tokens that an expert of a mixture must see; one that sees fewer is pruned by its
             weights alone.
-        targets: Name patterns of the linear layers to prune. Default: all within the blocks.
+        targets: Name patterns of the linear layers to prune. Default: all within the blocks. Routers of experts, and
+            gates (layers of fewer than 16 outputs), are pruned only where a pattern ends in their own name.
         ignore: Name patterns of layers to leave dense. Default: `["lm_head"]`. A pattern is a shell-style glob on the
             dotted name; it may leave out leading and trailing parts (`"down_proj"`, `"layers.0"`, `"*.mlp.*"`).
         block_list: Name of the list of blocks (`"model.layers"`), if it cannot be found by structure.
@@ -173,7 +174,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.num_samples = check.integer("num_samples", num_samples, least=1)
         self.seq_len = None if seq_len is None else check.integer("seq_len", seq_len, least=2)
         self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
-        self.seed = check.integer("seed", seed, least=0)
+        self.seed = check.integer("seed", seed, least=0, most=check.TORCH_SEEDS)
         size = _batch_size(self.block_tuning) if batch_size is None else batch_size
         self.batch_size = check.integer("batch_size", size, least=1)
         self.min_expert_tokens = check.integer("min_expert_tokens", min_expert_tokens, least=0)
@@ -255,11 +256,51 @@ class EGGSConfig(QuantizationConfigMixin):
 
     __replace__ = replace
 
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A configuration from its stored form, with the values in `kwargs` in place of those stored, as [`replace`].
+
+        Args:
+            config_dict: As of [`to_dict`].
+            return_unused_kwargs: Return those of `kwargs` that are no keys too, in place of refusing them.
+            kwargs: Other values.
+
+        Raises:
+            ConfigError: as for a new configuration.
+
+        >>> stored = EGGSConfig("2:4").to_dict()
+        >>> config, unused = EGGSConfig.from_dict(stored, return_unused_kwargs=True, pattern="1:4", other=3)
+        >>> config.n, unused
+        (1, {'other': 3})
+        """
+        changes, unused = _split_known(kwargs)
+        if not return_unused_kwargs:
+            _refuse_unknown(unused)
+        config = cls(**config_dict)
+        if changes:
+            config = config.replace(**changes)
+        return (config, unused) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Take other values in place, as [`replace`]; returns those of `kwargs` that are no keys.
+
+        Raises:
+            ConfigError: as for a new configuration; nothing has changed then.
+        """
+        changes, unused = _split_known(kwargs)
+        if changes:
+            self.__dict__ = vars(self.replace(**changes))
+        return unused
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, without data, tokenizer and token: `calibration` stays only where it names its sources."""
         fields = {key: value for key, value in self.__dict__.items() if key not in ("tokenizer", "token")}
         fields["calibration"] = _calibration_names(self.calibration)
         return copy.deepcopy(fields)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; transformers asks so, of a model's configuration as of the one in its file."""
+        return self.to_dict().get(key, default)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EGGSConfig) and self.to_dict() == other.to_dict()
@@ -277,10 +318,23 @@ class EGGSConfig(QuantizationConfigMixin):
         return twin
 
 
+def _keys() -> list[str]:
+    return [name for name in inspect.signature(EGGSConfig).parameters if name != "unknown"]
+
+
+def _split_known(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is for keys of the configuration, and what is not."""
+    known = _keys()
+    return (
+        {key: value for key, value in values.items() if key in known},
+        {key: value for key, value in values.items() if key not in known},
+    )
+
+
 def _refuse_unknown(unknown: Mapping[str, Any]) -> None:
     if not unknown:
         return
-    known = [name for name in inspect.signature(EGGSConfig).parameters if name != "unknown"]
+    known = _keys()
     key = next(iter(unknown))
     if key in RETIRED:
         raise ConfigError(f"{key}={unknown[key]!r}: this key is gone, it improved no model measured; leave it out")

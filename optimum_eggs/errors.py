@@ -4,6 +4,7 @@ Each message names the thing, its value, the rule it broke and what to do about 
 [`EGGSError`], so `except EGGSError` catches bad input and nothing else.
 """
 
+from collections.abc import Iterator, Sized
 from typing import Any, overload
 
 
@@ -26,6 +27,15 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def more(items: Sized, shown: int) -> str:
+    """What to put behind the first items of a list.
+
+    >>> more("abc", 2), more("abc", 3)
+    (' and 1 more', '')
+    """
+    return f" and {len(items) - shown} more" if len(items) > shown else ""
+
+
 @overload
 def without(secret: str | bool | None, said: str) -> str: ...
 @overload
@@ -39,16 +49,32 @@ def without(secret: str | bool | None, said: str | Exception) -> str | Exception
     ('Illegal header value: Bearer ***', None)
     """
     hidden = secret.strip() if isinstance(secret, str) else ""
+    forms = {hidden, repr(hidden)[1:-1]} if hidden else set()  # with a line end within, as it is and as it is escaped
     if isinstance(said, str):
-        return said.replace(hidden, "***") if hidden else said
-    return None if hidden and _says(said, hidden) else said
+        for form in forms:
+            said = said.replace(form, "***")
+        return said
+    return None if any(form in str(error) for error in led_by(said) for form in forms) else said
 
 
-def _says(error: BaseException | None, secret: str) -> bool:
-    """Whether an error, or one that led to it, has `secret` in its message."""
-    if error is None:
-        return False
-    return secret in str(error) or _says(error.__cause__, secret) or _says(error.__context__, secret)
+def led_by(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    yield error
+    for earlier in (error.__cause__, error.__context__):
+        if earlier is not None:
+            yield from led_by(earlier)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had: torch says so in a RuntimeError, in other words on every device.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    (True, True)
+    """
+    if isinstance(error, MemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
 
 
 class EGGSError(Exception):

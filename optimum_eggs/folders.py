@@ -15,9 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from .errors import EGGSError, OutputError, first_line
+from .errors import EGGSError, ModelError, OutputError, first_line
 from .files import REPORT_NAME, listed_files, seal, sync
 from .locks import LOCK_NAME, OWNER_NAME, locked
 
@@ -31,6 +29,23 @@ _SAID_OF_NO_SPACE = (  # by writers whose errors are no OSError: those in Rust, 
     "unexpected pos",
     "iostream error",
 )
+
+
+def check_folder(folder: str | Path, option: str = "") -> None:
+    """Raise unless there is such a folder.
+
+    Args:
+        folder: That of a saved model.
+        option: What it was given by, for the message, such as `"--against"`.
+
+    Raises:
+        ModelError: there is none, or it is a file.
+    """
+    path, named = Path(folder), f"{option} {folder}".strip() or "''"
+    if not str(folder) or not path.exists():
+        raise ModelError(f"{named}: there is no such {'file' if path.suffix == '.gguf' else 'folder'}; check the path")
+    if not path.is_dir():
+        raise ModelError(f"{named}: is a file; name the folder of a saved model")
 
 
 def check_output(folder: str | Path, overwrite: bool = False, *, sources: Sequence[Any] = (), needs: int = 0) -> Path:
@@ -127,6 +142,8 @@ def written(path: Path, remedy: str) -> Iterator[None]:
     Raises:
         OutputError: instead of what was raised within because of it.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
     except EGGSError:

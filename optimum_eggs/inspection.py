@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .errors import CheckpointError
 from .files import changed_files
+from .folders import check_folder
 from .masks.certificate import Certificate, certify
 from .masks.spectra import Spectra, spectra
 from .packing import unpack
@@ -81,7 +82,7 @@ class Inspection:
 
 
 def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with_spectra: bool = False) -> Inspection:
-    """Check a packed checkpoint and compute its certificates. Never raises for what is in the files: it is reported.
+    """Check a packed checkpoint and compute its certificates. What is wrong with the files is reported, not raised.
 
     Every tensor is read, one at a time, those of dense layers, embeddings and norms too.
 
@@ -89,7 +90,11 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
         folder: A packed model.
         progress: Show a progress bar on stderr. Default: if it is a terminal.
         with_spectra: Measure the spectral gaps of every layer too, which takes longer than all the rest.
+
+    Raises:
+        ModelError: there is no such folder.
     """
+    check_folder(folder)
     found = Inspection(str(folder))
     try:
         found.config = read_config(folder)

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from .errors import OutputError
 
 LOCK_NAME, OWNER_NAME = "lock", "owner.json"
@@ -25,6 +23,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process is at work in it.
     """
+    from filelock import FileLock, Timeout  # whose import takes longer than all of `--help`
+
     lock = FileLock(folder / LOCK_NAME)
     try:
         lock.acquire(timeout=0)

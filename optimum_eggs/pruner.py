@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from optimum.quantization_base import OptimumQuantizer
 
+from . import validation as check
 from .config import EGGSConfig
 from .engine import PruneReport, calibrate_and_prune, pack_model
 from .errors import ConfigError, ModelError
@@ -168,9 +169,10 @@ class EGGSPruner(OptimumQuantizer):
             save_directory: Folder to make, or an empty one to fill.
             overwrite: Replace what this package saved there. Text of your own in its README.md stays.
             dtype: Cast the model to this dtype first. Default: as it is.
-            max_shard_size: As for transformers.
+            max_shard_size: Bytes of the largest weight file, or such as `"5GB"` or `"4GiB"`.
 
         Raises:
+            ConfigError: `dtype` is unknown, or `max_shard_size` no size.
             ModelError: the model is not pruned, or the last `prune` did not finish.
             OutputError: the folder may not be replaced, or cannot be written: before anything is.
         """
@@ -180,6 +182,7 @@ class EGGSPruner(OptimumQuantizer):
             raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
         if self.report is None:
             raise ModelError("the model is not pruned yet; call prune() first, or pack() if it has its zeros already")
+        shard_size = check.size("max_shard_size", max_shard_size)
         target = parse_dtype(dtype)
         cast = target if isinstance(target, torch.dtype) else None
         tensors = {id(value): value for value in self.model.state_dict(keep_vars=True).values()}.values()
@@ -192,7 +195,7 @@ class EGGSPruner(OptimumQuantizer):
             if cast is not None:
                 for parameter in self.model.parameters():  # not buffers: rotary tables are computed in float32
                     parameter.data = parameter.data.to(cast)
-            self.model.save_pretrained(folder, max_shard_size=max_shard_size)
+            self.model.save_pretrained(folder, max_shard_size=shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             self.report.save(folder / REPORT_NAME)

@@ -15,6 +15,8 @@ from .files import write_durably
 logger = logging.getLogger(__name__)
 
 _RUN = "run.json"
+_DIGESTS = {"calibration": "calibration text", "windows": "training text"}
+"""Keys of a run that hold the digest of its tokens, and of what."""
 
 
 def run_folder(work: Path, run: dict[str, Any]) -> Path:
@@ -42,7 +44,7 @@ def open_run(work: Path, run: dict[str, Any], overwrite: bool) -> Path:
     elif others and not folder.is_dir():
         latest = max(others, key=lambda other: other.stat().st_mtime)
         logger.warning(
-            "%s: another run was cut there, of which %s; this one starts from the beginning. The options of before go "
+            "%s: another run was cut there (%s); this one starts from the beginning. The options of before go "
             "on with that one, until a run ends, which removes it",
             work,
             difference(_read(latest), run),
@@ -57,13 +59,21 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
     >>> difference({"config": {"n": 2}}, {"config": {"n": 1}})
     'config.n was 2 and is now 1'
+    >>> difference({"model": {"config.json": "3f"}}, {"model": {"config.json": "a0"}})
+    "the model's file config.json changed since"
     """
     key = next(key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key))
-    was, is_now = before.get(key), now.get(key)
+    was, is_now, part = before.get(key), now.get(key), None
     if isinstance(was, dict) and isinstance(is_now, dict):
         part = next(k for k in sorted(was.keys() | is_now.keys()) if was.get(k) != is_now.get(k))
-        key, was, is_now = f"{key}.{part}", was.get(part), is_now.get(part)
-    return f"{key} was {shorten(was)} and is now {shorten(is_now)}"
+        was, is_now = was.get(part), is_now.get(part)
+    if key == "model" and part is not None:
+        how = "is not there any more" if is_now is None else "is new" if was is None else "changed since"
+        return f"the model's file {part} {how}"
+    if key in _DIGESTS:
+        return f"the {_DIGESTS[key]} gives other tokens"
+    name = key if part is None else f"{key}.{part}"
+    return f"{name} was {shorten(was)} and is now {shorten(is_now)}"
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from .errors import ConfigError
 from .pattern import NMPattern
 
+TORCH_SEEDS = 2**64 - 1
+"""The largest seed of torch's generators."""
 
-def integer(name: str, value: Any, least: int) -> int:
-    """`value`, if it is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
+NUMPY_SEEDS = 2**32 - 1
+"""That of numpy's, which transformers' Trainer seeds as well."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?", re.IGNORECASE | re.ASCII)
+
+
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value`, if it is an integer of at least `least`, and of at most `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name}={value!r} must be an integer {allowed}")
+    return value
+
+
+def size(name: str, value: Any, least: int = 1) -> int:
+    """A number of bytes of at least `least`, given as such or as a text: `"5GB"` (of 10⁹ bytes), `"8GiB"` (of 2³⁰).
+
+    >>> size("max_shard_size", "5GB"), size("max_shard_size", "8 GiB"), size("max_shard_size", 100)
+    (5000000000, 8589934592, 100)
+    """
+    found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found:
+        number, unit, binary = found.groups()
+        value = int(Fraction(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} is no size; write a number of bytes, or such as '8GiB'")
+    if value < least:
+        raise ConfigError(f"{name}={value!r} bytes are too few; give at least {least}")
     return value
 
 

@@ -80,7 +80,8 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
         ({"refit_steps": 1.5}, r"refit_steps=1.5 must be an integer"),
         ({"num_samples": 0}, r"num_samples=0 must be an integer of at least 1"),
         ({"seq_len": 1}, r"seq_len=1 must be an integer of at least 2"),
-        ({"seed": -1}, r"seed=-1 must be an integer of at least 0"),
+        ({"seed": -1}, "seed=-1 must be an integer from 0 to 18446744073709551615"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be an integer from 0 to 18446744073709551615"),
         ({"batch_size": False}, r"batch_size=False must be an integer of at least 1"),
         ({"split": ""}, r"split='' must be a text that is not empty, or None"),
         ({"text_column": 3}, r"text_column=3 must be a text"),
@@ -352,3 +353,27 @@ def test_block_tuning_takes_one_window_a_step_unless_told_otherwise():
     assert EGGSConfig(preset="best").batch_size == EGGSConfig(block_tuning=5).batch_size == 1
     assert EGGSConfig(preset="best", batch_size=2).batch_size == 2
     assert EGGSConfig(preset="best", block_tuning=0).batch_size == 4
+
+
+def test_values_beside_the_stored_ones_are_checked_as_in_a_new_configuration():
+    stored = EGGSConfig("4:8", preset="best", seed=3).to_dict()
+    config, unused = EGGSConfig.from_dict(stored, return_unused_kwargs=True, pattern="1:8", bogus=1)
+    assert (config, unused) == (EGGSConfig("1:8", preset="best", seed=3), {"bogus": 1})
+    assert EGGSConfig.from_dict(stored, seed=4) == EGGSConfig("4:8", preset="best", seed=4)
+    with pytest.raises(ConfigError, match="pattern 9:8: n=9"):
+        EGGSConfig.from_dict(stored, n=9)
+    with pytest.raises(ConfigError, match="bogus=1: EGGSConfig has no such key"):
+        EGGSConfig.from_dict(stored, bogus=1)
+
+
+def test_an_update_is_checked_and_gives_back_what_is_no_key():
+    config = EGGSConfig("2:4")
+    assert config.update(preset="wanda", revision="main") == {"revision": "main"}
+    assert config == EGGSConfig("2:4", preset="wanda")
+    before = config.to_dict()
+    for wrong in ({"damping": -1}, {"n": 5}, {"to_dict": 3, "seed": "one"}):
+        with pytest.raises(ConfigError):
+            config.update(**wrong)
+        assert config.to_dict() == before
+    assert config.update(to_dict=3) == {"to_dict": 3}
+    assert config.to_dict() == before

@@ -123,7 +123,7 @@ def test_saving_in_another_dtype_casts_parameters_only(dense_folder, config, tmp
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/no/such/folder", r"/no/such/folder: there is no such tokenizer; check the path"),
+        ("/no/such/folder", r"/no/such/folder: there is no such folder; check the path"),
         ("empty", r"there is no config.json in it; pass the folder of a saved model"),
     ],
 )

@@ -77,7 +77,7 @@ def token_windows(
         CalibrationError: no source, an unknown kind of source, or too few tokens.
         ConfigError: a mapping names one source twice.
     """
-    check_source(source)
+    check_calibration(source)
     if isinstance(source, Mapping):
 
         def draw(name: Any, count: int) -> Windows:
@@ -148,7 +148,7 @@ def shares(weights: Mapping[Any, float], total: int) -> list[int]:
     return counts
 
 
-def check_source(source: Any) -> None:
+def check_calibration(source: Any) -> None:
     """Raise if it can be told from a calibration source itself that it is none; nothing of it is read.
 
     Raises:

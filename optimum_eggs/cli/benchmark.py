@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import strict_json
+from .arguments import add_trust, check_both, integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,18 +16,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..dtypes import DTYPES
 
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
-    parser.add_argument("--against", metavar="DENSE", help="folder of a dense model, timed in turn with the packed one")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="tokens in a layer's call")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens in the prompt (default: 256)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to decode (default: 128)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of a model (default: 3)")
     parser.add_argument(
-        "--layer-repeats", type=int, default=20, help="timed turns of a layer, of some calls (default: 20)"
+        "--against", metavar="DENSE", help="folder of a dense model, timed in turn with the packed one (default: none)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=integer(1),
+        nargs="+",
+        default=[1, 4, 16, 64, 256],
+        metavar="N",
+        help="tokens in a layer's call (default: 1 4 16 64 256)",
+    )
+    parser.add_argument(
+        "--prompt", type=integer(1), default=256, metavar="N", help="tokens in the prompt (default: 256)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=integer(1), default=128, metavar="N", help="tokens to decode (default: 128)"
+    )
+    parser.add_argument("--repeats", type=integer(1), default=3, metavar="N", help="timed runs of a model (default: 3)")
+    parser.add_argument(
+        "--layer-repeats",
+        type=integer(1),
+        default=20,
+        metavar="N",
+        help="timed turns of a layer, of some calls (default: 20)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
-    parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is")
-    parser.add_argument("--layers-only", action="store_true", help="leave the models out")
+    add_trust(parser.add_argument, "the models")
+    parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is (default: write it)")
+    parser.add_argument("--layers-only", action="store_true", help="leave the models out (default: time them too)")
+
+
+check = check_both
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..engine.report import update_report
-    from ..errors import CheckpointError, ConfigError
+    from ..errors import CheckpointError
     from ..hf.loading import parse_dtype, stored_dtype
     from ..inspection import inspect_checkpoint
     from ..measure import processor
@@ -43,10 +64,6 @@ def run(args: argparse.Namespace) -> int:
     from ..speed import check_models, read_bandwidth, time_layer, time_models
     from .recording import may_record, recorded
 
-    for name in ("batch", "prompt", "new_tokens", "repeats", "layer_repeats"):
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is not positive; use 1 or more")
     found = inspect_checkpoint(args.model)
     if not found.ok:
         first = found.violations[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import strict_json
+from .arguments import add_trust, check_both, integer
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Estimate, Evaluation
@@ -20,32 +21,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         metavar="FILE|NAME",
-        help="text to predict: a text file, a file of rows (.jsonl, .json, .csv, .tsv, .parquet) or a data set",
+        help="text to predict: a file of text or of rows (.jsonl, .json, .csv, .tsv, .parquet), or a data set, such as "
+        "wikitext2 (default: none)",
     )
     parser.add_argument("--split", default="test", help="split of a data set from the Hub (default: test)")
     parser.add_argument(
         "--text-column", help="column of a data set or of a file of rows (default: input_ids if it has one, else text)"
     )
     parser.add_argument(
-        "--seq-len", type=int, help="tokens in a window (default: 1024, or the models' context where shorter)"
+        "--seq-len",
+        type=integer(2),
+        metavar="N",
+        help="tokens in a window (default: 1024, or the models' context where shorter)",
     )
     parser.add_argument(
         "--stride",
-        type=int,
+        type=integer(1),
+        metavar="N",
         help="tokens from one window to the next; those that overlap are read, not predicted (default: --seq-len)",
     )
-    parser.add_argument("--num-windows", type=int, help="use only the first windows (default: all)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows or requests run at a time (default: 1)")
+    parser.add_argument("--num-windows", type=integer(1), metavar="N", help="use only the first windows (default: all)")
+    parser.add_argument(
+        "--batch-size", type=integer(1), default=1, metavar="N", help="windows or requests run at a time (default: 1)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
-    parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is")
-    parser.add_argument("--against", metavar="DENSE", help="folder of another model, compared on the same data")
-    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'optimum-eggs[eval]')")
-    tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks, groups or tags to run")
-    tasks.add_argument("--include-path", metavar="DIR", help="folder with YAML files of further tasks")
-    tasks.add_argument("--num-fewshot", type=int, help="examples before each question (default: as the task says)")
-    tasks.add_argument("--limit", type=int, help="only the first documents of each task, to try things out")
-    tasks.add_argument("--apply-chat-template", action="store_true", help="ask as the tokenizer's chat template says")
+    add_trust(parser.add_argument, "the models")
+    parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is (default: write it)")
+    parser.add_argument(
+        "--against", metavar="DENSE", help="folder of another model, compared on the same data (default: none)"
+    )
+    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install lm_eval)")
+    tasks.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="tasks, groups or tags to run, such as arc_easy (default: none)"
+    )
+    tasks.add_argument("--include-path", metavar="DIR", help="folder with YAML files of further tasks (default: none)")
+    tasks.add_argument(
+        "--num-fewshot", type=integer(0), metavar="N", help="examples before each question (default: as the task says)"
+    )
+    tasks.add_argument(
+        "--limit", type=integer(1), metavar="N", help="only the first documents of each task, to try (default: all)"
+    )
+    tasks.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="ask as the tokenizer's chat template says (default: the plain text)",
+    )
+
+
+check = check_both
 
 
 def run(args: argparse.Namespace) -> int:

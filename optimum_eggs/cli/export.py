@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 
+from .arguments import add_shard_size, add_trust
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `export`."""
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
     parser.add_argument("output", metavar="OUT", help="folder to make")
     parser.add_argument("--format", choices=["dense"], default="dense", help="format to write (default: dense)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with DIR")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote at OUT")
+    add_trust(parser.add_argument, "DIR")
+    add_shard_size(parser.add_argument)
+    parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote at OUT (default: no)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `inspect`."""
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
-    parser.add_argument("--spectra", action="store_true", help="measure the spectral gaps too, which takes a while")
+    parser.add_argument(
+        "--spectra",
+        action="store_true",
+        help="measure the spectral gaps too, which takes a while (default: leave them out)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

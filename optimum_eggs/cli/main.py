@@ -8,47 +8,65 @@ import sys
 from collections.abc import Sequence
 from functools import partialmethod
 
-from ..errors import EGGSError
+from ..errors import EGGSError, first_line, is_out_of_memory
+from ..logs import said_once
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
+from .arguments import check_model
 from .printing import printed_at_the_end
 
-_SUBCOMMANDS = {
-    "prune": prune,
-    "pack": pack,
-    "evaluate": evaluate,
-    "inspect": inspect,
-    "export": export,
-    "benchmark": benchmark,
-    "recover": recover,
-    "report": report,
-    "push": push,
+_SUBCOMMANDS = {  # docstrings would be gone in a Python without them (-OO)
+    "prune": (prune, "Prune a model to N:M and save it packed."),
+    "pack": (pack, "Pack a dense model that has the zeros of an N:M pattern already, without a change of any value."),
+    "evaluate": (
+        evaluate,
+        "Measure a saved model: perplexity, tasks, size on disk, parameters kept; against another model, if one is "
+        "named.",
+    ),
+    "inspect": (inspect, "Check a packed model and print the certificate of every layer, from its files alone."),
+    "export": (export, "Export a packed model as an ordinary dense checkpoint, zeros in place."),
+    "benchmark": (
+        benchmark,
+        "Time a packed model on this machine: its layers against dense ones, and the model against its dense twin.",
+    ),
+    "recover": (recover, "Train a packed model back towards its dense teacher, under its mask; it stays packed."),
+    "report": (report, "Draw the report of a packed model as one page, and as pictures for its card."),
+    "push": (push, "Push a packed model to the Hub in one commit, with its card."),
 }
+_SAVE_MEMORY = ("batch_size", "seq_len", "num_samples", "memory_budget", "prompt", "batch")
+"""Options that take less memory if they are smaller."""
 
 
 def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:
     """The parser of `eggs` and its subcommands."""
     parser = argparse.ArgumentParser(prog=prog, description="Prune language models to N:M sparsity.")
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="{" + ",".join(_SUBCOMMANDS) + "}")
-    for name, module in _SUBCOMMANDS.items():
-        text = (module.__doc__ or "").strip()
-        subparser = subparsers.add_parser(name, help=text.splitlines()[0], description=text)
+    for name, (module, text) in _SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
         module.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
-        subparser.set_defaults(run=module.run)
+        subparser.set_defaults(run=module.run, check=getattr(module, "check", check_model))
     return parser
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_eggs") -> int:
-    """Run a subcommand. Returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    args = build_parser(prog).parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    _quiet_libraries()
+    """Run a subcommand. Returns the exit code: 0, 1 without enough memory, 2 for bad input, 130 when interrupted."""
     try:
-        with printed_at_the_end():
+        args = build_parser(prog).parse_args(arguments)
+        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+        args.check(args)  # before anything heavy is imported
+        _quiet_libraries()
+        with said_once(), printed_at_the_end():
             return args.run(args)
     except EGGSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = [f"--{name.replace('_', '-')}" for name in _SAVE_MEMORY if hasattr(args, name)]
+        remedy = f"give a smaller {' or '.join(smaller)}" if smaller else "use a machine that has more"
+        print(f"error: there is not enough memory ({first_line(error)}); {remedy}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         print(f"interrupted; {str(error) or 'nothing was written'}", file=sys.stderr)
         return 130
@@ -56,9 +74,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
 
 def _quiet_libraries() -> None:
     """Keep the libraries' progress bars and notes from a stderr that is no terminal."""
+    from huggingface_hub.utils import logging as hub_logging
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.disable_propagation()  # it has a handler of its own
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

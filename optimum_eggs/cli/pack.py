@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 
 from .. import strict_json
+from .arguments import add_shard_size, add_trust, check_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +18,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N:M",
         help="N nonzero of every M, at the most; other layers stay dense (default: as each layer is)",
     )
-    parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="pack only layers of these names")
-    parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
-    parser.add_argument("--block-list", metavar="NAME", help="list of blocks, if it cannot be found by structure")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with MODEL")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote at OUT")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="pack only these layers, such as down_proj 'layers.*.mlp.*' (default: all in the blocks)",
+    )
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        metavar="NAME",
+        default=["lm_head"],
+        help="leave these dense, such as lm_head down_proj (default: lm_head)",
+    )
+    parser.add_argument(
+        "--block-list", metavar="NAME", help="list of blocks, such as model.layers (default: found by structure)"
+    )
+    add_trust(parser.add_argument, "MODEL")
+    add_shard_size(parser.add_argument)
+    parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote at OUT (default: no)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a MODEL that is nowhere. One without an owner is a folder: no such model on the Hub has zeros to pack."""
+    check_source(args.model, bare=False)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import strict_json
-from ..errors import ConfigError
+from ..errors import ConfigError, more
+from ..validation import TORCH_SEEDS
+from .arguments import add_shard_size, add_trust, check_source, integer, rare, size
 from .settings import add_set, make_config
 
 if TYPE_CHECKING:
@@ -41,65 +43,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..dtypes import DTYPES
     from ..presets import NUM_SAMPLES, PRESETS, SEQ_LEN
 
-    parser.add_argument("model", metavar="MODEL", help="folder, id on the Hub, or GGUF file of a dense model")
-    parser.add_argument("output", metavar="OUT", help="folder to make")
-    parser.add_argument("--pattern", default="2:4", metavar="N:M", help="N kept of every M (default: 2:4)")
-    parser.add_argument("--preset", choices=list(PRESETS), default="fast", help="the method (default: fast)")
-    parser.add_argument(
+    parser.usage = "%(prog)s MODEL OUT --calibration TEXT [options]"
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder, id on the Hub, or GGUF file of a dense model")
+    add("output", metavar="OUT", help="folder to make")
+    add(
         "--calibration",
         action="append",
-        metavar="FILE|NAME[=SHARE]",
-        help="text file, file of rows (.jsonl, .json, .csv, .tsv, .parquet), data set (wikitext2, c4, or "
-        "ID[:CONFIGURATION][@REVISION] on the Hub), or sample, the text shipped here for a first try; given several "
-        "times they are mixed, in proportion to their shares",
+        metavar="TEXT[=SHARE]",
+        help="file of text or of rows (.jsonl, .csv, ...), data set (wikitext2, c4, or ID[:CONFIGURATION][@REVISION] "
+        "on the Hub), or sample, the text shipped here; several are mixed by their shares, such as a.txt=3 (required)",
     )
-    parser.add_argument("--split", help="split of a data set from the Hub (default: train)")
-    parser.add_argument(
-        "--text-column", help="column of a data set or of a file of rows (default: input_ids if it has one, else text)"
-    )
-    parser.add_argument(
-        "--num-samples", type=int, default=NUM_SAMPLES, help=f"calibration windows (default: {NUM_SAMPLES})"
-    )
-    parser.add_argument(
-        "--seq-len", type=int, help=f"tokens in a window (default: {SEQ_LEN}, or the model's context where shorter)"
-    )
-    parser.add_argument("--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
-    parser.add_argument("--batch-size", type=int, help="windows run at a time (default: 4, and 1 with block tuning)")
-    parser.add_argument(
-        "--min-degree",
-        type=int,
+    add("--pattern", default="2:4", metavar="N:M", help="N kept of every M (default: 2:4)")
+    add("--preset", choices=list(PRESETS), default="fast", metavar="NAME", help=f"{', '.join(PRESETS)} (default: fast)")
+    add(
+        "--num-samples",
+        type=integer(1),
+        default=NUM_SAMPLES,
         metavar="N",
-        help="outputs that every input keeps in every band of rows",
+        help=f"calibration windows (default: {NUM_SAMPLES})",
     )
-    parser.add_argument("--block-tuning", type=int, metavar="STEPS", help="steps that a block is tuned for (0: none)")
-    parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="prune only layers of these names")
-    parser.add_argument("--ignore", nargs="+", metavar="PATTERN", default=["lm_head"], help="leave these dense")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: main)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with MODEL")
-    parser.add_argument("--gguf-file", metavar="NAME", help="name of a GGUF file in MODEL")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to load and prune in (default: auto)")
-    parser.add_argument("--save-dtype", choices=DTYPES, default="auto", help="dtype to save in (default: as loaded)")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: 50GB)")
-    parser.add_argument("--device", help="device to prune on, such as cuda (default: cpu)")
-    parser.add_argument(
+    add(
+        "--seq-len",
+        type=integer(2),
+        metavar="N",
+        help=f"tokens in each (default: {SEQ_LEN}, or the model's context)",
+    )
+    add("--batch-size", type=integer(1), metavar="N", help="windows run at a time (default: 4; 1 with block tuning)")
+    add(
+        "--ignore",
+        nargs="+",
+        metavar="NAME",
+        default=["lm_head"],
+        help="leave these dense, such as lm_head down_proj 'layers.0.*' (default: lm_head)",
+    )
+    add("--device", help="device to prune on, such as cuda (default: cpu)")
+    add(
         "--memory-budget",
+        type=size(0),
         metavar="SIZE",
-        help="most memory that the hidden states of the calibration text may take in a process, such as 8GiB; beyond "
-        "it, they are on disk (default: no limit)",
+        help="memory for hidden states, such as 8GiB; more are on disk (default: no limit)",
     )
-    parser.add_argument(
+    add(
         "--overwrite",
         action="store_true",
-        help="replace what this package wrote at OUT, and what an interrupted run of other settings has left",
+        help="replace what this package wrote at OUT (default: no)",
     )
-    add_set(parser, _FLAGS)
+    add_set(parser)
+
+    add_rare = rare(parser)
+    add_rare("--split", metavar="NAME", help="split of a data set from the Hub, such as validation (default: train)")
+    add_rare(
+        "--text-column",
+        metavar="NAME",
+        help="column of a data set or a file of rows (default: input_ids if it has one, else text)",
+    )
+    add_rare(
+        "--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn (default: random)"
+    )
+    add_rare("--seed", type=integer(0, TORCH_SEEDS), default=0, metavar="N", help="of everything random (default: 0)")
+    add_rare(
+        "--min-degree",
+        type=integer(0),
+        metavar="N",
+        help="outputs that every input keeps in every band of rows (default: as the preset says; 1 with fast and best)",
+    )
+    add_rare(
+        "--block-tuning",
+        type=integer(0),
+        metavar="STEPS",
+        help="steps that a block is tuned for (default: as the preset says; 200 with best, else 0: none)",
+    )
+    add_rare(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="prune only these layers, such as down_proj 'layers.*.mlp.*' (default: all in the blocks)",
+    )
+    add_rare("--revision", help="branch, tag or commit of a model on the Hub (default: main)")
+    add_trust(add_rare, "MODEL")
+    add_rare("--gguf-file", metavar="NAME", help="name of a GGUF file in MODEL (default: none, its safetensors)")
+    add_rare("--dtype", choices=DTYPES, default="auto", help="dtype to load and prune in (default: auto, as stored)")
+    add_rare("--save-dtype", choices=DTYPES, default="auto", help="dtype to save in (default: auto, as loaded)")
+    add_shard_size(add_rare)
+    parser.set_defaults(**dict.fromkeys(_FLAGS))  # what is not given is left to the configuration, and to --set
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a MODEL that is nowhere."""
+    check_source(args.model)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
     from ..calibration.documents import SOURCES
-    from ..calibration.windows import check_source
+    from ..calibration.windows import check_calibration
     from ..folders import check_output
     from ..ranks import join_ranks
 
@@ -110,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     config = make_config(flags | {"calibration": parse_sources(args.calibration or [])}, args.set)
     if config.calibration is None:
         raise ConfigError(f"--calibration is missing: give {SOURCES}")
-    check_source(config.calibration)
+    check_calibration(config.calibration)
     if _is_on_disk(args):
         report = _from_disk(args, config, ranks)
     elif ranks.size == 1:
@@ -139,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f"blocks tuned: mean error on the windows held out {before:.4f} -> {after:.4f}")
     if report.left_dense:
-        print(f"left dense: {', '.join(layer.name for layer in report.left_dense[:6])}" + _more(report.left_dense, 6))
+        print(f"left dense: {', '.join(layer.name for layer in report.left_dense[:6])}" + more(report.left_dense, 6))
     print(f"saved to {args.output}")
     return 0
 
@@ -223,7 +261,3 @@ def parse_sources(given: list[str]) -> str | dict[str, float] | None:
     refuse_twice([name for name, _ in pairs], "calibration")
     sources = dict(pairs)
     return next(iter(sources)) if len(sources) == 1 else sources or None
-
-
-def _more(items: list[Any], shown: int) -> str:
-    return f" and {len(items) - shown} more" if len(items) > shown else ""

@@ -10,9 +10,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `push`."""
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
     parser.add_argument("repo_id", metavar="REPO", help="repository on the Hub, created if it is not there")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="branch to push to")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        default=None,
+        help="make a new repository private (default: as its owner has set)",
+    )
+    parser.add_argument("--revision", help="branch to push to, made if it is not there (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request (default: commit)")
     parser.add_argument("--token", help="access token (default: the one you are logged in with)")
 
 

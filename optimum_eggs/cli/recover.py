@@ -6,6 +6,9 @@ import argparse
 import sys
 
 from .. import strict_json
+from ..folders import check_folder
+from ..validation import NUMPY_SEEDS
+from .arguments import add_trust, check_source, integer, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,39 +16,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
     parser.add_argument("output", metavar="OUT", help="folder to write")
     parser.add_argument(
-        "--train", required=True, action="append", metavar="FILE|NAME", help="text to train on; several are mixed"
+        "--train",
+        required=True,
+        action="append",
+        metavar="FILE|NAME",
+        help="text to train on: a file or a data set, such as wikitext2; several are mixed (required)",
     )
     parser.add_argument(
         "--text-column", help="column of a data set or of a file of rows (default: input_ids if it has one, else text)"
     )
     parser.add_argument("--teacher", metavar="DENSE", help="dense model to match (default: none, learn from the text)")
     parser.add_argument("--method", choices=["lora", "values"], default="lora", help="what is trained (default: lora)")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA (default: 16)")
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default: 200)")
+    parser.add_argument("--rank", type=integer(1), default=16, metavar="N", help="rank of the LoRA (default: 16)")
+    parser.add_argument("--steps", type=integer(1), default=200, metavar="N", help="optimiser steps (default: 200)")
     parser.add_argument(
         "--lr",
-        type=float,
+        type=number(above=0),
         help="highest learning rate, as a share of the weights' root mean square (default: 5e-3 lora, 1.5e-3 values)",
     )
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step of each process (default: 4)")
+    parser.add_argument(
+        "--seq-len", type=integer(2), default=512, metavar="N", help="tokens in a window (default: 512)"
+    )
+    parser.add_argument(
+        "--batch-size", type=integer(1), default=4, metavar="N", help="windows in a step of each process (default: 4)"
+    )
     parser.add_argument(
         "--block-matching",
-        type=float,
+        type=number(least=0),
         default=0.0,
         metavar="WEIGHT",
         help="match the output of the teacher's blocks too, with this weight (default: 0, off)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the windows (default: 0)")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model or the teacher"
+        "--seed", type=integer(0, NUMPY_SEEDS), default=0, metavar="N", help="of the order of the windows (default: 0)"
     )
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time (default: off)")
+    add_trust(parser.add_argument, "the model or the teacher")
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace what this package wrote at OUT, and what an interrupted run of other settings has left",
+        help="replace what this package wrote at OUT (default: no)",
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a folder that is not there."""
+    check_folder(args.model)
+    if args.teacher is not None:
+        check_source(args.teacher, "--teacher")
 
 
 def run(args: argparse.Namespace) -> int:

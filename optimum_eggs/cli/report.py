@@ -12,10 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="folder of a packed model")
     parser.add_argument("-o", "--output", metavar="FILE", help="page to write (default: DIR/report.html)")
     parser.add_argument(
-        "--figures", action="store_true", help="write the pictures to DIR/figures too, where the model card finds them"
+        "--figures",
+        action="store_true",
+        help="write the pictures to DIR/figures too, where the model card finds them (default: the page alone)",
     )
     parser.add_argument(
-        "--spectra", action="store_true", help="measure the spectral gaps of the layers and show them; takes a while"
+        "--spectra",
+        action="store_true",
+        help="measure the spectral gaps of the layers and show them; takes a while (default: leave them out)",
     )
 
 

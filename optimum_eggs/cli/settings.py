@@ -20,16 +20,15 @@ _NOT_TO_BE_SET = {
 }
 
 
-def add_set(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
-    """Add `--set`, and leave the keys that have `flags` to the configuration where their flag is not given."""
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`."""
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any key of EGGSConfig, such as damping=0.02 or permutation=true; the value is JSON, or text as it is",
+        help="any key of EGGSConfig, such as damping=0.02; the value is JSON or text (default: the preset's)",
     )
-    parser.set_defaults(**dict.fromkeys(flags))
 
 
 def make_config(flags: Mapping[str, Any], texts: Sequence[str]) -> EGGSConfig:

@@ -17,10 +17,11 @@ from ..nn import dense_weight
 from .inputs import expert_waves
 from .plan import PrunePlan
 
-# Products of a layer's weight (out, in) with its Gram matrix (in, in) that a solver costs, and operations of its
-# factorisation over in³, as counted or timed on two cores.
+# Products of a layer's weight (out, in) with its Gram matrix (in, in) that a solver costs, as counted or timed on two
+# cores.
 _PRODUCTS = {"score": 1, "sparsegpt": 3, "admm": 90}
-_FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 60}
+FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 60}
+"""Operations over in³ of the factorisation of a Gram matrix (in, in) that a solver does."""
 _BACKWARD = 3  # a step of tuning over a forward pass
 _LAYER_COPIES, _GRAM_COPIES, _BLOCK_COPIES = 8, 6, 5  # float32 buffers: of the largest layer, its Gram matrix, a block
 
@@ -113,7 +114,7 @@ def _solving(layers: Mapping[str, torch.Size], config: EGGSConfig) -> float:
         products += config.refit_steps + 1
     found = 0.0
     for rows, columns in layers.values():
-        found += 2 * products * rows * columns**2 + _FACTORISATION[config.solver] * columns**3
+        found += 2 * products * rows * columns**2 + FACTORISATION[config.solver] * columns**3
     return found
 
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from ..calibration import BlockList, find_block_list
 from ..config import EGGSConfig
-from ..errors import ConfigError, ModelError, NumericalError, ShapeError
+from ..errors import ConfigError, ModelError, NumericalError, ShapeError, more
 from ..masks.expander import check_floor
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.experts import keep_names, split_experts
-from ..nn.linear import check_packable
 from .report import DenseLayer
+
+_FEW_OUTPUTS = 16  # fewer are a gate's: a mask there saves next to nothing, and moves all that the gate scales
 
 
 @dataclass
@@ -71,6 +72,7 @@ def _plan(model: nn.Module, config: EGGSConfig, loaded: bool, fitting: bool) -> 
     modules = dict(model.named_modules())
     block_list = find_block_list(model, config.block_list)
     linears = {name: module for name, module in modules.items() if is_dense_linear(module)}
+    routers = _routers(modules)
     _check_patterns(config, list(linears))
 
     plan = PrunePlan(block_list, [{} for _ in block_list.blocks])
@@ -79,7 +81,7 @@ def _plan(model: nn.Module, config: EGGSConfig, loaded: bool, fitting: bool) -> 
         if name not in linears:
             plan.left_dense += _other_matrices(name, module, inside=block is not None)
             continue
-        reason = _why_dense(name, block, config)
+        reason = _why_dense(name, block, config) or _why_gate(name, module, name in routers, config)
         if reason:
             plan.left_dense.append(DenseLayer(name, reason, dense_weight(module).numel()))
         elif block is not None:
@@ -157,6 +159,37 @@ def _why_dense(name: str, block: int | None, config: EGGSConfig) -> str | None:
     return None
 
 
+def _why_gate(name: str, linear: nn.Module, routes: bool, config: EGGSConfig) -> str | None:
+    """Why a layer that routes or gates stays dense, unless a target names it itself and not a module around it."""
+    outputs = dense_weight(linear).shape[0]
+    if not routes and outputs >= _FEW_OUTPUTS:
+        return None
+    own = name.rpartition(".")[2]
+    for pattern in config.targets or []:
+        last = pattern.rpartition(".")[2]
+        if last != "*" and fnmatchcase(own, last) and matches(name, [pattern]):
+            return None
+    return "a router of experts" if routes else f"only {outputs} output{'s' * (outputs > 1)}, as gates have"
+
+
+def _routers(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The linear layers beside experts that have one output for each of them."""
+    found = set()
+    for name, experts in modules.items():
+        parent, _, own = name.rpartition(".")
+        if own != "experts":
+            continue
+        count = getattr(experts, "num_experts", None) or len(list(experts.children()))
+        for beside, module in modules[parent].named_children():
+            linears = [key for key, inner in module.named_modules() if is_dense_linear(inner)]
+            if beside == own or len(linears) != 1:
+                continue
+            router = ".".join(part for part in (parent, beside, linears[0]) if part)
+            if dense_weight(modules[router]).shape[0] == count:
+                found.add(router)
+    return found
+
+
 def _other_matrices(name: str, module: nn.Module, inside: bool) -> list[DenseLayer]:
     """The weights of a module that is no dense linear layer, where a reader would ask why they are dense."""
     own = {key: value for key, value in module.named_parameters(recurse=False) if value.dim() >= 2}
@@ -187,11 +220,43 @@ def _check_patterns(config: EGGSConfig, names: list[str]) -> None:
 def _check_layers(plan: PrunePlan, config: EGGSConfig) -> None:
     if not plan.names:
         raise ModelError(f"there is nothing to prune: targets={config.targets!r} and ignore={config.ignore!r}")
+    _check_inputs(plan, config)
     for layers in plan.layers:
         for name, module in layers.items():
             weight = dense_weight(module)
-            check_packable(name, module, config.pattern)
             try:
                 check_floor(weight.shape[0], config.pattern, config.min_degree, config.band)
             except ConfigError as error:
                 raise ShapeError(f"{name}: {error}") from error
+
+
+def _check_inputs(plan: PrunePlan, config: EGGSConfig) -> None:
+    """Raise if m does not divide the inputs of some layers, with what to ignore so that it divides all."""
+    m = config.pattern.m
+    widths = {name: dense_weight(module).shape[1] for layers in plan.layers for name, module in layers.items()}
+    bad = [name for name, width in widths.items() if width % m]
+    if bad:
+        ignore = [*config.ignore, *_patterns_of(bad, [name for name in widths if name not in set(bad)])]
+        sizes = " and ".join(str(width) for width in sorted({widths[name] for name in bad}))
+        raise ShapeError(
+            f"{', '.join(bad[:6])}{more(bad, 6)}: in_features={sizes} is not a multiple of m={m}; leave them dense "
+            f"with ignore={ignore} (--ignore {' '.join(ignore)}), or choose another pattern"
+        )
+
+
+def _patterns_of(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Few name patterns that match all of `names` and none of `others`: the ends of names, as short as may be.
+
+    >>> _patterns_of(["layers.0.fc2", "layers.1.fc2"], ["layers.0.fc1", "layers.1.fc1"])
+    ['fc2']
+    >>> _patterns_of(["layers.1.fc2"], ["layers.0.fc2"])
+    ['layers.1.fc2']
+    """
+    found: list[str] = []
+    for name in names:
+        if matches(name, found):
+            continue
+        parts = name.split(".")
+        ends = [".".join(parts[start:]) for start in range(len(parts))[::-1] if not parts[start].isdecimal()]
+        found.append(next((end for end in ends if not any(matches(other, [end]) for other in others)), name))
+    return found

@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from .. import strict_json
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError, shorten
 from ..files import REPORT_NAME, write_durably
 from ..masks.certificate import Certificate
 from ..masks.shortfall import Shortfall
@@ -28,6 +28,10 @@ _FIELDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "layers": (list, ("name", "out_features", "certificate")),
     "evaluations": (list, ("metrics",)),
     "tasks": (list, ("task", "metrics")),
+    "base_model": (dict, ()),
+    "tuning": (list, ()),
+    "left_dense": (list, ("name",)),
+    "measurements": (dict, ()),
     "benchmark": (dict, ("models",)),
     "recovery": (
         dict,
@@ -213,38 +217,40 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     """The report of a saved model, or an empty one.
 
     Raises:
-        CheckpointError: the file cannot be read, or is no report.
+        CheckpointError: the file cannot be read, is no JSON, or holds no report.
     """
     path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        return {}
     try:
-        found = strict_json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = strict_json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); see to its permissions") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is no JSON ({error}); {_SAVE_AGAIN}") from error
     problem = _problem(found)
     if problem:
-        raise CheckpointError(f"{path}: {problem}, so it is no report; {_SAVE_AGAIN}")
+        raise CheckpointError(f"{path}: {problem}; {_SAVE_AGAIN}")
     return found
 
 
 def _problem(found: Any) -> str | None:
     """What of a report is not as others rely on."""
     if not isinstance(found, dict):
-        return f"holds a {type(found).__name__}"
+        return f"holds {shorten(found)}, no report"
     for key, (kind, fields) in _FIELDS.items():
         part = found.get(key)
         if part is None:
             if "layers" in found and key in _PRUNED:
-                return f"`{key}` is missing"
+                return f"{key} is missing"
             continue
         if not isinstance(part, kind):
-            return f"`{key}` is a {type(part).__name__}"
+            return f"{key} is {shorten(part)}, where a report has a {kind.__name__}"
         entries: Any = part if kind is list else [part]
         for entry in entries:
             lacking = [name for name in fields if not isinstance(entry, dict) or name not in entry]
             if lacking:
-                return f"`{key}` lacks `{lacking[0]}`"
+                return f"{key} holds {shorten(entry)}, which lacks {lacking[0]}"
     return None
 
 

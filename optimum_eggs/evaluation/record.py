@@ -23,7 +23,7 @@ def record(result: EvaluationResult, folder: str | Path | None = None) -> bool:
         Whether the folder has a report.
 
     Raises:
-        CheckpointError: what is there is no report.
+        CheckpointError: the report is damaged.
         OutputError: it cannot be written.
     """
     folder = result.model.folder if folder is None else folder

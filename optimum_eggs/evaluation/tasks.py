@@ -84,7 +84,7 @@ class TaskRunner:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError("tasks are run by lm-evaluation-harness: pip install 'optimum-eggs[eval]'") from error
+            raise ConfigError("tasks are run by lm-evaluation-harness: pip install 'lm_eval>=0.4.9'") from error
         if include_path is not None and not Path(include_path).is_dir():
             raise ConfigError(
                 f"include_path={str(include_path)!r} is no folder; name the one with the tasks' YAML files"

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from ..config import EGGSConfig
+from ..errors import ConfigError, ModelError
 from ..nn import NMLinear
-from ..nn.experts import join_experts
+from ..nn.experts import SplitExperts, join_experts
+from .loading import parse_dtype
+from .offload import follow, is_offloaded, onloaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,15 +39,26 @@ def attach_quantizer(model: PreTrainedModel, config: EGGSConfig, report: PruneRe
     ):
         setattr(model, name, value)
     model.config.quantization_config = config
-    share_with_card(model)
+    take_over(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
 
 
-def share_with_card(model: PreTrainedModel) -> None:
-    """Make `model.push_to_hub` end with this package's card; transformers would write its template over it."""
-    model.push_to_hub = partial(_push_to_hub, model)  # type: ignore[assignment]
+def take_over(model: PreTrainedModel) -> None:
+    """Replace what transformers does otherwise for a packed model than for a dense one, until it is dense again.
+
+    `model.push_to_hub` ends with this package's card, where transformers would write its template over it; `half` and
+    `float` cast, which transformers refuses for every quantized model.
+    """
+    own: dict[str, Any] = {"push_to_hub": _push_to_hub, "half": nn.Module.half, "float": nn.Module.float}
+    vars(model).update({name: partial(function, model) for name, function in own.items()})
+
+
+def give_back(model: PreTrainedModel) -> None:
+    """Undo [`take_over`]."""
+    for name in ("push_to_hub", "half", "float"):
+        vars(model).pop(name, None)
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:
@@ -59,9 +73,56 @@ def packed_layers(model: nn.Module) -> dict[str, NMLinear]:
 
 
 @torch.no_grad()
-def unpack_layers(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every packed layer by the dense layer it came from, zeros in place. Changes and returns `model`."""
-    for name, layer in packed_layers(model).items():
-        model.set_submodule(name, layer.to_original().to(dtype or layer.weight.dtype))
-    join_experts(model)
+def unpack_layers(model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """Replace every packed layer by the dense layer it came from, zeros in place. Changes and returns `model`.
+
+    An offloaded layer stays offloaded: its dense weight is then kept in the CPU's memory.
+
+    Args:
+        model: A model on any device.
+        dtype: Of all floating-point parameters afterwards. Default: that of the first of them, `model.dtype`.
+
+    Raises:
+        ConfigError: there is no such dtype.
+        ModelError: an adapter lies on a packed layer, or the weights of one are nowhere. The model is as it was.
+    """
+    dtype = parse_dtype(dtype)
+    if isinstance(dtype, str):
+        dtype = model.dtype
+    if not dtype.is_floating_point:
+        raise ConfigError(f"dtype={dtype} holds no fractions; use one such as torch.bfloat16")
+    layers = packed_layers(model)
+    for name, layer in layers.items():
+        _check_free(model, name, layer)
+    for name, layer in layers.items():
+        with onloaded(layer):
+            dense = layer.to_original().to(dtype)
+        model.set_submodule(name, follow(dense, layer))
+    join_experts(model, _join)
+    for parameter in model.parameters():  # not buffers: rotary tables are computed in float32
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
     return model
+
+
+def _check_free(model: nn.Module, name: str, layer: NMLinear) -> None:
+    """Raise unless the layer called `name` can be made dense."""
+    parts = name.split(".")
+    above = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
+    kinds = {kind.__module__.partition(".")[0] for module in above for kind in type(module).__mro__}
+    if "peft" in kinds:
+        raise ModelError(
+            f"{name} is under an adapter, which holds for the packed layer alone; merge it first with "
+            "merge_and_unload(), or take it off with unload()"
+        )
+    if not is_offloaded(layer) and (layer.weight.is_meta or layer.weight_meta.is_meta):
+        raise ModelError(f"{name} has no weights, since it is on the meta device; load the model with from_pretrained")
+
+
+def _join(experts: SplitExperts) -> nn.Module:
+    """The experts as 3-D parameters, offloaded where one of them is."""
+    parts = list(experts.modules())
+    with onloaded(*parts):
+        joined = experts.join()
+    return follow(joined, next(filter(is_offloaded, parts), experts))

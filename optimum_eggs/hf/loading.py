@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,22 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 from ..dtypes import DTYPES
-from ..errors import CheckpointError, ConfigError, EGGSError, ModelError, first_line, without
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    EGGSError,
+    ModelError,
+    first_line,
+    is_out_of_memory,
+    led_by,
+    without,
+)
+from ..folders import check_folder
+from ..logs import said_once
 from ..names import hub_id
 
 if TYPE_CHECKING:
@@ -29,6 +42,8 @@ _HUB_OPTIONS = (
     "trust_remote_code",
     "code_revision",
 )
+_REFUSED = re.compile(r"unsupported (global|class|operand 149)|not an allowed global", re.IGNORECASE)
+"""What torch says of a pickle that holds more than tensors; operand 149 is of pickles that torch did not write."""
 
 
 def parse_dtype(name: str | torch.dtype | None) -> str | torch.dtype:
@@ -110,7 +125,7 @@ def load_model(
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     kwargs = {"trust_remote_code": False, **kwargs}  # where nothing is said, transformers would ask on the terminal
     hub = hub_options(kwargs)
-    with translated(source, "model", kwargs.get("token")):
+    with translated(source, "model", kwargs.get("token"), kwargs.get("subfolder")):
         config = transformers.AutoConfig.from_pretrained(source, **extra, **hub)
         kind = model_class(config, kwargs["trust_remote_code"]) or transformers.AutoModelForCausalLM
         model = kind.from_pretrained(source, dtype=parse_dtype(dtype), **extra, **kwargs)
@@ -123,11 +138,32 @@ def load_model(
     return model
 
 
+_SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
+
+
 def set_commit(model: PreTrainedModel, file: str | None) -> None:
     """Note in a model's configuration which commit on the Hub it is of, from where the cache has a file of it."""
-    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", file or "")
+    found = _SNAPSHOT.search(file or "")
     if found:
         model.config._commit_hash = found[1]  # older versions of transformers do so themselves
+
+
+def found_by(source: str, file: str | None) -> dict[str, str]:
+    """The `subfolder`, and of a model on the Hub the `cache_dir`, by which a file of the model `source` was found.
+
+    >>> found_by("here/all", "here/all/one/model.safetensors")
+    {'subfolder': 'one'}
+    """
+    if file is None:
+        return {}
+    found = _SNAPSHOT.search(file) if hub_id(source) else None
+    if found:
+        return {"cache_dir": str(Path(file[: found.start()]).parent), **_subfolder(Path(file[found.end() :]))}
+    return _subfolder(Path(file).relative_to(source)) if Path(file).is_relative_to(source) else {}
+
+
+def _subfolder(file: Path) -> dict[str, str]:
+    return {} if file.parent == Path() else {"subfolder": file.parent.as_posix()}
 
 
 def _cached(source: str, hub: Mapping[str, Any]) -> str | None:
@@ -172,7 +208,7 @@ def load_tokenizer(model_id: str | Path, *, gguf_file: str | None = None, **kwar
     source, gguf_file = split_gguf(model_id, gguf_file)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     kwargs = {"trust_remote_code": False, **kwargs}
-    with translated(source, "tokenizer", kwargs.get("token")):
+    with translated(source, "tokenizer", kwargs.get("token"), kwargs.get("subfolder")):
         return AutoTokenizer.from_pretrained(source, **extra, **kwargs)
 
 
@@ -182,32 +218,57 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 @contextmanager
-def translated(source: str, what: str, token: str | bool | None = None) -> Iterator[None]:
+def translated(source: str, what: str, token: str | bool | None = None, subfolder: str | None = None) -> Iterator[None]:
     """Turns what transformers raises for a missing or damaged model into one of this package's errors.
 
     Its message and what led to it do not hold the `token`.
     """
-    path = Path(source)
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_like_path and not path.exists():
-        raise ModelError(f"{source}: there is no such {what}; check the path")
+    shown = f"{source}/{subfolder}" if subfolder else source
+    path = Path(shown)
+    on_the_hub = hub_id(source) is not None
+    if not on_the_hub and (not source or not path.is_dir()):
+        check_folder(shown)
     if path.is_dir() and not any(path.glob("*.gguf")) and not (path / "config.json").is_file():
-        raise ModelError(f"{source}: there is no config.json in it; pass the folder of a saved model")
+        raise ModelError(f"{shown}: there is no config.json in it; pass the folder of a saved model")
     try:
-        yield
+        with said_once():
+            yield
     except EGGSError:
         raise
-    except (SafetensorError, UnpicklingError) as error:
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        if isinstance(error, UnpicklingError) and _REFUSED.search(str(error)):
+            raise CheckpointError(
+                f"{source}: a weight file holds more than tensors, which could run code, and is not loaded; have "
+                "whoever made it save it as safetensors"
+            ) from error
         raise CheckpointError(f"{source}: a weight file is damaged ({first_line(error)}); download it again") from error
-    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
-        # the last two are what transformers raises for JSON of other types than it expects
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError, HTTPError) as error:
+        # the types before the last are what transformers raises for JSON of other types than it expects
+        if is_out_of_memory(error):
+            raise
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{source}: the {what} comes with code of its own, which is not run unasked; read it, and pass "
                 "trust_remote_code=True (--trust-remote-code)"
             ) from error
-        said = without(token, first_line(error))
-        raise ModelError(f"{source}: cannot load the {what}: {said}") from without(token, error)
+        said, cause = without(token, first_line(error)), without(token, error)
+        if sys.flags.optimize > 1 and "docstring" in said:
+            raise ModelError(
+                f"{source}: cannot load the {what}: transformers reads its own docstrings, and Python runs without "
+                "them; start it without -OO, or PYTHONOPTIMIZE=2"
+            ) from cause
+        kinds = {type(each) for each in led_by(error)} if on_the_hub else set()
+        if RepositoryNotFoundError in kinds:
+            raise ModelError(
+                f"{source}: there is no such folder, and no such {what} on the Hub, or the token may not see it; check "
+                "the name, or log in with `hf auth login`"
+            ) from cause
+        if LocalEntryNotFoundError in kinds:
+            raise ModelError(
+                f"{source}: there is no such folder, and the {what} is neither in the cache nor can the Hub be reached "
+                f"({said}); check the name and the network"
+            ) from cause
+        raise ModelError(f"{source}: cannot load the {what}: {said}") from cause
     except Exception as error:
         if without(token, error) is None:
             raise ModelError(f"{source}: cannot load the {what}: {without(token, first_line(error))}") from None

@@ -5,6 +5,7 @@ Importing this module makes transformers know `quant_method: "eggs"`.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,21 +16,22 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..config import QUANT_METHOD, EGGSConfig
-from ..errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ConfigError, ModelError, shorten
 from ..names import hub_id
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.dense import is_conv1d
 from ..nn.experts import conversions_for, is_fused_experts, split_experts
 from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors
 from ..pattern import NMPattern
-from .attach import attach_quantizer, packed_layers, share_with_card, unpack_layers
-from .loading import load_tokenizer, own_memory, set_commit
+from .attach import attach_quantizer, give_back, packed_layers, take_over, unpack_layers
+from .loading import found_by, load_tokenizer, own_memory, set_commit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +46,7 @@ class EGGSHfQuantizer(HfQuantizer):
 
     Attributes:
         report: The report of the pruning, after a dense model was pruned on load.
+        to_save: The state dict to save in place of the model's own, while that is being done.
     """
 
     requires_calibration = False
@@ -52,7 +55,9 @@ class EGGSHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: EGGSConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: PruneReport | None = None
+        self.to_save: dict[str, torch.Tensor] | None = None
         self._loading: PreTrainedModel | None = None
+        self._file: str | None = None  # one of those that the weights are in
 
     def update_device_map(self, device_map: Any) -> Any:
         """Refuse to prune a model of which a part would stay on disk."""
@@ -67,9 +72,10 @@ class EGGSHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         _check_not_split(model, self.pre_quantized)
+        self._file = next(iter(checkpoint_files or []), None)
         if not self.pre_quantized:
             if hub_id(model.config._name_or_path):
-                set_commit(model, next(iter(checkpoint_files or []), None))
+                set_commit(model, self._file)
             return
         pruned = self.quantization_config.pruned_modules
         if not pruned:
@@ -77,7 +83,8 @@ class EGGSHfQuantizer(HfQuantizer):
                 "config.json: quantization_config.pruned_modules is missing or empty, so it is not known which layers "
                 "are packed; prune the model again"
             )
-        stored = check_files(checkpoint_files or [], pruned)
+        # Without files, a state dict was passed, which is not shown: it is checked when it is loaded.
+        stored = {} if checkpoint_files is None else check_files(checkpoint_files, pruned)
         prefix = f"{model.base_model_prefix}."
         fused = [name.removeprefix(prefix) for name, module in model.named_modules() if is_fused_experts(module)]
         if any(f"{experts}." in name for name in pruned for experts in fused):
@@ -85,7 +92,7 @@ class EGGSHfQuantizer(HfQuantizer):
             self._loading = model
         modules = dict(model.named_modules())
         for name, pattern in pruned.items():
-            _swap_in(model, modules, name, NMPattern.parse(pattern), stored[name])
+            _swap_in(model, modules, name, NMPattern.parse(pattern), stored.get(name))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Those of transformers, but for what makes 3-D parameters of experts that are split."""
@@ -97,13 +104,12 @@ class EGGSHfQuantizer(HfQuantizer):
         _check_not_split(model, self.pre_quantized)  # older versions of transformers split it after the first look
         if self.pre_quantized:
             for name, layer in packed_layers(model).items():
-                layer.weight.requires_grad_(False)  # the loader turns gradients on
-                if layer.bias is not None:
-                    layer.bias.requires_grad_(False)
+                if self._file is None:
+                    _check_filled(name, layer)
                 # A layer that is offloaded to disk has been checked by its shapes alone.
                 if "meta" not in (layer.weight.device.type, layer.weight_meta.device.type):
                     check_packed_tensors(name, layer.weight, layer.weight_meta, layer.pattern)
-            share_with_card(model)
+            take_over(model)
             return model
         return self._prune(model)
 
@@ -111,16 +117,29 @@ class EGGSHfQuantizer(HfQuantizer):
         from ..engine import calibrate_and_prune
 
         config = self.quantization_config
-        tokenizer = config.tokenizer or _own_tokenizer(model, config)
+        tokenizer = config.tokenizer or _own_tokenizer(model, config, self._file)
         own_memory(model)
         report = calibrate_and_prune(model, tokenizer, config)
         attach_quantizer(model, EGGSConfig.from_dict(report.config), report)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> nn.Module:
-        # transformers passes config.dtype, which a save leaves as a string
-        vars(model).pop("push_to_hub", None)  # the dense model is pushed as any other
-        return unpack_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Make `model` dense, zeros in place: what `model.dequantize` calls. As for [`unpack_layers`].
+
+        transformers' own would ask for the dtype of the configuration, which does not know of a cast since.
+        """
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        unpack_layers(model, dtype)
+        give_back(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict]:
+        """What is to be saved, None for the model's own state; and nothing else for the files' headers."""
+        return self.to_save, {}
 
     def is_serializable(self) -> bool:
         """Packed models are saved by `save_pretrained`."""
@@ -133,7 +152,7 @@ class EGGSHfQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The packed values can be trained themselves, under their mask, where they are made to ask for gradients."""
+        """Without, too: the packed values are parameters like any other, and are trained under their mask."""
         return True
 
     @property
@@ -168,8 +187,8 @@ def _check_not_split(model: PreTrainedModel, packed: bool) -> None:
     )
 
 
-def _own_tokenizer(model: PreTrainedModel, config: EGGSConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the revision that `model` was loaded from, if the calibration source is text.
+def _own_tokenizer(model: PreTrainedModel, config: EGGSConfig, file: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the `file` that `model` was loaded from, of the same revision, if text calibrates.
 
     Code that comes with it is run if that of the model was.
     """
@@ -179,8 +198,23 @@ def _own_tokenizer(model: PreTrainedModel, config: EGGSConfig) -> PreTrainedToke
         return None
     revision = getattr(model.config, "_commit_hash", None)
     trusted = type(model).__module__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
-    options = {"revision": revision} if revision else {}
-    return load_tokenizer(model.config._name_or_path, token=config.token, trust_remote_code=trusted, **options)
+    source = model.config._name_or_path
+    options = ({"revision": revision} if revision else {}) | found_by(source, file)
+    return load_tokenizer(source, token=config.token, trust_remote_code=trusted, **options)
+
+
+def _check_filled(name: str, layer: NMLinear) -> None:
+    """Raise unless the loader found all tensors of a packed layer; it makes up what it does not find.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    for part, tensor in {**layer._parameters, **layer._buffers}.items():
+        if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
+            raise CheckpointError(
+                f"{name}: the configuration lists it as pruned, and its {part} is missing in the state dict; pass that "
+                "of the packed model"
+            )
 
 
 def _swap_in(
@@ -188,9 +222,9 @@ def _swap_in(
     modules: dict[str, nn.Module],
     listed: str,
     pattern: NMPattern,
-    stored: Mapping[str, TensorEntry],
+    stored: Mapping[str, TensorEntry] | None,
 ) -> None:
-    """Replace the dense layer that config.json calls `listed` by an empty packed one, which `stored` must fit."""
+    """Replace the dense layer that config.json calls `listed` by an empty packed one; `stored`, if known, must fit."""
     prefix = f"{model.base_model_prefix}."
     # A base model is loaded from the checkpoint of a model with a head, or the other way round.
     name = next((n for n in (listed, listed.removeprefix(prefix), prefix + listed) if n in modules), None)
@@ -216,16 +250,68 @@ def _swap_in(
         device=weight.device,
         dtype=weight.dtype,
     )
-    if stored["weight"].shape != layer.weight.shape:
+    if stored is not None and stored["weight"].shape != layer.weight.shape:
         raise CheckpointError(
             f"{name}: weight has shape {stored['weight'].shape}; in the {type(model).__name__} of config.json it must "
             f"be {tuple(layer.weight.shape)} at {pattern}; download the checkpoint again"
         )
-    if layer.bias is not None and "bias" not in stored:
+    if stored is not None and layer.bias is not None and "bias" not in stored:
         raise CheckpointError(f"{name}: its bias is missing; download the checkpoint again")
     model.set_submodule(name, layer)
 
 
+_NO_DEMAND = {"calibration", "split", "text_column", "dataset_config_name", "dataset_revision", "batch_size", "preset"}
+"""Keys of a configuration that the weights do not show: where a text came from, and what others stand for."""
+
+
+def _check_agrees(given: Any, stored: EGGSConfig) -> None:
+    """Raise if a configuration passed for a packed model asks for something else than what the model is.
+
+    What is as by default is no demand, but for the pattern.
+
+    Raises:
+        ConfigError: it does.
+    """
+    leave = "leave quantization_config out to load the model as it is"
+    if not isinstance(given, EGGSConfig):
+        raise ConfigError(
+            f"quantization_config is a {type(given).__name__}, and the model is packed at {stored.pattern}; {leave}, "
+            "or make it dense first with `optimum-cli eggs export`"
+        )
+    if given.pattern != stored.pattern:
+        raise ConfigError(
+            f"quantization_config asks for {given.pattern}, and the model is packed at {stored.pattern}; {leave}, or "
+            "prune the dense model again"
+        )
+    asked, default, has = given.to_dict(), EGGSConfig(given.pattern).to_dict(), stored.to_dict()
+    for key in asked:
+        if key not in _NO_DEMAND and asked[key] not in (default[key], has[key]):
+            raise ConfigError(
+                f"quantization_config asks for {key}={shorten(asked[key])}, and the model was pruned with "
+                f"{key}={shorten(has[key])}; {leave}, or prune the dense model again"
+            )
+
+
+def _wrap(kind: Any) -> None:
+    """Have transformers refuse a configuration that contradicts a packed model's; it would only warn, and drop it."""
+    merge = kind.merge_quantization_configs.__func__
+    if getattr(merge, "knows_packed_models", False):
+        return
+
+    @functools.wraps(merge)
+    def merge_quantization_configs(cls: Any, stored: Any, given: Any = None) -> Any:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        if given is None or method != QUANT_METHOD:
+            return merge(cls, stored, given)
+        stored = EGGSConfig.from_dict(stored) if isinstance(stored, dict) else stored
+        _check_agrees(given, stored)
+        return stored
+
+    merge_quantization_configs.knows_packed_models = True  # type: ignore[attr-defined]
+    kind.merge_quantization_configs = classmethod(merge_quantization_configs)
+
+
+_wrap(AutoHfQuantizer)
 # transformers refuses to register a name twice, as a module that is run again would.
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(QUANT_METHOD)(EGGSConfig)

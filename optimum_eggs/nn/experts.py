@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,13 +76,14 @@ class SplitExperts(nn.Module):
     def join(self) -> nn.Module:
         """The experts as 3-D parameters again, copied from linear layers that are all dense."""
         fused = self.hollow()
-        for name, before in fused._parameters.items():
+        for name in fused._parameters:
             matrix, part = (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
             values = [self.get_parameter(f"{expert}.{matrix}.{part}") for expert in range(fused.num_experts)]
             stacked = torch.stack([value.detach() for value in values])
             if part == "weight" and fused.is_transposed:
                 stacked = stacked.transpose(1, 2).contiguous()
-            fused._parameters[name] = nn.Parameter(stacked, requires_grad=before.requires_grad)
+            asked = any(value.requires_grad for value in values)
+            fused._parameters[name] = nn.Parameter(stacked, requires_grad=asked)
         return fused
 
     def waves(self) -> list[list[str]]:
@@ -118,11 +119,11 @@ def split_experts(model: nn.Module) -> dict[str, nn.Module]:
     return fused
 
 
-def join_experts(model: nn.Module) -> None:
+def join_experts(model: nn.Module, join: Callable[[SplitExperts], nn.Module] = SplitExperts.join) -> None:
     """Undo [`split_experts`], in place, on a model whose experts are all dense."""
     split = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
     for name, module in split.items():
-        model.set_submodule(name, module.join())
+        model.set_submodule(name, join(module))
     if split:
         vars(model).pop("_weight_conversions", None)  # transformers knows those of the architecture
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
 from ..masks import topn_mask
@@ -15,10 +16,11 @@ from .dense import dense_weight, is_conv1d, is_dense_linear
 TWO_OF_FOUR = NMPattern(2, 4)
 
 
-class NMLinear(nn.Linear):
+class NMLinear(NonDynamicallyQuantizableLinear):
     """y = x Wᵀ + b with W packed N:M.
 
-    A subclass of `nn.Linear` so that tools that look for linear layers find it. Its `weight` is the packed one, of
+    A subclass of `nn.Linear` so that tools that look for linear layers find it, by the class that torch keeps for those
+    that quantisers leave alone: torchao, quanto, bitsandbytes and torch's own do. Its `weight` is the packed one, of
     shape (out, in·n/m), so a tool that mistakes it for a dense one fails on the shape and cannot do silent harm.
 
     Args:
@@ -27,7 +29,7 @@ class NMLinear(nn.Linear):
         fan_in_fan_out: The layer replaced stored its weight as (in, out) (`Conv1D`), as in PEFT.
 
     Attributes:
-        weight: The values kept (out, in·n/m), a parameter that does not ask for gradients.
+        weight: The values kept (out, in·n/m), a parameter. Its gradient is of these alone, so training fills no zero.
         weight_meta: One bit for every dense position (out, ⌈in/8⌉), a uint8 buffer.
         bias: (out,) or None.
 
@@ -60,11 +62,11 @@ class NMLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.pattern, self.fan_in_fan_out = pattern, fan_in_fan_out
         values = torch.empty(out_features, packed_width(in_features, pattern), device=device, dtype=dtype)
-        self.weight = nn.Parameter(values, requires_grad=False)
+        self.weight = nn.Parameter(values)
         meta = torch.empty(out_features, meta_width(in_features), device=device, dtype=torch.uint8)
         self.register_buffer("weight_meta", meta)
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
 
@@ -102,10 +104,10 @@ class NMLinear(nn.Linear):
             device="meta",
             dtype=own.dtype,
         )
-        layer.weight = nn.Parameter(values, requires_grad=False)
+        layer.weight = nn.Parameter(values, requires_grad=linear.get_parameter("weight").requires_grad)
         layer.weight_meta = meta
         if isinstance(bias, Tensor):
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         return layer.train(linear.training)
 
     def mask(self) -> Tensor:
@@ -113,16 +115,16 @@ class NMLinear(nn.Linear):
         return unpack_mask(self.weight_meta, self.in_features)
 
     def dense_weight(self) -> Tensor:
-        """The dense weight (out, in), zeros in place, in the layer's dtype."""
-        return unpack(self.weight, self.weight_meta, self.pattern)
+        """The dense weight (out, in), zeros in place, in the layer's dtype, without gradient."""
+        return unpack(self.weight.detach(), self.weight_meta, self.pattern)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """The dense layer with its zeros in place: an `nn.Linear`, whatever kind was packed."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dense_weight())
+        linear.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
     @torch.no_grad()
@@ -135,9 +137,9 @@ class NMLinear(nn.Linear):
 
         with torch.device("meta"):  # its own initialisation would draw random numbers
             conv = Conv1D(self.out_features, self.in_features)
-        conv.weight = nn.Parameter(linear.weight.t().contiguous())
-        bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(self.out_features)
-        conv.bias = nn.Parameter(bias)
+        conv.weight = nn.Parameter(linear.weight.t().contiguous(), requires_grad=self.weight.requires_grad)
+        bias = linear.bias if linear.bias is not None else nn.Parameter(linear.weight.new_zeros(self.out_features))
+        conv.bias = bias
         return conv.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,14 +156,3 @@ class NMLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}"
         )
-
-
-def check_packable(name: str, linear: nn.Module, pattern: NMPattern) -> None:
-    """Raise unless the pattern fits the layer called `name`.
-
-    Raises:
-        ShapeError: m does not divide in_features.
-    """
-    in_features = dense_weight(linear).shape[1]
-    if in_features % pattern.m:
-        raise ShapeError(f"{name}: in_features={in_features} is not a multiple of m={pattern.m}; add it to `ignore`")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..packing import meta_width, unpack
 from ..pattern import NMPattern
 from . import native, semi_structured, triton
 from .layout import gather, spread
 from .select import choose
-from .watch import nothing_watches
+from .watch import forward_derivatives, nothing_watches
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
@@ -21,8 +23,9 @@ _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the ba
 def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
     """X Wᵀ + b with W packed n:m.
 
-    Differentiable in x, weight and bias; works under `torch.compile`, `torch.export` and autocast.
-    [`optimum_eggs.ops.explain`] tells which backend runs.
+    Differentiable in x, weight and bias; works under `torch.compile`, `torch.export`, `torch.func` and autocast.
+    [`optimum_eggs.ops.explain`] tells which backend runs. Under `torch.func`, in forward-mode differentiation and in
+    ONNX, it is made of torch's own operations, on the dense matrix.
 
     Args:
         x: (..., in).
@@ -42,6 +45,8 @@ def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | Non
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if nothing_watches(x, weight, bias):
         return _run(x, weight, weight_meta, bias, n, m)
+    if _is_foreign():
+        return _by_torch(x, weight, weight_meta, bias, n, m)
     return torch.ops.optimum_eggs.nm_linear(x, weight, weight_meta, bias, n, m)
 
 
@@ -64,6 +69,28 @@ def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n:
     if choice.backend == "native":
         return native.linear(choice.isa, x, weight, weight_meta, bias, n, m)
     return _by_panels(choice.isa, x, weight, weight_meta, bias)
+
+
+def _is_foreign() -> bool:
+    """Whether what watches the call knows torch's own operations alone: `torch.func`, tangents, ONNX by tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    tracing = torch._C._get_tracing_state() is not None
+    return (
+        forward_derivatives()
+        or torch._C._are_functorch_transforms_active()
+        or (tracing and torch.onnx.is_in_onnx_export())
+    )
+
+
+def _by_torch(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    """Y by operations of torch alone, whose shapes do not hang on the bits."""
+    power = 2 ** torch.arange(8, dtype=torch.int32, device=weight_meta.device)
+    bits = weight_meta.unsqueeze(-1).int() // power % 2  # plain numbers: ONNX knows more about them than about bits
+    kept = bits.flatten(1)[:, : weight.shape[1] // n * m]
+    place = (kept.cumsum(1) - 1).clamp(min=0)  # of each kept position among its row's values
+    dense = torch.where(kept == 1, weight.gather(1, place), 0.0)
+    return torch.nn.functional.linear(x, dense, bias)
 
 
 def _belong_together(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> bool:
@@ -107,6 +134,15 @@ def _op(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: 
 @_op.register_fake
 def _fake(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@register_flop_formula(torch.ops.optimum_eggs.nm_linear)
+def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two for every value kept and token, given shapes."""
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+torch._decomp.register_decomposition(torch.ops.optimum_eggs.nm_linear.default)(_by_torch)  # the ONNX exporter takes it
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

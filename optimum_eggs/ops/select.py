@@ -55,7 +55,7 @@ class _Forced:
             there = ", ".join(INSTRUCTION_SETS) or f"none, since the extension is missing ({native.missing})"
             raise ConfigError(f"instruction set {self.isa!r} is not to be had here; there are: {there}")
         if self.backend in ("native", "panel") and not INSTRUCTION_SETS:
-            raise ConfigError(f"backend {self.backend!r} needs the native extension: {native.missing}")
+            raise ConfigError(f"backend {self.backend!r} needs the native extension, and {native.missing}")
         if self.backend == "triton" and (missing := triton.missing()):
             raise ConfigError(f"backend 'triton' cannot run: {missing}")
 
@@ -95,11 +95,11 @@ def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
     Raises:
         ConfigError: an environment variable forces what is not there.
     """
-    return _decide(dtype, device.type, tokens)
+    return _decide(dtype, device.type, tokens, native.torch_may_hang())
 
 
 @lru_cache(maxsize=4096)
-def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
+def _decide(dtype: torch.dtype, device: str, tokens: int, torch_may_hang: bool) -> Choice:
     _forced.check()
     if device == "cuda" and dtype in DTYPES:
         if _forced.backend == "triton" and tokens <= _MOST_TOKENS_TRITON:
@@ -122,6 +122,10 @@ def _decide(dtype: torch.dtype, device: str, tokens: int) -> Choice:
     most = max(most, _MOST_TOKENS[isa])
     if tokens <= most:
         return Choice("native", isa, f"{tokens} tokens: up to {most}, {isa} beats the dense product")
+    if torch_may_hang:
+        return Choice(
+            "native", isa, "the dense product may hang after a fork, unless torch.set_num_threads(1) is called"
+        )
     return Choice("panel", isa, f"{tokens} tokens: beyond {most}, the dense product on unpacked panels is faster")
 
 

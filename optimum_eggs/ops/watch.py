@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def nothing_watches(*tensors: Tensor | None) -> bool:
@@ -19,8 +20,14 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
         if asks and tensor.requires_grad:
             return False
     return not (
-        torch._C._len_torch_dispatch_stack()
+        forward_derivatives()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )
+
+
+def forward_derivatives() -> bool:
+    """Whether tensors may carry tangents: derivatives that are computed forward, beside the values."""
+    return forward_ad._current_level >= 0

@@ -124,6 +124,12 @@ def check_files(files: Sequence[str | Path], pruned: Mapping[str, str]) -> dict[
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         raise CheckpointError(f"{list(map(str, files))}: a packed checkpoint is of safetensors files only")
     entries = read_headers(files)
+    if pruned and not any(name.endswith(".weight_meta") for name in entries):
+        raise CheckpointError(
+            f"{files[0]}: config.json says that {len(pruned)} layers are packed, and the files hold no packed layer, "
+            "as when a model that was made from a packed model's configuration is saved; take quantization_config out "
+            "of config.json to load what they hold"
+        )
     keys = stored_names(entries, pruned)
     for name, pattern in pruned.items():
         for _, problem in header_problems(keys[name], NMPattern.parse(pattern), entries):

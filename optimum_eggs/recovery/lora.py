@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..hf.offload import onloaded
 from ..nn import NMLinear
 from ..ops import nm_linear
 from ..packing import unpack
@@ -40,13 +41,14 @@ class MaskedLoraLinear(LoraLinear):
         plain = isinstance(base, NMLinear) and not (args or kwargs or self.disable_adapters or self.merged)
         if not plain or not all(map(self._adds_to_weight, adapters)):
             return super().forward(x, *args, **kwargs)
-        weight, bias = base.weight, base.bias
-        for name in adapters:
-            weight = weight + packed_delta(self, name)
-            if (own := self.lora_B[name].bias) is not None:
-                own = own * self.scaling[name]
-                bias = own if bias is None else bias + own
-        return nm_linear(x, weight, base.weight_meta, bias, base.pattern.n, base.pattern.m)
+        with onloaded(base, *(factor[name] for name in adapters for factor in (self.lora_A, self.lora_B))):
+            weight, bias = base.weight, base.bias
+            for name in adapters:
+                weight = weight + packed_delta(self, name)
+                if (own := self.lora_B[name].bias) is not None:
+                    own = own * self.scaling[name]
+                    bias = own if bias is None else bias + own
+            return nm_linear(x, weight, base.weight_meta, bias, base.pattern.n, base.pattern.m)
 
     def _adds_to_weight(self, adapter: str) -> bool:
         """Whether the adapter may be added to the weight: same input, and no narrow dtype that would round it away."""
@@ -72,7 +74,8 @@ class MaskedLoraLinear(LoraLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the dense weight (out, in), zeros where the layer keeps nothing."""
         base: Any = self.get_base_layer()
-        return unpack(packed_delta(self, adapter), base.weight_meta, base.pattern)
+        with onloaded(base):
+            return unpack(packed_delta(self, adapter), base.weight_meta, base.pattern)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: a masked product has no low rank of its own."""
@@ -98,13 +101,12 @@ class MaskedVariant(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG004
         """The result with the adapter's share added. Memory beyond the activations: the packed delta."""
-        base = module.get_base_layer()
-        delta = packed_delta(module, active_adapter)
+        base, up = module.get_base_layer(), module.lora_B[active_adapter]
         x = module.lora_dropout[active_adapter](x)
-        bias = module.lora_B[active_adapter].bias
-        if bias is not None:
-            bias = bias * module.scaling[active_adapter]
-        return result + nm_linear(x, delta, base.weight_meta, bias, base.pattern.n, base.pattern.m)
+        with onloaded(base, module.lora_A[active_adapter], up):
+            delta = packed_delta(module, active_adapter)
+            bias = None if up.bias is None else up.bias * module.scaling[active_adapter]
+            return result + nm_linear(x, delta, base.weight_meta, bias, base.pattern.n, base.pattern.m)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -124,10 +126,11 @@ class MaskedVariant(LoraVariant):
 
 def packed_delta(module: Any, adapter: str) -> Tensor:
     """S · mask∘(BA) at the kept positions, packed, in the dtype of A and B even under autocast."""
-    base = module.get_base_layer()
-    down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight * module.scaling[adapter]
-    with torch.autocast(down.device.type, enabled=False):
-        return masked_low_rank(down, up, base.weight_meta, base.pattern)
+    base, factors = module.get_base_layer(), (module.lora_A[adapter], module.lora_B[adapter])
+    with onloaded(base, *factors):
+        down, up = factors[0].weight, factors[1].weight * module.scaling[adapter]
+        with torch.autocast(down.device.type, enabled=False):
+            return masked_low_rank(down, up, base.weight_meta, base.pattern)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import strict_json
+from .. import validation as check
 from ..calibration.context import check_context
 from ..calibration.documents import described, documents, refuse_twice
 from ..calibration.windows import token_stream, windows_digest
@@ -99,6 +100,7 @@ class RecoverySettings:
         for name in ("rank", "steps", "batch_size", "evaluations", "patience", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
+        check.integer("seed", self.seed, least=0, most=check.NUMPY_SEEDS)
         if self.seq_len < 2:
             raise ConfigError(f"seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
         if not 0 < self.held_out < 1:
@@ -173,7 +175,7 @@ def recover(
     """
     path = check_output(output, overwrite, sources=[model_id, settings.teacher])
     if settings.method == "lora" and find_spec("peft") is None:
-        raise ConfigError("method='lora' needs PEFT: pip install 'optimum-eggs[peft]', or use method='values'")
+        raise ConfigError("method='lora' needs PEFT: pip install 'peft>=0.21', or use method='values'")
     pruned = read_report(model_id)
     config = load_config(model_id, trust_remote_code)
     stored = config.dtype or torch.float32
@@ -198,7 +200,7 @@ def recover(
                 if settings.teacher is not None:
                     teacher = load_model(settings.teacher, trust_remote_code=trust_remote_code).eval()
             weights = {name: sha for name, sha in listed_files(Path(model_id)).items() if sha is not None}
-            run = {"recover": weights or str(model_id), "windows": digest} | asdict(settings)
+            run = {"model": weights or str(model_id), "windows": digest} | asdict(settings)
             work: Path | None = None
             with ranks.together():
                 if ranks.first:
@@ -292,7 +294,10 @@ def _check_teacher(teacher_id: str, model_id: str | Path, config: Any, trust_rem
     folders = [Path(teacher_id), Path(model_id)]
     if teacher_id == str(model_id) or (all(map(Path.is_dir, folders)) and folders[0].samefile(folders[1])):
         raise ConfigError(f"teacher={teacher_id!r} is the model that is trained; name the dense model")
-    theirs = load_config(teacher_id, trust_remote_code)
+    try:
+        theirs = load_config(teacher_id, trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"teacher={teacher_id!r}: {error}") from error
     if (getattr(theirs, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
         raise ModelError(f"teacher={teacher_id!r} is a packed model; name the dense one that was pruned")
     sizes = [each.get_text_config().vocab_size for each in (theirs, config)]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.report import read_report
-from ..errors import CheckpointError, ConfigError, ModelError
+from ..errors import CheckpointError, ConfigError, ModelError, OutputError
+from ..folders import check_folder
 from ..inspection import inspect_checkpoint
 from .figures import FIGURES, spectra_of
 from .tile import draw_tile, shown_tile
@@ -60,11 +61,13 @@ def report_page(folder: str | Path, figures: str | Path | None = None, *, with_s
         ModelError: the folder has no report of a pruned model.
         CheckpointError: its report or its weights cannot be read, or are damaged.
         ConfigError: matplotlib is missing.
+        OutputError: the pictures cannot be written.
     """
+    check_folder(folder)
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError("the report is drawn with matplotlib: pip install 'optimum-eggs[report]'") from error
+        raise ConfigError("the report is drawn with matplotlib: pip install 'matplotlib>=3.8'") from error
 
     report = read_report(folder)
     if not report.get("layers"):
@@ -129,8 +132,11 @@ def _svg(figure: Figure) -> str:
 
 def _png(figure: Figure | None, path: Path) -> None:
     assert figure is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=160, facecolor="white")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=160, facecolor="white")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error}); leave the pictures (--figures) out") from error
 
 
 def _summary(report: dict[str, Any]) -> str:

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
-from .. import strict_json
 from ..calibration.documents import DatasetName, dataset_id
 from ..config import EGGSConfig
-from ..engine.report import text_uses
-from ..errors import ModelError
+from ..engine.report import read_report, text_uses
+from ..errors import ModelError, first_line, more
 from ..files import REPORT_NAME
 from ..names import hub_id
+from ..packing.checkpoint import read_config
 
+CARD_NAME = "README.md"
 BEGIN, END = "<!-- optimum-eggs: begin -->", "<!-- optimum-eggs: end -->"
 _COMPARED = {
     "kl_divergence": "KL divergence from the dense model, nats a token",
@@ -32,6 +34,7 @@ def model_card(
     repository: str | None = None,
     base_card: ModelCard | None = None,
     tags: Sequence[str] = (),
+    existing: str | None = None,
 ) -> ModelCard:
     """The card of the packed model in `folder`.
 
@@ -42,23 +45,25 @@ def model_card(
         repository: Id on the Hub, for the title and the code; default: the folder's name.
         base_card: Card of the dense model, for its licence and languages.
         tags: Further tags.
+        existing: Text of a card to keep, in place of the README.md that is there.
 
     Raises:
-        ModelError: the folder is no packed model, or has no report.
+        ModelError: the folder has no report, or the metadata of the README.md that is there cannot be read.
+        CheckpointError: the folder is no packed model, or its report is damaged.
     """
     path = Path(folder)
-    report = read_json(path / REPORT_NAME)
-    config = read_json(path / "config.json").get("quantization_config")
-    if not config or "config" not in report:
-        raise ModelError(f"{path}: is no packed model with a report; prune it, or save it with EGGSPruner")
+    report = read_report(path)
+    if not report:
+        raise ModelError(f"{path}: has no {REPORT_NAME}; name the folder of a packed model that EGGSPruner saved")
+    config = read_config(path)
     repository = repository or path.absolute().name
     data = _metadata(report, repository, base_card)
     data.tags = [*(data.tags or []), *tags]
     card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_texts(report, config, repository, path))
-    existing = path / "README.md"
-    if not existing.is_file():
-        return card
-    return _merged(ModelCard(existing.read_text(encoding="utf-8")), card)
+    own = path / CARD_NAME
+    if existing is None and own.is_file():
+        existing = own.read_text(encoding="utf-8")
+    return card if existing is None else _merged(parsed(existing), card)
 
 
 def write_card(
@@ -69,7 +74,7 @@ def write_card(
 ) -> Path:
     """Write the card of `folder` to its README.md, as [`model_card`]."""
     card = model_card(folder, repository, base_card, tags)
-    target = Path(folder) / "README.md"
+    target = Path(folder) / CARD_NAME
     target.write_text(str(card), encoding="utf-8")
     return target
 
@@ -146,7 +151,7 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
             "tokens reached; they were pruned by their weights alone."
         )
     if dense:
-        method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{_more(dense, 6)}.")
+        method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{more(dense, 6)}.")
     if recovered:
         settings = recovered["settings"]
         done = (
@@ -166,8 +171,7 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
         "end": END,
         "title": repository.split("/")[-1],
         "repository": repository,
-        "summary": f"This is {what}, {done} {summary['pattern']} sparsity, by "
-        "[optimum-eggs](https://pypi.org/project/optimum-eggs).",
+        "summary": f"This is {what}, {done} {summary['pattern']} sparsity, by optimum-eggs.",
         "method": "\n\n".join(method),
         "measured": _measured(report),
         "figures": "\n\n".join(
@@ -282,9 +286,23 @@ def _certificate(report: dict[str, Any]) -> str:
     )
 
 
+def parsed(text: str) -> ModelCard:
+    """A card from its text.
+
+    Raises:
+        ModelError: its metadata cannot be read.
+    """
+    try:
+        return ModelCard(text)
+    except (YAMLError, ValueError, LookupError, TypeError) as error:
+        raise ModelError(
+            f"{CARD_NAME}: its metadata, between the first two ---, cannot be read ({first_line(error)}); mend it"
+        ) from error
+
+
 def has_own_text(readme: str) -> bool:
     """Whether a card says anything besides its metadata, a title, and what is between our markers."""
-    text = ModelCard(readme).text
+    text = parsed(readme).text
     if BEGIN in text and END in text:
         text = text[: text.index(BEGIN)] + text[text.index(END) + len(END) :]
     return any(line.strip() and not line.startswith("# ") for line in text.splitlines())
@@ -327,24 +345,3 @@ def _title(part: str) -> str | None:
     """The title that goes with our part of a card: the last part of what its code loads."""
     found = re.search(r'from_pretrained\("(?:[^"\n]*/)?([^"/\n]+)"\)', part)
     return found[1] if found else None
-
-
-def _more(items: list[Any], shown: int) -> str:
-    return f" and {len(items) - shown} more" if len(items) > shown else ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a packed folder.
-
-    Raises:
-        ModelError: it is missing, or holds something else.
-    """
-    if not path.is_file():
-        raise ModelError(f"{path}: is missing; name the folder of a packed model that EGGSPruner saved")
-    try:
-        found = strict_json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: is no JSON ({error}); save the model again") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: holds no JSON object; save the model again")
-    return found

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from .. import strict_json
-from ..engine.report import without_measurements
+from .. import validation as check
+from ..engine.report import read_report, without_measurements
 from ..files import REPORT_NAME, seal
 from .push import save_and_push
 
@@ -32,15 +32,16 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
         max_shard_size: As for `save_pretrained`.
         options: As for [`push_folder`].
     """
+    shard_size = check.size("max_shard_size", max_shard_size)
     report, source = _report_of(model, options.get("token"))
     if report is None:
         logger.warning(
             "%s: no %s was found where the model comes from, so it gets no card of ours", repo_id, REPORT_NAME
         )
-        return type(model).push_to_hub(model, repo_id, max_shard_size=max_shard_size, **options)
+        return type(model).push_to_hub(model, repo_id, max_shard_size=shard_size, **options)
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=shard_size)
         kept = report if source is None or _same_weights(folder, source) else without_measurements(report)
         (folder / REPORT_NAME).write_text(strict_json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         seal(folder)
@@ -53,16 +54,16 @@ def _report_of(model: Any, token: str | bool | None) -> tuple[dict[str, Any] | N
     pruned = getattr(model.hf_quantizer, "report", None)
     if pruned is not None:
         return pruned.to_dict(), None
-    source = model.config._name_or_path
+    source = model.config._name_or_path or ""  # a state dict came from nowhere
     path = Path(source) / REPORT_NAME
     if not path.is_file():
         if Path(source).is_dir() or not source:
             return None, None
         try:
             path = Path(hf_hub_download(source, REPORT_NAME, token=token))
-        except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        except (EntryNotFoundError, HTTPError, OSError, ValueError):
             return None, None
-    return json.loads(path.read_text(encoding="utf-8")), path.parent
+    return read_report(path.parent), path.parent
 
 
 def _same_weights(folder: Path, source: Path) -> bool:

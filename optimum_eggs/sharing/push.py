@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
-from ..errors import CheckpointError, HubError, first_line
+from ..engine.report import read_report
+from ..errors import CheckpointError, ConfigError, EGGSError, HubError, first_line, is_out_of_memory, without
 from ..inspection import inspect_checkpoint
+from ..logs import said_once
 from ..names import hub_id
-from .card import has_own_text, read_json, write_card
+from .card import CARD_NAME, has_own_text, model_card, parsed
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -34,13 +46,13 @@ def push_folder(
     commit_description: str | None = None,
     tags: Sequence[str] | None = None,
 ) -> CommitInfo:
-    """Check the packed model in `folder`, write its card, and push all of it in one commit.
+    """Check the packed model in `folder`, make its card, and push all of it in one commit. The folder is only read.
 
     Weights are uploaded first and committed last with everything else, so an upload that fails publishes nothing.
 
     Args:
-        folder: A packed model with its `report.json`; its README.md is written, see [`write_card`]. If it has no text
-            of the user's own, that of the card on the Hub is kept.
+        folder: A packed model with its `report.json`. The card that is pushed is made as by [`write_card`]; if the
+            README.md in the folder has no text of the user's own, that of the card on the Hub is kept.
         repo_id: Where to; it is created if it is not there.
         private: Of a new repository.
         token: As for huggingface_hub.
@@ -51,43 +63,104 @@ def push_folder(
         tags: Further tags for the card.
 
     Raises:
+        ConfigError: `repo_id` is no name of a repository.
         ModelError, CheckpointError: the folder is no packed model, or is damaged.
-        HubError: the Hub refused, or could not be reached.
+        HubError: the Hub refused, or could not be reached. Neither its message nor what led to it holds the `token`.
     """
+    check_repo_id(repo_id)
     found = inspect_checkpoint(folder)
     if not found.ok:
         first = found.violations[0]
         raise CheckpointError(
             f"{folder}: {first.where}: {first.rule}: {first.detail}; it is not pushed until this is mended"
         )
+    report = read_report(folder)
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{repo_id}: HF_HUB_OFFLINE=1 forbids every request to the Hub; push without it")
     api = HfApi(token=token)
-    report = read_json(Path(folder) / "report.json")
-    _take_card(Path(folder), repo_id, revision, token)
-    write_card(folder, repo_id, _base_card(hub_id((report.get("base_model") or {}).get("id")), token), tags or ())
-    try:
+    with said_once(), _refusals(repo_id, token):
+        existing = _card_before(Path(folder) / CARD_NAME, repo_id, revision, token)
+        base = _base_card(hub_id((report.get("base_model") or {}).get("id")), token)
+        card = model_card(folder, repo_id, base, tags or (), existing=existing)
+        _check_card(card, repo_id)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(folder),
+        return api.create_commit(
+            repo_id,
+            _additions(Path(folder), card),
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message or "Upload a packed N:M model",
             commit_description=commit_description,
-            ignore_patterns=[".*", "*.tmp"],
         )
+
+
+def check_repo_id(repo_id: Any) -> None:
+    """Raise unless this may be the name of a repository.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    try:
+        validate_repo_id("" if repo_id is None else repo_id)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"repo_id={repo_id!r} is no name of a repository on the Hub; write NAME or USER/NAME, of letters, digits "
+            "and single - _ ."
+        ) from error
+
+
+@contextmanager
+def _refusals(repo_id: str, token: str | bool | None) -> Iterator[None]:
+    """Turns what huggingface_hub raises into a [`HubError`] that does not hold the `token`."""
+    try:
+        yield
     except RepositoryNotFoundError as error:
         raise HubError(
             f"{repo_id}: there is no such repository, or the token may not see it; log in with `hf auth login`, or "
             "pass a token that may write"
-        ) from error
+        ) from without(token, error)
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "no answer"
         remedy = "log in with `hf auth login`, or pass a token that may write" if code in (401, 403) else "try again"
-        raise HubError(f"{repo_id}: the Hub refused ({code}: {first_line(error)}); {remedy}") from error
-    except (OSError, RuntimeError) as error:  # a RuntimeError is what a failed upload of a weight file becomes
-        raise HubError(f"{repo_id}: the Hub cannot be reached ({first_line(error)}); nothing was published") from error
+        said = without(token, first_line(error))
+        raise HubError(f"{repo_id}: the Hub refused ({code}: {said}); {remedy}") from without(token, error)
+    except (HTTPError, OSError, RuntimeError) as error:  # the last is what a failed upload of a weight file becomes
+        if isinstance(error, EGGSError) or is_out_of_memory(error):
+            raise
+        said = without(token, first_line(error))
+        raise HubError(f"{repo_id}: the Hub cannot be reached ({said}); nothing was published") from without(
+            token, error
+        )
+
+
+def _check_card(card: ModelCard, repo_id: str) -> None:
+    """Have the Hub check the metadata of a card, before there is a repository for it.
+
+    Raises:
+        HubError: the Hub refuses it.
+    """
+    try:
+        card.validate()
+    except HTTPError:
+        raise
+    except ValueError as error:
+        said = str(error)
+        with suppress(ValueError, LookupError, TypeError):
+            said = "; ".join(each["message"] for each in json.loads(said)["errors"])
+        raise HubError(
+            f"{repo_id}: the Hub refuses the metadata of its card ({' '.join(said.split())}); mend it in {CARD_NAME}; "
+            "nothing was published"
+        ) from error
+
+
+def _additions(folder: Path, card: ModelCard) -> list[CommitOperationAdd]:
+    """The files of a folder, but for hidden and half-written ones, and a card in place of its own."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    pushed = [name for name in filter_repo_objects(names, ignore_patterns=[".*", "*/.*", "*.tmp"]) if name != CARD_NAME]
+    files = [CommitOperationAdd(name, folder / name) for name in pushed]
+    return [*files, CommitOperationAdd(CARD_NAME, str(card).encode())]
 
 
 def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:
@@ -95,6 +168,7 @@ def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) ->
 
     Returns the address of the pull request, or of the commit.
     """
+    check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
         save(folder)
@@ -102,17 +176,17 @@ def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) ->
     return info.pr_url or info.commit_url
 
 
-def _take_card(folder: Path, repo_id: str, revision: str | None, token: str | bool | None) -> None:
-    """Make the card that is on the Hub the folder's, unless the folder's has text of the user's own."""
-    own = folder / "README.md"
-    if own.is_file() and has_own_text(own.read_text(encoding="utf-8")):
-        return
+def _card_before(own: Path, repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
+    """The text of the card that a new one is merged into: the folder's `own` if a user wrote in it, or the Hub's."""
+    text = own.read_text(encoding="utf-8") if own.is_file() else None
+    if text is not None and has_own_text(text):
+        return text
     try:
-        own.write_text(
-            Path(hf_hub_download(repo_id, own.name, revision=revision, token=token)).read_text("utf-8"), "utf-8"
-        )
-    except (HfHubHTTPError, OSError, ValueError):
-        return  # there is none; if the Hub cannot be reached, the push will say so
+        return Path(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)).read_text(encoding="utf-8")
+    except LocalEntryNotFoundError:  # the Hub cannot be reached
+        raise
+    except (HfHubHTTPError, EntryNotFoundError):
+        return text
 
 
 def _base_card(base: str | None, token: str | bool | None) -> ModelCard | None:
@@ -120,7 +194,8 @@ def _base_card(base: str | None, token: str | bool | None) -> ModelCard | None:
     if base is None:
         return None
     try:
-        return ModelCard.load(base, token=token if isinstance(token, str) else None)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        logger.warning("%s: its card cannot be read (%s), so its licence is not carried over", base, first_line(error))
+        return parsed(Path(hf_hub_download(base, CARD_NAME, token=token)).read_text(encoding="utf-8"))
+    except (HTTPError, OSError, ValueError) as error:
+        said = without(token, first_line(error))
+        logger.warning("%s: its card cannot be read (%s), so its licence is not carried over", base, said)
         return None

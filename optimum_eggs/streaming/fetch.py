@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..folders import check_folder
 from ..hf.loading import translated
 from ..names import hub_id
 from ..packing.checkpoint import INDEX_NAME, WEIGHTS_NAME
@@ -24,6 +25,7 @@ def fetch(model: str | Path, revision: str | None = None, token: str | bool | No
     """
     name = hub_id(str(model))
     if name is None:
+        check_folder(model)
         return Path(model)
     from huggingface_hub import snapshot_download
 

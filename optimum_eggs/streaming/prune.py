@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
+from .. import validation as check
 from ..calibration.states import StatesOnDisk
-from ..calibration.windows import check_source, windows_digest
+from ..calibration.windows import check_calibration, windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
 from ..engine.plan import PrunePlan, make_plan
@@ -105,10 +105,10 @@ def prune_checkpoint(
         path = check_output(output, overwrite, sources=[model])
         target = parse_dtype(save_dtype)
         cast = target if isinstance(target, torch.dtype) else None
-        budget = None if memory_budget is None else _bytes("memory_budget", memory_budget)
-        shard_size = _bytes("max_shard_size", max_shard_size)
+        budget = None if memory_budget is None else check.size("memory_budget", memory_budget, least=0)
+        shard_size = check.size("max_shard_size", max_shard_size)
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        check_source(config.calibration)
+        check_calibration(config.calibration)
         source = DenseSource(model, dtype, device, config.block_list, revision=revision, token=token, **trust)
         tokenizer = config.tokenizer
         if tokenizer is None and has_tokenizer(source.folder):
@@ -297,16 +297,6 @@ def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> i
     copies = 3 if config.block_tuning else 1
     hidden = source.model.config.get_text_config().hidden_size
     return copies * windows.numel() * hidden * source.dtype.itemsize
-
-
-def _bytes(name: str, value: int | str) -> int:
-    if isinstance(value, int) and value >= 0:
-        return value
-    try:
-        text = str(value).strip().upper()  # lower-case units would be bits
-        return int(text) if text.isdecimal() else convert_file_size_to_int(text)
-    except ValueError as error:
-        raise ConfigError(f"{name}={value!r} is no size; write a number of bytes, or such as '8GiB'") from error
 
 
 def _bytes_to_write(

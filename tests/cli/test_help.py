@@ -43,6 +43,13 @@ def test_help_imports_nothing_heavy(start, subcommand):
     assert not HEAVY & loaded
 
 
+@pytest.mark.parametrize("command", ["inspect nosuch", "push nosuch me/tiny", "prune ./nosuch out"])
+def test_a_folder_that_is_not_there_is_refused_without_them_too(command):
+    done, loaded = run(MODULE, command.split(), code=2)
+    assert "there is no such folder; check the path" in done.stderr
+    assert not HEAVY & loaded
+
+
 def test_a_wrong_option_is_refused_without_them_too():
     done, loaded = run(MODULE, ["prune", "model", "out", "--no-such-flag"], code=2)
     assert "unrecognized arguments: --no-such-flag" in done.stderr

@@ -69,7 +69,7 @@ def test_a_closed_stdout_costs_nothing(folder, monkeypatch):
     assert main(["inspect", str(folder)]) == 0
 
 
-def test_what_was_printed_before_an_error_is_written(monkeypatch, capsys):
+def test_what_was_printed_before_an_error_is_written(folder, monkeypatch, capsys):
     from optimum_eggs.cli import main as command
     from optimum_eggs.errors import ModelError
 
@@ -78,5 +78,5 @@ def test_what_was_printed_before_an_error_is_written(monkeypatch, capsys):
         raise ModelError("then")
 
     monkeypatch.setattr(command.inspect, "run", run)
-    assert main(["inspect", "any"]) == 2
+    assert main(["inspect", str(folder)]) == 2
     assert capsys.readouterr() == ("first\n", "error: then\n")

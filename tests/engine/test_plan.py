@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny
 import torch
+import transformers
 
 from optimum_eggs import EGGSConfig, NMLinear, NMPattern
 from optimum_eggs.engine import make_plan
@@ -67,6 +70,37 @@ def test_experts_with_a_norm_of_their_own_are_left_dense_and_named():
     assert all("self_attn" in layer for layer in found.names)
 
 
+def gated(name):
+    """A tiny model with experts, and what is beside them there."""
+    experts = tiny._MOE | {"num_experts": 16}
+    if name == "qwen2_moe":  # also in Qwen3-Next: a gate of one output on the expert that all tokens see
+        config = transformers.Qwen2MoeConfig(**tiny._LLAMA, **experts, shared_expert_intermediate_size=32)
+        return transformers.Qwen2MoeForCausalLM(config), "shared_expert_gate"
+    config = transformers.AfmoeConfig(**tiny._LLAMA, **experts, head_dim=8, num_dense_layers=0)
+    return transformers.AfmoeForCausalLM(config), "router.gate"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("qwen2_moe", "only 1 output, as gates have"), ("afmoe", "a router of experts")]
+)
+def test_gates_and_routers_stay_dense_unless_they_are_named(name, reason):
+    model, layer = gated(name)
+    layers = [f"model.layers.{block}.mlp.{layer}" for block in (0, 1)]
+    for targets in (None, ["mlp"], ["*.mlp.*"]):  # a module around them is no name of theirs
+        found = plan(model, targets=targets)
+        assert [left.name for left in found.left_dense if left.reason == reason] == layers
+        assert not set(layers) & set(found.names)
+        assert any("shared_expert" in pruned for pruned in found.names)
+    named = make_plan(model, EGGSConfig("2:4", preset="magnitude", targets=[layer]))
+    assert named.names == layers
+
+
+def test_a_gate_that_is_named_and_cannot_keep_the_floor_is_refused():
+    model, layer = gated("qwen2_moe")
+    with pytest.raises(ShapeError, match=r"layers.0.mlp.shared_expert_gate: min_degree=1 cannot hold at 2:4: 1 rows"):
+        plan(model, targets=[layer])
+
+
 def test_targets_and_ignore_choose_by_name():
     model = tiny.make_model("llama")
     assert plan(model, targets=["down_proj"]).names == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
@@ -94,10 +128,28 @@ def test_nothing_to_prune_is_refused():
 def test_a_layer_that_m_does_not_divide_is_named_with_the_remedy():
     model = tiny.make_model("llama")
     model.model.layers[1].mlp.down_proj = torch.nn.Linear(66, 32)
-    message = r"model.layers.1.mlp.down_proj: in_features=66 is not a multiple of m=4; add it to `ignore`"
-    with pytest.raises(ShapeError, match=message):
+    message = "model.layers.1.mlp.down_proj: in_features=66 is not a multiple of m=4; leave them dense with ignore="
+    remedy = "['lm_head', 'layers.1.mlp.down_proj'] (--ignore lm_head layers.1.mlp.down_proj)"
+    with pytest.raises(ShapeError, match=re.escape(message + remedy)):
         plan(model)
     assert len(plan(model, ignore=["layers.1.mlp.down_proj", "lm_head"]).names) == 13
+
+
+def test_all_layers_that_m_does_not_divide_are_named_at_once_with_what_to_ignore():
+    model = tiny.make_model("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj = torch.nn.Linear(66, 32)
+    model.model.layers[0].self_attn.o_proj = torch.nn.Linear(34, 32)
+    ignore = ["lm_head", "layers.0.self_attn.o_proj", "down_proj"]
+    with pytest.raises(ShapeError) as caught:
+        plan(model)
+    said = str(caught.value)
+    names = ["layers.0.self_attn.o_proj", "layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
+    assert said.startswith(
+        ", ".join(f"model.{name}" for name in names) + ": in_features=34 and 66 is not a multiple of"
+    )
+    assert f"ignore={ignore} (--ignore {' '.join(ignore)})" in said
+    assert len(plan(model, ignore=ignore).names) == 11
 
 
 def test_a_layer_too_small_for_the_floor_is_named():

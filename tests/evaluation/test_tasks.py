@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_eggs.cli.main import main
 from optimum_eggs.errors import ConfigError
-from optimum_eggs.evaluation import Score, TaskRunner, TaskScore, task_differences
+from optimum_eggs.evaluation import Score, TaskRunner, TaskScore, evaluate, task_differences
 from optimum_eggs.evaluation.tasks import scores
 from optimum_eggs.report import report_page
 from optimum_eggs.sharing import model_card
@@ -149,13 +149,20 @@ def test_differences_pair_the_documents():
     [
         ([], "nothing to judge on; give text (--text), tasks (--tasks) or both"),
         (["--tasks", "arc_easy", "--include-path", "nowhere"], "include_path='nowhere' is no folder"),
-        (["--tasks", "arc_easy", "--limit", "0"], "limit=0 must be at least 1"),
-        (["--tasks", "arc_easy", "--num-fewshot", "-1"], "num_fewshot=-1 must be at least 0"),
     ],
 )
 def test_bad_input_is_refused(packed_folder, options, message, capsys):
     assert main(["evaluate", str(packed_folder), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"limit": 0}, "limit=0 must be at least 1"), ({"num_fewshot": -1}, "num_fewshot=-1 must be at least 0")],
+)
+def test_numbers_out_of_range_are_refused(packed_folder, option, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(packed_folder, tasks=["arc_easy"], **option)
 
 
 def test_a_task_that_is_unknown_is_refused_with_what_is_near(packed_folder, task_folder, capsys):
@@ -183,7 +190,7 @@ def test_a_task_whose_data_are_missing_is_refused(packed_folder, tmp_path, capsy
 
 def test_without_the_harness_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ConfigError, match=r"pip install 'optimum-eggs\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'lm_eval>=0.4.9'"):
         TaskRunner.create(["arc_easy"])
 
 

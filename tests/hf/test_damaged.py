@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig
 from optimum_eggs.engine import prune_model
-from optimum_eggs.errors import CheckpointError, ConfigError
+from optimum_eggs.errors import CheckpointError, ConfigError, ModelError
 from optimum_eggs.hf.attach import attach_quantizer, packed_layers
-from optimum_eggs.hf.loading import load_model
+from optimum_eggs.hf.loading import load_model, translated
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -111,6 +113,17 @@ def test_a_configuration_that_is_not_ours_is_named(folder, change, message):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_folder_that_calls_itself_packed_and_is_dense_is_named(packed_folder, folder):
+    dense = AutoModelForCausalLM.from_pretrained(packed_folder).dequantize()
+    save_file(
+        {name: value for name, value in dense.state_dict().items() if name != "lm_head.weight"},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(CheckpointError, match=r"says that 14 layers are packed, and the files hold no packed layer"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_a_bias_that_is_missing_or_too_short_is_named(tmp_path):
     model = make_model("opt")
     prune_model(model, EGGSConfig("2:4", preset="magnitude"), torch.zeros(1, 8, dtype=torch.int64))
@@ -139,3 +152,40 @@ def test_a_checkpoint_of_another_kind_whose_index_names_no_weights_is_damaged(fo
     change_config(folder, lambda config: config.update(quant_method=0.5))  # so that this package is not asked
     with pytest.raises(CheckpointError, match="a weight file is damaged"):
         load_model(folder)
+
+
+class Anything:
+    """What is no tensor."""
+
+
+@pytest.mark.parametrize("kind", ["class", "function"])
+def test_a_pickle_of_more_than_tensors_is_not_called_damaged(kind, dense_folder, tmp_path):
+    folder = shutil.copytree(dense_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    held = {"lm_head.weight": torch.zeros(2), "other": Anything() if kind == "class" else os.system}
+    torch.save(held, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="a weight file holds more than tensors, which could run code") as caught:
+        load_model(folder)
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage here"])
+def test_a_damaged_pickle_is_called_damaged(data, dense_folder, tmp_path):
+    folder = shutil.copytree(dense_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(CheckpointError, match="a weight file is damaged"):
+        load_model(folder)
+
+
+def test_memory_that_runs_out_while_loading_is_no_fault_of_the_model():
+    with pytest.raises(RuntimeError, match="can't allocate memory"), translated("me/model", "model"):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+def test_docstrings_that_transformers_misses_are_named(monkeypatch):
+    flags = SimpleNamespace(optimize=2)
+    monkeypatch.setattr("optimum_eggs.hf.loading.sys", SimpleNamespace(flags=flags))
+    error = ValueError("No `Args` or `Parameters` section is found in the docstring of `BaseModelOutput`.")
+    with pytest.raises(ModelError, match="start it without -OO, or PYTHONOPTIMIZE=2"), translated("me/model", "model"):
+        raise error

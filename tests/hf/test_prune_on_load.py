@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import CalibrationError, ModelError
+from optimum_eggs.hf.loading import found_by
 
 
 def packed(model):
@@ -59,6 +62,23 @@ def test_token_ids_need_no_tokenizer(dense_folder, tmp_path):
     ids = torch.randint(4, 256, (8, 16))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "bare", quantization_config=config(calibration=ids))
     assert len(packed(pruned)) == 14
+
+
+def test_the_tokenizer_is_that_of_the_subfolder(dense_folder, text_file, tmp_path):
+    shutil.copytree(dense_folder, tmp_path / "all" / "one")
+    given = config(calibration=str(text_file))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "all", subfolder="one", quantization_config=given)
+    assert len(packed(model)) == 14
+    pruner = EGGSPruner.from_pretrained(tmp_path / "all", subfolder="one")
+    pruner.prune(config(), calibration=text_file)
+    assert len(packed(pruner.model)) == 14
+
+
+@pytest.mark.parametrize(("inside", "expected"), [("", {}), ("one/two/", {"subfolder": "one/two"})])
+def test_of_a_model_on_the_hub_subfolder_and_cache_are_those_of_its_file(inside, expected):
+    file = f"/home/me/cache/models--me--model/snapshots/{'a1' * 20}/{inside}model.safetensors"
+    assert found_by("me/model", file) == {"cache_dir": "/home/me/cache"} | expected
+    assert found_by("me/model", None) == {}
 
 
 def test_without_calibration_it_says_what_is_missing(dense_folder):

@@ -5,9 +5,10 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, QuantoConfig
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
+from optimum_eggs.errors import CheckpointError, ConfigError
 from optimum_eggs.inspection import inspect_checkpoint
 
 IDS = tiny.make_windows(2, 12)
@@ -70,9 +71,9 @@ def test_a_dtype_override_casts_the_values(packed_folder):
     assert all(torch.equal(a.weight_meta, b.weight_meta) for a, b in pairs)
 
 
-def test_nothing_asks_for_gradients_but_what_the_user_chooses(packed_folder):
+def test_its_parameters_ask_for_gradients_as_those_of_a_dense_model_do(packed_folder):
     model = AutoModelForCausalLM.from_pretrained(packed_folder)
-    assert not any(layer.weight.requires_grad for layer in model.modules() if isinstance(layer, NMLinear))
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_base_model_loads_from_a_causal_checkpoint(packed_folder):
@@ -114,7 +115,70 @@ def test_without_this_package_loading_fails_loudly(packed_folder, python, tmp_pa
     assert "size mismatch" in done.stderr or "mismatch" in done.stderr.lower()
 
 
-def test_a_configuration_given_for_a_packed_checkpoint_is_ignored_with_a_warning(packed_folder):
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        model = AutoModelForCausalLM.from_pretrained(packed_folder, quantization_config=EGGSConfig("1:4"))
-    assert model.config.quantization_config.n == 2
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (EGGSConfig("1:4"), "asks for 1:4, and the model is packed at 2:4; leave quantization_config out"),
+        (EGGSConfig("2:4", preset="best"), "asks for solver='admm', and the model was pruned with solver='sparsegpt'"),
+        (EGGSConfig("2:4", seed=3), "asks for seed=3, and the model was pruned with seed=0"),
+        (EGGSConfig("2:4", ignore=["mlp"]), r"asks for ignore=\['mlp'\], and the model was pruned with ignore="),
+        (QuantoConfig("int8"), "is a QuantoConfig, and the model is packed at 2:4"),
+    ],
+    ids=["pattern", "method", "seed", "layers", "kind"],
+)
+def test_a_configuration_that_contradicts_a_packed_checkpoint_is_refused(packed_folder, given, message):
+    with pytest.raises(ConfigError, match=message):
+        AutoModelForCausalLM.from_pretrained(packed_folder, quantization_config=given)
+
+
+@pytest.mark.parametrize("given", ["default", "same", "stored"])
+def test_a_configuration_that_agrees_with_a_packed_checkpoint_changes_nothing(packed_folder, text_file, given):
+    stored = AutoModelForCausalLM.from_pretrained(packed_folder).config.quantization_config
+    same = EGGSConfig("2:4", num_samples=8, seq_len=16, band=8, batch_size=3, calibration=str(text_file))
+    configs = {"default": EGGSConfig("2:4"), "same": same, "stored": stored}
+    model = AutoModelForCausalLM.from_pretrained(packed_folder, quantization_config=configs[given])
+    assert model.config.quantization_config == stored
+
+
+def test_a_model_made_from_a_packed_configuration_is_saved_as_the_dense_one_it_is(packed_folder, tmp_path):
+    config = AutoConfig.from_pretrained(packed_folder)
+    for model in (AutoModelForCausalLM.from_config(config), LlamaForCausalLM(config)):
+        model.save_pretrained(tmp_path)
+        assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+        assert model.config.quantization_config["pruned_modules"]  # it can still be filled with a packed state dict
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(logits(again), logits(model.eval()))
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["config of a folder", "config of a model"])
+def test_a_packed_state_dict_is_loaded_without_a_folder(packed_folder, stored):
+    whole = AutoModelForCausalLM.from_pretrained(packed_folder)
+    config = AutoConfig.from_pretrained(packed_folder) if stored else whole.config
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=whole.state_dict())
+    assert torch.equal(logits(model), logits(whole))
+    assert sum(isinstance(layer, NMLinear) for layer in model.modules()) == 14
+    assert not any(layer.weight.requires_grad for layer in model.modules() if isinstance(layer, NMLinear))
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_meta"])
+def test_a_state_dict_that_lacks_a_part_of_a_packed_layer_is_refused(packed_folder, part):
+    whole = AutoModelForCausalLM.from_pretrained(packed_folder)
+    name = "model.layers.1.mlp.up_proj"
+    state = whole.state_dict()
+    del state[f"{name}.{part}"]
+    with pytest.raises(CheckpointError, match=rf"{name}: .* its {part} is missing in the state dict"):
+        LlamaForCausalLM.from_pretrained(None, config=whole.config, state_dict=state)
+
+
+def test_a_state_dict_that_is_passed_is_what_is_saved(packed_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    changed = {name: value.clone() for name, value in model.state_dict().items()}
+    changed["model.norm.weight"] += 1
+    changed["model.layers.0.mlp.up_proj.weight"] *= 2
+    model.save_pretrained(tmp_path, state_dict=changed)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == changed.keys()
+    assert all(torch.equal(value, changed[name]) for name, value in again.items())
+    model.save_pretrained(tmp_path)  # once, and not from then on
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.items())

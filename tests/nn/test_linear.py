@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_eggs.errors import ShapeError
 from optimum_eggs.nn import NMLinear, dense_weight, is_dense_linear
-from optimum_eggs.nn.linear import check_packable
 from optimum_eggs.pattern import NMPattern
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
@@ -146,8 +145,12 @@ def test_it_is_a_linear_layer_to_tools_but_is_not_packed_twice():
     assert not is_dense_linear(layer)
 
 
-def test_its_parameters_do_not_ask_for_gradients():
-    assert not any(parameter.requires_grad for parameter in packed().parameters())
+@pytest.mark.parametrize("asks", [True, False])
+def test_its_parameters_ask_for_gradients_as_those_of_the_dense_layer_do(asks):
+    layer = NMLinear.from_linear(linear().requires_grad_(asks), TWO_OF_FOUR)
+    for each in (layer, layer.to_linear()):
+        assert [parameter.requires_grad for parameter in each.parameters()] == [asks, asks]
+    assert NMLinear(8, 4).weight.requires_grad
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -175,7 +178,7 @@ def test_gradients_are_those_of_the_dense_layer(batch):
 
 
 def test_gradients_reach_x_through_a_frozen_layer():
-    layer, x = packed(), gaussian(3, 24, seed=2)
+    layer, x = packed().requires_grad_(False), gaussian(3, 24, seed=2)
     (of_x,) = gradients(layer, x)
     # One product, the same on both sides.
     assert torch.equal(of_x, gaussian(3, 10, seed=4) @ layer.dense_weight())
@@ -228,14 +231,6 @@ def test_an_input_that_m_does_not_divide_is_refused():
         NMLinear(10, 3)
     with pytest.raises(ShapeError, match="in=10, which is not a multiple of m=4"):
         NMLinear.from_linear(nn.Linear(10, 3), TWO_OF_FOUR)
-    with pytest.raises(ShapeError, match=r"block\.fc: in_features=10 is not a multiple of m=4; add it to `ignore`"):
-        check_packable("block.fc", nn.Linear(10, 3), TWO_OF_FOUR)
-
-
-def test_a_layer_that_fits_is_packable():
-    check_packable("fc", conv1d(columns=24, rows=10), NMPattern(4, 8))
-    with pytest.raises(ShapeError, match="in_features=24 is not a multiple of m=16"):
-        check_packable("fc", conv1d(columns=24, rows=16), NMPattern(4, 16))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The operation as torch sees it: schema, gradients, compile, export, autocast; and which backend is chosen."""
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -157,6 +158,86 @@ def test_modes_and_transforms_see_the_call():
     assert torch.func.functional_call(made, {"bias": torch.zeros(12)}, x).shape == (3, 12)
 
 
+def test_transforms_of_functions_see_through_the_operation():
+    from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+    made = layer()
+    dense, x, ones = made.to_linear(), gaussian(5, 32, seed=1), torch.ones(5, 32)
+    transforms = {
+        "grad": lambda f: grad(lambda x: f(x).pow(3).sum())(x),
+        "grad of grad": lambda f: grad(lambda x: grad(lambda y: f(y).pow(3).sum())(x).sum())(x),
+        "grad of each": lambda f: vmap(grad(lambda x: f(x).pow(3).sum()))(x),
+        "vjp": lambda f: vjp(f, x)[1](torch.ones(5, 12))[0],
+        "jvp": lambda f: jvp(f, (x,), (ones,))[1],
+        "jacrev": lambda f: jacrev(f)(x[0]),
+        "jacfwd": lambda f: jacfwd(f)(x[0]),
+        "hessian": lambda f: hessian(lambda x: f(x).pow(3).sum())(x[0]),
+    }
+    for name, transform in transforms.items():
+        torch.testing.assert_close(transform(made), transform(dense), msg=name)
+
+    def loss(module):
+        return lambda parameters, x: functional_call(module, parameters, (x,)).pow(3).sum()
+
+    packed, whole = (
+        vmap(grad(loss(module)), in_dims=(None, 0))(dict(module.named_parameters()), x) for module in (made, dense)
+    )
+    kept = whole["weight"][:, made.mask()].view(5, *made.weight.shape)  # of each input, the gradient of what is kept
+    torch.testing.assert_close(packed, {"weight": kept, "bias": whole["bias"]})
+
+
+def test_tangents_are_not_lost():
+    from torch.autograd import forward_ad
+
+    made = layer()
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(made(forward_ad.make_dual(gaussian(2, 32), gaussian(2, 32, seed=1))))
+    torch.testing.assert_close(y.tangent, F.linear(gaussian(2, 32, seed=1), made.dense_weight()))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_products_of_kept_values_are_counted(trained):
+    made = layer(columns=32, rows=12, trained=trained)  # 2:4: 16 of 32 are kept
+    x = gaussian(2, 5, 32, seed=1).requires_grad_()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        y = made(x)
+    assert counter.get_total_flops() == 2 * 10 * 12 * 16
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    # The gradient of x is a product with the unpacked matrix; so is that of the values, where they are trained.
+    assert counter.get_total_flops() == 2 * 10 * 12 * 32 * (1 + trained)
+
+
+def test_onnx_takes_the_operation_apart():
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    made, x = layer(), gaussian(3, 32, seed=1)
+    for options in ({"dynamo": True, "verbose": False}, {"dynamo": False}):
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(made, (x,), None if options["dynamo"] else file, **options)
+        model = program.model_proto if options["dynamo"] else onnx.load_from_string(file.getvalue())
+        (y,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), made(x))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "3:4"])
+def test_an_exported_program_comes_apart_into_operations_of_torch(pattern):
+    # That is what the ONNX exporter does: the decompositions that it uses are those in this table.
+    pattern = NMPattern.parse(pattern)
+    made = NMLinear.from_linear(torch.nn.Linear(24, 6), pattern)
+    x = gaussian(3, 24, seed=1)
+    op = torch.ops.optimum_eggs.nm_linear.default
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(made, (x,)).run_decompositions({op: torch._decomp.decomposition_table[op]})
+    assert {node.target.namespace for node in program.graph.nodes if node.op == "call_function"} == {"aten"}
+    torch.testing.assert_close(program.module()(x), made(x))
+
+
 def test_the_meta_device_gives_a_shape():
     made = layer().to("meta")
     assert made(torch.empty(2, 5, 32, device="meta")).shape == (2, 5, 12)
@@ -213,6 +294,19 @@ def test_what_is_not_there_cannot_be_forced():
         pass
     with pytest.raises(ConfigError, match=r"instruction set 'mmx' is not to be had here"), force(isa="mmx"):
         pass
+
+
+def test_an_extension_that_was_not_built_is_explained(forks):
+    code = """
+import importlib, sys
+from optimum_eggs.ops import native
+sys.modules["optimum_eggs.ops.native._native"] = None
+importlib.reload(native).warn_missing()
+"""
+    said = forks.run("-c", code, check=True).stderr
+    assert "there was no C compiler when the package was installed" in said
+    assert "run `pip install -e .` in a clone of the repository" in said
+    assert "circular import" not in said
 
 
 def test_without_the_extension_the_reference_runs_and_says_so_once(monkeypatch, caplog):

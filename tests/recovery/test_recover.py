@@ -267,11 +267,11 @@ def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_pa
         recover(packed_folder, tmp_path / "out", settings(short))
     with pytest.raises(CalibrationError, match="seq_len=129 is more than the model's context of 128 tokens"):
         recover(packed_folder, tmp_path / "out", settings(text_file, seq_len=129))
-    with pytest.raises(ModelError, match="there is no such model"):
+    with pytest.raises(ModelError, match="there is no such folder"):
         recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(tmp_path / "nowhere")))
     with pytest.raises(CalibrationError, match=r"train='.*no.txt': there is no such file"):
         recover(packed_folder, tmp_path / "out", settings(tmp_path / "no.txt"))
-    with pytest.raises(ModelError, match="there is no such model"):
+    with pytest.raises(ModelError, match="there is no such folder"):
         recover(tmp_path / "nowhere", tmp_path / "out", settings(text_file))
     with monkeypatch.context() as patch:
         patch.setattr("optimum_eggs.recovery.recover.find_spec", lambda name: None)
@@ -326,7 +326,7 @@ def test_a_teacher_is_another_dense_model_of_the_same_tokenizer(
 def test_a_damaged_report_is_found_first(packed_folder, text_file, tmp_path):
     folder = shutil.copytree(packed_folder, tmp_path / "model")
     (folder / "report.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"report.json: holds a list, so it is no report"):
+    with pytest.raises(CheckpointError, match=r"report.json: holds \[\], no report"):
         recover(folder, tmp_path / "out", settings(text_file))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

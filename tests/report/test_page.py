@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from optimum_eggs import EGGSPruner
 from optimum_eggs.cli.main import main
+from optimum_eggs.engine.report import update_report
 from optimum_eggs.errors import CheckpointError, ModelError
 from optimum_eggs.hf.loading import load_model
 from optimum_eggs.packing import pack_mask, unpack_mask
@@ -225,3 +226,24 @@ def test_bad_input_is_refused(dense_folder, folder, tmp_path, capsys):
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert main(["report", str(folder), "-o", str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_written_are_an_output_error(packed_folder, tmp_path, capsys):
+    folder = shutil.copytree(packed_folder, tmp_path / "packed")
+    (folder / "figures").write_text("in the way")
+    assert main(["report", str(folder), "--figures", "-o", str(tmp_path / "page.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/figures/" in line
+    assert "cannot be written" in line
+    assert "leave the pictures (--figures) out" in line
+    assert main(["report", str(folder), "-o", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.parametrize("held", ["[]", "3", "{", '{"layers": {}}', '{"layers": [], "summary": 3}'])
+def test_a_report_of_another_kind_is_named(held, packed_folder, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "packed")
+    (folder / "report.json").write_text(held)
+    with pytest.raises(CheckpointError, match=r"report.json: .*; save the model again"):
+        report_page(folder)
+    with pytest.raises(CheckpointError, match=r"report.json: .*; save the model again"):
+        update_report(folder, benchmark={})

@@ -38,11 +38,16 @@ class Repository:
 
 @dataclass
 class LoopbackHub:
-    """State of the hub. `fail_uploads`: every upload of a large file is cut off. `token`: the one that may write."""
+    """State of the hub.
+
+    `fail_uploads`: every upload of a large file is cut off. `refuse_cards`: no card is valid. `token`: the one that may
+    write.
+    """
 
     token: str = "hf_test"
     user: str = "me"
     fail_uploads: bool = False
+    refuse_cards: bool = False
     repositories: dict[str, Repository] = field(default_factory=dict)
     large_files: dict[str, bytes] = field(default_factory=dict)
     validated: list[str] = field(default_factory=list)
@@ -51,7 +56,7 @@ class LoopbackHub:
 
     def clear(self):
         """Forget everything, as if just begun."""
-        self.fail_uploads = False
+        self.fail_uploads = self.refuse_cards = False
         for held in (self.repositories, self.large_files, self.validated, self.unknown):
             held.clear()
 
@@ -131,6 +136,8 @@ def _handler(hub):
                 return self.answer(200, {"type": "user", "name": hub.user, "orgs": []})
             if path == "/api/validate-yaml":
                 hub.validated.append(json.loads(data)["content"])
+                if hub.refuse_cards:
+                    return self.answer(400, {"errors": [{"message": '"license" must be one of'}], "warnings": []})
                 return self.answer(200, {"errors": [], "warnings": []})
             if path == "/api/repos/create":
                 if not self.may_write:

@@ -20,7 +20,7 @@ from loopback_hub import LoopbackHub  # noqa: E402
 
 @pytest.fixture
 def packed_folder(packed_folder, tmp_path_factory):
-    """A copy: a push writes its card."""
+    """A copy: some tests write to it."""
     return shutil.copytree(packed_folder, tmp_path_factory.mktemp("pushed") / "llama")
 
 
@@ -163,7 +163,8 @@ def test_a_model_on_the_hub_is_pruned_block_by_block(sharded, clients, hub, clie
 def test_a_model_that_is_not_on_the_hub(hub, client, text_file, tmp_path):
     done = client(PRUNE, "me/none", tmp_path / "out", "--calibration", text_file, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: me/none: cannot load the model: ")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: me/none: there is no such folder, and no such model on the Hub")
     assert not (tmp_path / "out").exists()
 
 
@@ -301,15 +302,139 @@ def test_a_damaged_folder_is_not_pushed(hub, client, packed_folder, tmp_path):
     shutil.copytree(packed_folder, folder)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
-
-    def refused(said):
-        done = client(PUSH, folder, "me/tiny", check=False)
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert hub.repositories == {}
-
     weights.write_bytes(whole[:-200] + b"\xff" * 200)
-    refused("error: ")
+    assert "error: " in refused(client(PUSH, folder, "me/tiny", check=False))
     weights.write_bytes(whole)
     tiny.flip_a_bit(weights)
-    refused("its bytes are not those that were saved")
+    assert "its bytes are not those that were saved" in refused(client(PUSH, folder, "me/tiny", check=False))
+    assert hub.repositories == {}
+
+
+def refused(done):
+    """The one line of a command that was refused."""
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    return line
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "me/my model", "me/-model", "me/model.git"])
+def test_a_name_that_no_repository_may_have_is_refused(name, hub, client, packed_folder):
+    line = refused(client(PUSH, packed_folder, name, check=False))
+    assert line.startswith(f"error: repo_id={name!r} is no name of a repository on the Hub; write NAME or USER/NAME")
+
+
+@pytest.mark.parametrize(("name", "message"), [("nosuch", "nosuch: there is no such folder"), ("file", "is a file")])
+def test_what_is_no_folder_is_not_pushed(name, message, hub, client, tmp_path):
+    (tmp_path / "file").touch()
+    code = f"import os; os.chdir({str(tmp_path)!r})" + PUSH
+    assert message in refused(client(code, name, "me/tiny", check=False))
+    assert hub.repositories == {}
+
+
+def test_a_push_leaves_the_folder_as_it_is(hub, client, packed_folder):
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in packed_folder.iterdir()}
+    (packed_folder / ".cache").mkdir()
+    (packed_folder / ".cache" / "lock").touch()
+    for path in (packed_folder / ".cache", packed_folder):
+        path.chmod(0o555)  # nothing can be written into it, but for root
+    client(PUSH, packed_folder, "me/tiny")
+    (packed_folder / ".cache").chmod(0o755)
+    packed_folder.chmod(0o755)
+    shutil.rmtree(packed_folder / ".cache")
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in packed_folder.iterdir()} == before
+    assert hub.files("me/tiny").keys() - {".gitattributes"} == before.keys()
+    assert b"me/tiny" in hub.files("me/tiny")["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("constants.HF_HUB_OFFLINE = True", "me/tiny: HF_HUB_OFFLINE=1 forbids every request to the Hub"),
+        ("constants.ENDPOINT = 'http://127.0.0.1:9'", "me/tiny: the Hub cannot be reached ([Errno 111] Connection"),
+    ],
+    ids=["offline", "unreachable"],
+)
+def test_without_a_network_nothing_is_pushed_and_the_error_says_so(before, message, hub, client, packed_folder):
+    code = f"from huggingface_hub import constants; {before}" + PUSH
+    assert message in refused(client(code, packed_folder, "me/tiny", check=False))
+    assert hub.repositories == {}
+
+
+def test_a_card_that_cannot_be_had_for_want_of_a_network_is_not_replaced(hub, client, packed_folder):
+    code = """
+import time
+from huggingface_hub import constants
+constants.HUGGINGFACE_CO_URL_TEMPLATE = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+time.sleep = lambda seconds: None
+"""
+    done = client(code + PUSH, packed_folder, "me/tiny", check=False)
+    *notes, line = done.stderr.splitlines()
+    assert line.startswith("error: me/tiny: the Hub cannot be reached (")
+    assert len(notes) == len(set(notes)) == 2  # what failed, and that it is tried again, once each
+    assert hub.repositories == {}
+
+
+def test_a_card_that_the_hub_refuses_leaves_no_empty_repository(hub, client, packed_folder):
+    hub.refuse_cards = True
+    line = refused(client(PUSH, packed_folder, "me/tiny", check=False))
+    assert line.startswith("error: me/tiny: the Hub refuses the metadata of its card (")
+    assert '"license" must be one of' in line
+    assert hub.repositories == {}
+
+
+def test_a_card_whose_metadata_cannot_be_read_is_named(hub, client, packed_folder):
+    (packed_folder / "README.md").write_text("---\nlicense: [mit\n---\n# My model\n\nMy words.\n")
+    assert "README.md: its metadata, between the first two ---, cannot be read" in refused(
+        client(PUSH, packed_folder, "me/tiny", check=False)
+    )
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("token", ["hf_abc\n", "hf_abc\r\nhf_def"])
+def test_a_token_with_a_line_end_is_not_shown(token, hub, client, packed_folder):
+    code = """
+import os, sys
+from optimum_eggs.engine.report import update_report
+from optimum_eggs.sharing import push_folder
+update_report(sys.argv[1], base_model={"id": "me/dense", "revision": None})
+push_folder(sys.argv[1], "me/tiny", token=sys.argv[2])
+"""
+    done = client(code, packed_folder, token, check=False)
+    assert "HubError: me/tiny: " in done.stderr
+    assert "hf_abc" not in done.stderr
+    assert "hf_def" not in done.stderr
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("held", ["[]", "{", "3", '{"layers": 3}', '{"summary": [], "layers": []}'])
+def test_a_report_of_another_kind_is_not_pushed(held, packed_folder):
+    from optimum_eggs.errors import CheckpointError
+    from optimum_eggs.sharing import push_folder
+
+    (packed_folder / "report.json").write_text(held)
+    with pytest.raises(CheckpointError, match=r"report.json: .*; save the model again"):
+        push_folder(packed_folder, "me/tiny")
+
+
+LOAD = """
+import sys, time, logging
+time.sleep = lambda seconds: None
+from huggingface_hub import constants
+constants.HUGGINGFACE_CO_URL_TEMPLATE = sys.argv[2] + "/{repo_id}/resolve/{revision}/{filename}"
+from optimum_eggs.hf.loading import load_model
+load_model(sys.argv[1])
+"""
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(hub, client):
+    done = client(LOAD, "me/nosuch", hub.endpoint, check=False)
+    assert "ModelError: me/nosuch: there is no such folder, and no such model on the Hub, or the token" in done.stderr
+
+
+def test_a_name_that_cannot_be_asked_for_says_so_once(hub, client):
+    done = client(LOAD, "me/nosuch", "http://127.0.0.1:9", check=False)
+    assert (
+        "ModelError: me/nosuch: there is no such folder, and the model is neither in the cache nor can" in done.stderr
+    )
+    assert done.stderr.count("Retrying in") == 1
+    assert done.stderr.count("thrown while requesting") == 1

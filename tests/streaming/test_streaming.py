@@ -239,9 +239,9 @@ def test_what_another_run_has_left_is_not_in_the_way(deep, whole, text_file, tmp
     )
     for model, changed, options, message in (  # what was cut last is named
         (deep, config_for(text_file, refit_steps=3), {}, "config.refit_steps was 10 and is now 3"),
-        (deep, config_for(other_text, refit_steps=3), {}, "calibration was "),
+        (deep, config_for(other_text, refit_steps=3), {}, "the calibration text gives other tokens"),
         (deep, config_for(other_text, refit_steps=3), {"dtype": "float32"}, "dtype was 'torch.bfloat16' and is now"),
-        (other_model, config_for(other_text, refit_steps=3), {"dtype": "float32"}, "model.model.safetensors was "),
+        (other_model, config_for(other_text, refit_steps=3), {"dtype": "float32"}, "file model.safetensors changed"),
     ):
         caplog.clear()
         cut(model, changed, **options)
@@ -395,7 +395,7 @@ def test_bad_models_are_refused_before_anything_is_written(deep, packed_folder, 
         (changed(lambda v: v.pop(name)), CheckpointError, f"{name} is missing"),
         (changed(lambda v: v.pop("model.embed_tokens.weight")), CheckpointError, "embed_tokens.weight is missing"),
         (packed_folder, ModelError, "is packed already"),
-        (tmp_path / "nothing", CheckpointError, "is missing"),
+        (tmp_path / "nothing", ModelError, "nothing: there is no such folder"),
     ):
         with pytest.raises(error, match=message):
             prune_checkpoint(folder, tmp_path / "out", config_for(text_file), progress=False)
@@ -413,13 +413,6 @@ def test_bad_models_are_refused_before_anything_is_written(deep, packed_folder, 
     with pytest.raises(ConfigError, match="device='elsewhere' cannot be used"):
         prune_checkpoint(deep, tmp_path / "out", config_for(text_file), device="elsewhere")
     assert not list(tmp_path.glob("*out*"))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [(7, 7), ("1000", 1000), ("8GiB", 8 * 2**30), ("2gb", 2 * 10**9), ("3 mib", 3 * 2**20)]
-)
-def test_sizes_are_read(text, size):
-    assert streaming._bytes("memory_budget", text) == size
 
 
 def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ Callers of this module have checked shapes, dtypes and contiguity.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from functools import lru_cache
@@ -13,13 +14,14 @@ from typing import Any
 import torch  # before the extension, so that both use the OpenMP runtime that torch brings
 from torch import Tensor
 
+missing: str | None = None
+"""Why there are no kernels, if there are none."""
 try:
-    from . import _native  # type: ignore[attr-defined]
-except ImportError as error:  # no compiler when the package was built, or an unknown platform
-    _native: Any = None  # type: ignore[no-redef]
-    missing: str | None = str(error)
-else:
-    missing = None
+    _native: Any = importlib.import_module("._native", __name__)
+except ModuleNotFoundError:
+    _native, missing = None, "it was not built, since there was no C compiler when the package was installed"
+except ImportError as error:  # it was built elsewhere, or for another Python
+    _native, missing = None, f"it cannot be loaded: {error}"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INDEX: dict[str, int] = _native.instruction_sets() if _native else {}
@@ -41,12 +43,18 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+def torch_may_hang() -> bool:
+    """Whether torch's products may wait for ever: in a forked child, for the threads that stayed with the parent."""
+    return _forked and torch.get_num_threads() > 1
+
+
 @lru_cache(maxsize=1)
 def warn_missing() -> None:
     """Say, once, that the package was built without its extension."""
     logging.getLogger(__name__).warning(
-        "the native kernels of optimum-eggs are not there (%s): packed layers unpack at every call. Install a C "
-        "compiler and reinstall with `pip install --no-binary optimum-eggs --force-reinstall optimum-eggs`",
+        "packed layers unpack at every call, which is slow: the native extension of optimum-eggs is missing, %s. "
+        "Install a C compiler (gcc or clang) and Python's headers, and run `pip install -e .` in a clone of the "
+        "repository",
         missing,
     )
 

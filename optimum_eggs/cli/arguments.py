@@ -1,0 +1,114 @@
+"""What several commands have in common: kinds of numbers, options, and the help that leaves rare options out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import validation as check
+from ..errors import ConfigError
+from ..folders import check_folder
+from ..names import hub_id
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The `type` of an option that takes an integer of this range."""
+
+    def parse(text: str) -> int:
+        try:
+            return check.integer("", int(text), least, most)
+        except ValueError:  # ConfigError is one
+            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer {allowed}") from None
+
+    return parse
+
+
+def number(above: float | None = None, least: float | None = None) -> Callable[[str], float]:
+    """The `type` of an option that takes a finite number, `above` one or of `least` one."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        fits = value > above if above is not None else least is None or value >= least
+        if not fits or value == float("inf"):
+            allowed = f"above {above:g}" if above is not None else f"of at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be a finite number {allowed}")
+        return value
+
+    return parse
+
+
+def size(least: int) -> Callable[[str], int]:
+    """The `type` of an option that takes a number of bytes."""
+
+    def parse(text: str) -> int:
+        try:
+            return check.size("", text, least)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("=")) from None
+
+    return parse
+
+
+def check_source(name: str, option: str = "", bare: bool = True) -> None:
+    """Raise if a model is no folder, no GGUF file and no id on the Hub; `bare`: whether an id may be without an owner.
+
+    Raises:
+        ModelError: it is none; the `option` that it was given by is in the message.
+    """
+    path = Path(name)
+    on_the_hub = hub_id(name) is not None and (bare or "/" in name)
+    if not on_the_hub and not (path.suffix == ".gguf" and path.is_file()):
+        check_folder(name, option)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raise if DIR is no folder."""
+    check_folder(args.model)
+
+
+def check_both(args: argparse.Namespace) -> None:
+    """Raise if DIR, or what is given by `--against`, is no folder."""
+    check_folder(args.model)
+    if args.against is not None:
+        check_folder(args.against, "--against")
+
+
+def add_trust(add: Callable[..., Any], whose: str) -> None:
+    """Add `--trust-remote-code`; `whose` code it is."""
+    add("--trust-remote-code", action="store_true", help=f"run code that comes with {whose} (default: refuse it)")
+
+
+def add_shard_size(add: Callable[..., Any]) -> None:
+    """Add `--max-shard-size`."""
+    add("--max-shard-size", type=size(1), default="50GB", metavar="SIZE", help="largest weight file (default: 50GB)")
+
+
+def rare(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    """An `add_argument` for options that `--help` leaves out; `--help-all`, which is added too, shows them."""
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every option and exit")
+
+    def add(*names: str, help: str, **options: Any) -> None:
+        action: Any = parser.add_argument(*names, help=argparse.SUPPRESS, **options)
+        action.full_help = help
+
+    return add
+
+
+class _HelpAll(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        for action in parser._actions:
+            action.help = getattr(action, "full_help", action.help)
+        parser.print_help()
+        parser.exit()

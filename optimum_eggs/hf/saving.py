@@ -1,0 +1,68 @@
+"""What transformers saves of a model, made right where packing is concerned; imported once its models are.
+
+By itself it drops the state dict that is passed for a model with a quantizer, and for a dense model that was made from
+a packed one's configuration it writes that.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+
+from ..config import QUANT_METHOD
+from .attach import packed_layers
+from .quantizer import EGGSHfQuantizer
+
+
+@contextmanager
+def _saved_instead(quantizer: EGGSHfQuantizer, state_dict: Any) -> Iterator[None]:
+    """Have `state_dict` saved in place of the model's own, if it is given."""
+    quantizer.to_save = state_dict
+    try:
+        yield
+    finally:
+        quantizer.to_save = None
+
+
+@contextmanager
+def _called_dense(model: PreTrainedModel) -> Iterator[None]:
+    """Leave a packed model's `quantization_config` out of the configuration of a model without packed layers."""
+    stored = getattr(model.config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if method != QUANT_METHOD or packed_layers(model):
+        yield
+        return
+    del model.config.quantization_config
+    try:
+        yield
+    finally:
+        model.config.quantization_config = stored
+
+
+def _wrap(kind: Any) -> None:
+    save = kind.save_pretrained
+    if getattr(save, "knows_packed_models", False):
+        return
+    signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        quantizer = getattr(self, "hf_quantizer", None)
+        if isinstance(quantizer, EGGSHfQuantizer):
+            given = signature.bind(self, *args, **kwargs).arguments.get("state_dict")
+            context = _saved_instead(quantizer, given)
+        else:
+            context = _called_dense(self)
+        with context:
+            save(self, *args, **kwargs)
+
+    save_pretrained.knows_packed_models = True  # type: ignore[attr-defined]
+    kind.save_pretrained = save_pretrained
+
+
+_wrap(PreTrainedModel)

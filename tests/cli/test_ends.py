@@ -1,0 +1,80 @@
+"""How a command ends where something is in its way: in one line, and with the code that says what it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from optimum_eggs.cli import main as command
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried\n"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["prune", "model", "out"], "--batch-size or --seq-len or --num-samples or --memory-budget"),
+        (["inspect", "model"], "use a machine that has more"),
+    ],
+)
+def test_memory_that_cannot_be_had_ends_with_1_and_what_to_reduce(
+    failure, arguments, remedy, monkeypatch, capsys, tmp_path
+):
+    arguments = [str(tmp_path) if part == "model" else part for part in arguments]
+
+    def fails(args):
+        raise failure
+
+    monkeypatch.setattr(getattr(command, arguments[0]), "run", fails)
+    assert command.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: there is not enough memory (")
+    assert remedy in line
+
+
+def test_another_error_of_torch_is_not_taken_for_it(monkeypatch, tmp_path):
+    def fails(args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(command.inspect, "run", fails)
+    with pytest.raises(RuntimeError, match="mat1"):
+        command.main(["inspect", str(tmp_path)])
+
+
+def test_an_interrupt_while_libraries_are_imported_ends_with_130(tmp_path):
+    (tmp_path / "tqdm.py").write_text("raise KeyboardInterrupt")  # the first that a command imports
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[:] = ['eggs', 'inspect', '.']; "
+    code += "import runpy; runpy.run_module('optimum_eggs', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
+
+
+def test_an_interrupt_while_the_command_itself_is_imported_too(tmp_path):
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")
+    code = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); "
+    code += "runpy.run_module('optimum_eggs', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_python_without_docstrings_has_every_command():
+    code = """
+import sys
+from optimum_eggs.cli import main
+sys.exit("docstrings are there") if main.__doc__ else None
+commands = main.build_parser()._subparsers._group_actions[0].choices
+print("".join(parser.format_help() for parser in commands.values()))
+"""
+    done = subprocess.run([sys.executable, "-OO", "-B", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == 9

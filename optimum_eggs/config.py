@@ -85,7 +85,9 @@ class EGGSConfig(QuantizationConfigMixin):
             gates (layers of fewer than 16 outputs), are pruned only where a pattern ends in their own name.
         ignore: Name patterns of layers to leave dense. Default: `["lm_head"]`. A pattern is a shell-style glob on the
             dotted name; it may leave out leading and trailing parts (`"down_proj"`, `"layers.0"`, `"*.mlp.*"`).
-        block_list: Name of the list of blocks (`"model.layers"`), if it cannot be found by structure.
+        block_list: Name of the list of blocks (`"model.layers"`), if it cannot be found by structure; of an
+            encoder-decoder, that of the half to prune (`"encoder.block"`, `"model.decoder.layers"`). Its decoder is
+            calibrated on the text that the encoder reads.
         tokenizer: Tokenizer for the calibration text when pruning on load; by default the model's own. Not stored.
         token: For data sets on the Hub that are private or gated and, when pruning on load, for the tokenizer. Default:
             that of `hf auth login`, or HF_TOKEN. Never stored.

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .engine.report import read_report
 from .errors import CheckpointError
-from .files import changed_files
+from .files import REPORT_NAME, changed_files
 from .folders import check_folder
 from .masks.certificate import Certificate, certify
 from .masks.spectra import Spectra, spectra
@@ -129,6 +130,10 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
     for key in tqdm(others, desc="Inspecting what is dense", unit="tensor", disable=quiet):
         if not _is_finite(_read(entries, key)):
             found.violations.append(Violation(key, "values", "holds NaN or infinite values"))
+    try:
+        read_report(folder)
+    except CheckpointError as error:
+        found.violations.append(Violation(REPORT_NAME, "report", str(error)))
     for changed in changed_files(Path(folder)):
         detail = "its bytes are not those that were saved, by the digest in report.json; save or download it again"
         found.violations.append(Violation(changed, "digest", detail))

@@ -220,6 +220,7 @@ class EGGSPruner(OptimumQuantizer):
             The address of the commit, or of the pull request.
 
         Raises:
+            ConfigError: `repo_id` is no name of a repository.
             ModelError: as [`save_pretrained`].
             HubError: the Hub refused, or could not be reached; nothing was published.
         """

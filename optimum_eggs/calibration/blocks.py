@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..nn import is_dense_linear
+from .context import text_inputs
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ def find_block_list(model: nn.Module, name: str | None = None) -> BlockList:
         ran = _lists_that_run(model, lists)
         lists = {key: value for key, value in lists.items() if key in ran}
     if len(lists) != 1:
-        what = f"text runs through {sorted(lists)}" if lists else "it has no nn.ModuleList with linear layers inside"
-        raise ModelError(
-            f"{type(model).__name__}: cannot tell its list of blocks: {what}; only decoders and encoders built of one "
-            "list of blocks can be pruned, and `block_list` can name it"
+        what = (
+            f"text runs through {sorted(lists)}, and one list is pruned; name it with `block_list`"
+            if lists
+            else "it has no nn.ModuleList with linear layers inside; only models built of such a list can be pruned"
         )
+        raise ModelError(f"{type(model).__name__}: cannot tell its list of blocks: {what}")
     found, members = lists.popitem()
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", len(members))
     if len(members) == 1 and layers != 1:
@@ -82,7 +84,7 @@ def _lists_that_run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> set[st
     ]
     device = next(model.parameters()).device
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device))
+        model(**text_inputs(model, torch.arange(2, device=device)[None]))
     except Exception as error:  # whatever a foreign forward raises, it means the same here
         raise ModelError(
             f"{type(model).__name__} does not run on token ids alone, so its list of blocks cannot be found by "

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from .blocks import BlockList
+from .context import text_inputs
 
 
 class BlockProvider(Protocol):
@@ -57,4 +58,4 @@ class InMemoryBlocks:
 
     def run(self, window: Tensor) -> None:
         """Run the model on windows (batch, tokens)."""
-        self.model(input_ids=window.to(self.device))
+        self.model(**text_inputs(self.model, window.to(self.device)))

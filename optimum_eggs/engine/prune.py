@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calibration import BlockProvider, InMemoryBlocks, Walk
-from ..calibration.context import check_context, text_config
+from ..calibration.context import check_context, check_reads_text, text_config
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
@@ -88,6 +88,7 @@ class Keeper(Protocol):
 
 def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Ranks = ALONE) -> None:
     """Raise unless the windows fit the model and the processes, and its blocks run as the configuration needs."""
+    check_reads_text(model)
     ranks.check(len(windows), config.batch_size)
     _check_windows(windows, model)
     if config.block_tuning:
@@ -193,8 +194,10 @@ def _check_windows(windows: Tensor, model: nn.Module) -> None:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no cache of keys and values; both put back afterwards."""
     training = {name: module.training for name, module in model.named_modules()}
-    both: tuple[Any, ...] = (getattr(model, "config", None), text_config(model))
-    cached = [(part, part.use_cache) for part in both if hasattr(part, "use_cache")]
+    # The halves of an encoder-decoder may have configurations of their own.
+    configs = [text_config(model), *(getattr(module, "config", None) for module in model.modules())]
+    distinct: dict[int, Any] = {id(part): part for part in configs if hasattr(part, "use_cache")}
+    cached = [(part, part.use_cache) for part in distinct.values()]
     model.eval()
     for part, _ in cached:
         part.use_cache = False
@@ -203,5 +206,5 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in model.named_modules():  # packed layers are new, and experts that were split
             module.training = training.setdefault(name, training[name.rpartition(".")[0]])
-        for part, use_cache in reversed(cached):
+        for part, use_cache in cached:
             part.use_cache = use_cache

@@ -32,6 +32,7 @@ _FIELDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "tuning": (list, ()),
     "left_dense": (list, ("name",)),
     "measurements": (dict, ()),
+    "files": (dict, ()),
     "benchmark": (dict, ("models",)),
     "recovery": (
         dict,

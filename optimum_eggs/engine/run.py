@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..calibration import Windows, token_windows
-from ..calibration.context import context_length
+from ..calibration.context import check_reads_text, context_length
 from ..calibration.documents import described
 from ..config import EGGSConfig
 from ..names import hub_id, public_name
@@ -30,6 +30,7 @@ def calibrate_and_prune(
     Raises:
         EGGSError: as `token_windows` and `prune_model`.
     """
+    check_reads_text(model)
     source = config.calibration if calibration is None else calibration
     config = with_seq_len(config, model)
     windows = calibration_windows(source, tokenizer, config)

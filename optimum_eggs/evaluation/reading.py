@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,6 +112,8 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Float32 logits (batch, tokens - 1, vocabulary) of all tokens but the last."""
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:  # it would read what it is to predict
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; perplexity needs a causal model")
     ids = ids.to(next(model.parameters()).device)
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     if logits is None or logits.shape[:2] != ids.shape:

@@ -114,8 +114,10 @@ class EGGSHfQuantizer(HfQuantizer):
         return self._prune(model)
 
     def _prune(self, model: PreTrainedModel) -> PreTrainedModel:
+        from ..calibration.context import check_reads_text
         from ..engine import calibrate_and_prune
 
+        check_reads_text(model)  # before a tokenizer is looked for
         config = self.quantization_config
         tokenizer = config.tokenizer or _own_tokenizer(model, config, self._file)
         own_memory(model)

@@ -12,11 +12,17 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Whether `module` is a layer that can be packed: exactly `nn.Linear`, or `Conv1D`.
+    """Whether `module` is a layer that can be packed: exactly `nn.Linear`, `Conv1D`, or Falcon's, which is the former.
 
-    Subclasses are left alone, since what their forward does with the weight is not known.
+    Other subclasses are left alone, since what their forward does with the weight is not known.
     """
-    return type(module) is nn.Linear or is_conv1d(module)
+    return type(module) is nn.Linear or is_conv1d(module) or _is_falcons(module)
+
+
+def _is_falcons(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer of transformers' Falcon: x Wᵀ, and then b."""
+    kind = type(module)
+    return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -23,6 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from ..calibration import BlockList, find_block_list
+from ..calibration.context import text_inputs
 from ..config import QUANT_METHOD
 from ..errors import CheckpointError, ConfigError, ModelError, NumericalError, first_line
 from ..hf.loading import model_class, parse_dtype, translated
@@ -127,7 +128,7 @@ class DenseSource:
         """Run the model on windows (batch, tokens), what is outside the blocks being loaded where it is not yet."""
         if any(value.is_meta for value in self._outside().values()):
             self._load(None)
-        self.model(input_ids=window.to(self.device))
+        self.model(**text_inputs(self.model, window.to(self.device)))
 
     def entered(self) -> None:
         """Let the weights outside the blocks go."""

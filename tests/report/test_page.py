@@ -17,6 +17,7 @@ from optimum_eggs.cli.main import main
 from optimum_eggs.engine.report import update_report
 from optimum_eggs.errors import CheckpointError, ModelError
 from optimum_eggs.hf.loading import load_model
+from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.packing import pack_mask, unpack_mask
 from optimum_eggs.report import report_page
 from optimum_eggs.report.figures import perplexities
@@ -247,3 +248,5 @@ def test_a_report_of_another_kind_is_named(held, packed_folder, tmp_path):
         report_page(folder)
     with pytest.raises(CheckpointError, match=r"report.json: .*; save the model again"):
         update_report(folder, benchmark={})
+    (violation,) = inspect_checkpoint(folder).violations
+    assert (violation.where, violation.rule) == ("report.json", "report")

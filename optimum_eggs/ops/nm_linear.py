@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.utils.flop_counter import register_flop_formula
 
 from ..packing import meta_width, unpack
@@ -24,8 +25,8 @@ def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | Non
     """X Wᵀ + b with W packed n:m.
 
     Differentiable in x, weight and bias; works under `torch.compile`, `torch.export`, `torch.func` and autocast.
-    [`optimum_eggs.ops.explain`] tells which backend runs. Under `torch.func`, in forward-mode differentiation and in
-    ONNX, it is made of torch's own operations, on the dense matrix.
+    [`optimum_eggs.ops.explain`] tells which backend runs. For the derivatives of `torch.func`, in forward-mode
+    differentiation and in ONNX, it is made of torch's own operations, on the dense matrix.
 
     Args:
         x: (..., in).
@@ -72,15 +73,13 @@ def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n:
 
 
 def _is_foreign() -> bool:
-    """Whether what watches the call knows torch's own operations alone: `torch.func`, tangents, ONNX by tracing."""
+    """Whether what watches the call takes torch's own operations alone: all derivatives but backward ones, and ONNX."""
     if torch.compiler.is_compiling():
         return False
-    tracing = torch._C._get_tracing_state() is not None
-    return (
-        forward_derivatives()
-        or torch._C._are_functorch_transforms_active()
-        or (tracing and torch.onnx.is_in_onnx_export())
-    )
+    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+        return True
+    levels = get_interpreter_stack() or []  # of torch.func's transforms
+    return forward_derivatives() or any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
 
 
 def _by_torch(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -83,6 +85,8 @@ class Inspection:
 def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with_spectra: bool = False) -> Inspection:
     """Check a packed checkpoint and compute its certificates. What is wrong with the files is reported, not raised.
 
+    Every tensor is read, one at a time, those of dense layers, embeddings and norms too.
+
     Args:
         folder: A packed model.
         progress: Show a progress bar on stderr. Default: if it is a terminal.
@@ -121,6 +125,11 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
     quiet = None if progress is None else not progress
     for key, (name, pattern) in tqdm(listed.items(), desc="Inspecting", unit="layer", disable=quiet):
         _inspect_layer(found, key, name, pattern, entries, with_spectra)
+    looked_at = {f"{key}.{part}" for key in listed for part in ("weight", "weight_meta")}
+    others = [key for key in entries if key not in looked_at]
+    for key in tqdm(others, desc="Inspecting what is dense", unit="tensor", disable=quiet):
+        if not _is_finite(_read(entries, key)):
+            found.violations.append(Violation(key, "values", "holds NaN or infinite values"))
     try:
         read_report(folder)
     except CheckpointError as error:
@@ -129,6 +138,15 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
         detail = "its bytes are not those that were saved, by the digest in report.json; save or download it again"
         found.violations.append(Violation(changed, "digest", detail))
     return found
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.itemsize == 1:  # those of eight bits have no order of their own
+        tensor = tensor.to(torch.float32)
+    # NaN goes through aminmax, which takes no memory.
+    return all(isfinite(end) for end in torch.aminmax(tensor))
 
 
 def _inspect_layer(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+TEXT_ENDINGS = {"txt", "text", "raw", "md", "rst", "json", "jsonl", "csv", "tsv", "parquet", "html", "xml", "py", "gz"}
+"""Endings of names with one slash that tell a file from something on the Hub."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -32,11 +35,36 @@ def public_name(source: Any) -> Any:
     >>> public_name("/home/me/gone.txt"), public_name("./c4")
     ('gone.txt', './c4')
     """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
-            return str(source)
-        return path.name if path.suffix else f"./{path.name}"
     if isinstance(source, Mapping):
-        return {public_name(name): share for name, share in source.items()}
+        return dict(zip(public_names(list(source)), source.values(), strict=True))
+    if isinstance(source, str | Path):
+        return _tail(Path(source), 1) if _is_path(source) else str(source)
     return None
+
+
+def public_names(sources: Sequence[Any]) -> list[Any]:
+    """Each by its public name; files of one name with as many folders before it as tell them apart.
+
+    >>> public_names(["/data/en/part.txt", "/data/de/part.txt", "/data/other.txt", "c4"])
+    ['en/part.txt', 'de/part.txt', 'other.txt', 'c4']
+    """
+    names = [public_name(source) for source in sources]
+    paths = {index: Path(source).absolute() for index, source in enumerate(sources) if _is_path(source)}
+    for parts in range(2, max((len(path.parts) for path in paths.values()), default=0)):
+        alike = [index for index in paths if names.count(names[index]) > 1]
+        names = [_tail(paths[index], parts) if index in alike else name for index, name in enumerate(names)]
+    return names
+
+
+def _is_path(source: Any) -> bool:
+    if not isinstance(source, str | Path):
+        return False
+    path = Path(source)
+    return path.exists() or path.is_absolute() or str(source).startswith((".", "~"))
+
+
+def _tail(path: Path, parts: int) -> str:
+    """The last parts of a path, never its root; with a `./` where it could be taken for something on the Hub."""
+    kept = [part for part in path.parts if part != path.anchor][-parts:]
+    clear = path.suffix[1:].lower() in TEXT_ENDINGS if len(kept) == 2 else bool(path.suffix)
+    return "/".join(kept) if clear else "./" + "/".join(kept)

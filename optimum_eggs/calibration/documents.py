@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
-from collections.abc import Iterator, Sequence
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import CalibrationError, first_line, shorten, without
+from ..errors import CalibrationError, ConfigError, first_line, shorten, without
+from ..files import sha256
+from ..names import TEXT_ENDINGS, public_names
 
 SAMPLE = "sample"
 SOURCES = (
-    "a text file, the name of a data set ('wikitext2', 'c4', or any id on the Hub), or 'sample', the text that is "
-    "shipped with this package for a first try"
+    "a text file, the name of a data set ('wikitext2', 'c4', or any id on the Hub), a file of rows (.jsonl, .json, "
+    ".csv, .tsv, .parquet), or 'sample', the text that is shipped with this package for a first try"
 )
 
 _SAMPLE_FILE = Path(__file__).with_name("sample.txt.gz")
 _LONGEST_NAME = 255  # bytes that file systems allow a file's name
-_TEXT_ENDINGS = {"txt", "text", "raw", "md", "rst", "json", "jsonl", "csv", "tsv", "parquet", "html", "xml", "py", "gz"}
+_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "json": ("json", {}),
+    "jsonl": ("json", {}),
+    "csv": ("csv", {"keep_default_na": False}),  # else a cell of "NA" or of nothing is no text
+    "tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    "parquet": ("parquet", {}),
+}
+"""Endings of files that hold rows -> which of `datasets.Dataset`'s readers takes them, and how."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _TOKEN_COLUMN = "input_ids"  # what tokenizers call their output
 
 NAMED_DATASETS: dict[str, dict[str, Any]] = {
@@ -77,9 +91,11 @@ def documents(
     """The texts of a calibration source, or the token ids of a data set that holds them.
 
     Args:
-        source: Path of a text file (one document), `"sample"`, name of a data set, a list of texts, or a data set.
+        source: Path of a text file (one document) or of a file of rows (`.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet`),
+            `"sample"`, name of a data set, a list of texts, or a data set.
         split: Split of a data set from the Hub. Default: `"train"`.
-        text_column: Column of a data set. Default: `"input_ids"` where there is one, else `"text"`.
+        text_column: Column of a data set or of a file of rows. Default: `"input_ids"` where there is one, else
+            `"text"`; of a file that has neither, its one column of texts.
         config_name: Configuration of a data set from the Hub whose name says none.
         revision: Likewise its branch, tag or commit.
         token: For a data set on the Hub that is private or gated.
@@ -88,22 +104,100 @@ def documents(
     Raises:
         CalibrationError: the source is of an unknown kind, cannot be read, or lacks the column.
     """
+    called = f"{argument}={shown(source)}"
+    try:
+        if isinstance(source, str | Path):
+            if _is_file_name(source):
+                return _read(Path(source), text_column, called)
+            if source == SAMPLE:
+                return [gzip.decompress(_SAMPLE_FILE.read_bytes()).decode("utf-8")]
+            found = _load_dataset(str(source), split or "train", config_name, revision, token)
+            return Column.of(found, text_column, called)
+        refuse_splits(source, argument)
+        if hasattr(source, "column_names"):
+            return Column.of(source, text_column, f"{argument}={type(source).__name__}")
+        if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
+            return source
+        raise _UnusableError(
+            " is of no kind known here; pass a text file, the name of a data set, a list of texts, token ids, a "
+            "datasets.Dataset, or a mapping of names to shares"
+        )
+    except _UnusableError as error:
+        raise CalibrationError(f"{called}{error}") from error.__cause__
+
+
+def check_name(source: Any, argument: str) -> None:
+    """Raise if `source` is a name that is known to be none of a text, without a look at the Hub.
+
+    Raises:
+        CalibrationError: it is.
+    """
     if isinstance(source, str | Path):
-        if source == SAMPLE and not _is_ambiguous(source, argument):
-            return [gzip.decompress(_SAMPLE_FILE.read_bytes()).decode("utf-8")]
-        if _is_file_name(source, argument):
-            return [_read(Path(source), argument)]
-        name = str(source)
-        found = _load_dataset(name, split or "train", config_name, revision, token, argument)
-        return Column.of(found, text_column, name)
-    if hasattr(source, "column_names"):
-        return Column.of(source, text_column, type(source).__name__)
-    if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
-        return source
-    raise CalibrationError(
-        f"{argument}={shorten(source)} is of no kind known here; pass a text file, the name of a data set, a list of "
-        "texts, token ids, a datasets.Dataset, or a mapping of names to shares"
-    )
+        try:
+            _is_file_name(source)
+        except _UnusableError as error:
+            raise CalibrationError(f"{argument}={shown(source)}{error}") from error.__cause__
+
+
+class _UnusableError(Exception):
+    """Why a source cannot be used: what is said behind its name."""
+
+
+def refuse_splits(source: Any, argument: str) -> None:
+    """Raise if `source` is a mapping of splits to data sets, as `load_dataset` gives it where no split is named.
+
+    Raises:
+        CalibrationError: it is.
+    """
+    if isinstance(source, Mapping) and any(hasattr(part, "column_names") for part in source.values()):
+        raise CalibrationError(
+            f"{argument}: a {type(source).__name__} of the splits {list(source)} is not one data set; pass one of "
+            f"them, such as data[{next(iter(source))!r}]"
+        )
+
+
+def refuse_twice(sources: Iterable[Any], argument: str) -> None:
+    """Raise if two of the sources are the same file, by whatever path, or the same name.
+
+    Raises:
+        ConfigError: they are.
+    """
+    seen: dict[Any, Any] = {}
+    for source in sources:
+        identity = _identity(source)
+        if identity is not None and identity in seen:
+            other = str(seen[identity])
+            also = "" if other == str(source) else f", as {other!r} too"
+            raise ConfigError(f"{argument}={str(source)!r} is given twice{also}; give it once")
+        seen[identity] = source
+
+
+def _identity(source: Any) -> Any:
+    """What a file has in common with itself by another path; of a name, the name; None of data in memory."""
+    if not isinstance(source, str | Path):
+        return None
+    try:
+        found = Path(source).stat()
+    except (OSError, ValueError):
+        return str(source)
+    return found.st_dev, found.st_ino
+
+
+def described(sources: Iterable[Any], split: str | None = None) -> list[dict[str, Any]]:
+    """Names of texts as others may know them, by which they are known again: `name`, `split`, `sha256`.
+
+    The SHA-256 is that of a file's bytes; only data sets on the Hub have a split. Data in memory is left out.
+    """
+    listed = list(sources)
+    return [
+        {"name": name, "split": None if digest or name == SAMPLE else split or "train", "sha256": digest}
+        for name, digest in zip(public_names(listed), map(_digest, listed), strict=True)
+        if name is not None
+    ]
+
+
+def _digest(source: Any) -> str | None:
+    return sha256(Path(source)) if isinstance(source, str | Path) and Path(source).is_file() else None
 
 
 class Column:
@@ -168,38 +262,48 @@ def _plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def _is_file_name(source: str | Path, argument: str) -> bool:
-    path = Path(source)
-    longest = max((len(part.encode("utf-8", "surrogatepass")) for part in path.parts), default=0)
-    if longest > _LONGEST_NAME or len(str(source)) > 1024 or "\n" in str(source):
-        raise CalibrationError(
-            f"{argument}={shorten(source)}: a single string is the name of a file or of a data set; pass a text as "
-            "[text]"
+def shown(source: Any) -> str:
+    """A source in a message: a name in full, anything else in short."""
+    return repr(str(source)) if isinstance(source, str | Path) and not _is_a_text(source) else shorten(source)
+
+
+def _is_a_text(source: str | Path) -> bool:
+    """Whether it cannot be a name."""
+    longest = max((len(part.encode("utf-8", "surrogatepass")) for part in Path(source).parts), default=0)
+    return longest > _LONGEST_NAME or len(str(source)) > 1024 or "\n" in str(source)
+
+
+def _is_file_name(source: str | Path) -> bool:
+    if source == "":
+        raise _UnusableError(f" is empty; name {SOURCES}")
+    if source == "-":
+        raise _UnusableError(
+            ": standard input is not read, since a run must find the same text again; save it to a file"
         )
+    if _is_a_text(source):
+        raise _UnusableError(": a single string is the name of a file or of a data set; pass a text as [text]")
+    if _URL.match(str(source)):
+        raise _UnusableError(": a URL is not read; download it, and name the file")
+    path = Path(source)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except OSError as error:  # such as a folder on the way that may not be searched
-        raise CalibrationError(
-            f"{argument}={str(source)!r} cannot be looked at: {first_line(error)}; check the path and its permissions"
+        raise _UnusableError(
+            f" cannot be looked at: {first_line(error)}; check the path and its permissions"
         ) from error
-    if str(source) in NAMED_DATASETS and not isinstance(source, Path):
-        return _is_ambiguous(source, argument)
+    if source in (SAMPLE, *NAMED_DATASETS):
+        if is_file:
+            raise _UnusableError(
+                f" is a name known here and that of a file in this folder; write './{source}' for the file, or rename "
+                "it"
+            )
+        return False
     if is_file:
         return True
     if is_folder:
-        raise CalibrationError(f"{argument}={str(source)!r} is a folder; pass a text file in it, or a data set's name")
+        raise _UnusableError(" is a folder; pass a text file in it, or a data set's name")
     if isinstance(source, Path) or _is_named_like_a_file(source):
-        raise CalibrationError(f"{argument}={str(source)!r}: there is no such file; check the path")
-    return False
-
-
-def _is_ambiguous(name: str | Path, argument: str) -> bool:
-    """False; it is an error that a file here has the name of something known, and not to be told which is meant."""
-    if Path(name).is_file():
-        raise CalibrationError(
-            f"{argument}={name!r} is a name known here and that of a file in this folder; write './{name}' for the "
-            "file, or rename it"
-        )
+        raise _UnusableError(": there is no such file; check the path")
     return False
 
 
@@ -209,28 +313,76 @@ def _is_named_like_a_file(name: str) -> bool:
         return True
     ending = Path(DatasetName.parse(name).path).suffix[1:]
     if "/" in name:  # an id may have a dot
-        return ending.lower() in _TEXT_ENDINGS
+        return ending.lower() in TEXT_ENDINGS
     return ending != "" and not ending[0].isdigit()
 
 
-def _read(path: Path, argument: str) -> str:
+def _read(path: Path, text_column: str | None, called: str) -> Sequence[str] | Column:
+    """The text of a file, or the column of texts of one that holds rows."""
+    kind = rows_kind(path)
+    if kind is not None:
+        rows = _read_rows(path, *_ROWS[kind])
+        return Column.of(rows, text_column or _text_column(rows, called), called)
     try:
-        return path.read_text(encoding="utf-8")
+        return [path.read_text(encoding="utf-8")]
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{argument}={str(path)!r} cannot be read as UTF-8 text: {error}") from error
+        raise _UnusableError(f" cannot be read as UTF-8 text: {error}") from error
 
 
-def _load_dataset(
-    name: str, split: str, config_name: str | None, revision: str | None, token: str | None, argument: str
-) -> Any:
+def rows_kind(path: Path) -> str | None:
+    """Which kind of rows a file holds, by its ending; None for plain text.
+
+    >>> rows_kind(Path("a.jsonl")), rows_kind(Path("a.csv.gz")), rows_kind(Path("a.txt.gz"))
+    ('jsonl', 'csv', None)
+    """
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    kind = name.suffix[1:].lower()
+    return kind if kind in _ROWS else None
+
+
+def _read_rows(path: Path, reader: str, options: Mapping[str, Any]) -> Any:
+    import datasets
+
+    if not path.stat().st_size:
+        raise _UnusableError(" is empty; give a file with rows")
+    read = getattr(datasets.Dataset, f"from_{reader}")
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # the user's own may be read-only, and is not for every text
+            if path.suffix.lower() == ".gz":
+                plain = Path(cache) / "rows"
+                with gzip.open(path) as packed, plain.open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked)
+            else:
+                plain = path
+            return read(glob.escape(str(plain)), cache_dir=cache, keep_in_memory=True, **options)
+    except Exception as error:  # pyarrow, pandas and datasets raise some ten kinds; each means the same here
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # datasets says less
+        raise _UnusableError(
+            f" cannot be read as {rows_kind(path)}: {first_line(cause)}; mend it, or give it an "
+            "ending such as .txt if it is plain text"
+        ) from error
+
+
+def _text_column(rows: Any, called: str) -> str | None:
+    """The one column of texts, where a file of rows has neither token ids nor a column of the usual name."""
+    if is_tokenised(rows) or "text" in rows.column_names:
+        return None
+    texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+    if len(texts) == 1:
+        return texts[0]
+    which = f"has the columns of texts {texts}" if texts else f"has no column of texts, only {rows.column_names}"
+    raise CalibrationError(f"{called} {which}; name one with text_column= (--text-column)")
+
+
+def _load_dataset(name: str, split: str, config_name: str | None, revision: str | None, token: str | None) -> Any:
     import datasets
 
     asked = DatasetName.parse(name)
     wanted_name = asked.config_name or config_name
     if wanted_name and asked.path in NAMED_DATASETS:
-        raise CalibrationError(
-            f"{argument}={name!r} with the configuration {wanted_name!r}: {asked.path!r} stands for one part of a "
-            f"data set; name another by its id, '{NAMED_DATASETS[asked.path]['path']}:{wanted_name}'"
+        raise _UnusableError(
+            f" with the configuration {wanted_name!r}: {asked.path!r} stands for one part of a data set; name another "
+            f"by its id, '{NAMED_DATASETS[asked.path]['path']}:{wanted_name}'"
         )
     arguments = dict(NAMED_DATASETS.get(asked.path, {"path": asked.path, "name": wanted_name}))
     files = arguments.get("data_files", {})
@@ -240,7 +392,7 @@ def _load_dataset(
     try:
         return datasets.load_dataset(**given, split=split)
     except Exception as error:  # the client raises some twenty kinds; each means the same here
-        raise CalibrationError(
-            f"{argument}={name!r} with split={split!r} is no file, and could not be loaded as a data set: "
+        raise _UnusableError(
+            f" with split={split!r} is no file, and could not be loaded as a data set: "
             f"{without(token, first_line(error))}; pass the path of a text file, or check the name and the connection"
         ) from without(token, error)

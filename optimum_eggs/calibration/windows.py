@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
-from .documents import SOURCES, Column, documents, is_tokenised
+from ..errors import CalibrationError, shorten
+from .documents import SOURCES, Column, check_name, documents, is_tokenised, refuse_splits, refuse_twice
 from .pieces import PIECE, token_pieces
 
 if TYPE_CHECKING:
@@ -33,10 +35,12 @@ class Windows:
     Attributes:
         ids: Token ids (windows, seq_len), int64.
         overlapping: Whether the text was too short for windows of its own, so that evenly spread ones share tokens.
+        texts: The sources, as [`described`][optimum_eggs.calibration.documents.described].
     """
 
     ids: Tensor
     overlapping: bool = False
+    texts: list[dict[str, Any]] = field(default_factory=list)
 
 
 def token_windows(
@@ -71,9 +75,9 @@ def token_windows(
 
     Raises:
         CalibrationError: no source, an unknown kind of source, or too few tokens.
+        ConfigError: a mapping names one source twice.
     """
-    if source is None:
-        raise CalibrationError(f"calibration=None: pass {SOURCES}; or texts or token ids")
+    check_calibration(source)
     if isinstance(source, Mapping):
 
         def draw(name: Any, count: int) -> Windows:
@@ -121,30 +125,66 @@ def shares(weights: Mapping[Any, float], total: int) -> list[int]:
     """Split `total` in proportion to `weights`, by largest remainder.
 
     Raises:
-        CalibrationError: a weight is not a positive number.
+        CalibrationError: a weight is not a positive number, or too small for one of them.
 
     >>> shares({"a": 0.7, "b": 0.3}, 32)
     [22, 10]
     """
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise CalibrationError(
-                f"calibration: the share {weight!r} of {name!r} is not a positive number; shares are relative, as in "
-                "{'c4': 3, 'wikitext2': 1}"
-            )
-    exact = [total * weight / sum(weights.values()) for weight in weights.values()]
+        check_share(name, weight)
+    _, exponent = math.frexp(max(weights.values()))
+    relative = [math.ldexp(weight, -exponent) for weight in weights.values()]  # the same bits, and a finite sum
+    exact = [total * weight / sum(relative) for weight in relative]
     counts = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
+    for name, count in zip(weights, counts, strict=True):
+        if not count:
+            raise CalibrationError(
+                f"calibration: the share {weights[name]!r} of {shorten(name)} is too small for one of {total} windows; "
+                "give it more, raise num_samples, or leave it out"
+            )
     return counts
+
+
+def check_calibration(source: Any) -> None:
+    """Raise if it can be told from a calibration source itself that it is none; nothing of it is read.
+
+    Raises:
+        CalibrationError: there is none, a name is none of a text, or a share no positive number.
+        ConfigError: a mapping names one source twice.
+    """
+    if source is None:
+        raise CalibrationError(f"calibration=None: pass {SOURCES}; or texts or token ids")
+    refuse_splits(source, "calibration")
+    if not isinstance(source, Mapping):
+        check_name(source, "calibration")
+        return
+    refuse_twice(source, "calibration")
+    for name, share in source.items():
+        check_share(name, share)
+        check_name(name, "calibration")
+
+
+def check_share(name: Any, share: Any) -> None:
+    """Raise unless the share of a source is a positive number.
+
+    Raises:
+        CalibrationError: it is not.
+    """
+    known = isinstance(share, int | float) and not isinstance(share, bool)
+    if not known or not 0 < share <= sys.float_info.max:
+        raise CalibrationError(
+            f"calibration: the share {shorten(share)} of {shorten(name)} is not a positive number; shares are "
+            "relative, as in {'c4': 3, 'wikitext2': 1}"
+        )
 
 
 def _mixed(source: Mapping[Any, float], num_samples: int, seed: int, draw: Callable[[Any, int], Windows]) -> Windows:
     if not source:
         raise CalibrationError("calibration={}: the mapping is empty; name at least one source")
-    counts = shares(source, num_samples)
-    parts = [draw(name, count) for name, count in zip(source, counts, strict=True) if count]
+    parts = [draw(name, count) for name, count in zip(source, shares(source, num_samples), strict=True)]
     # Mixed within batches, so that no batch is of one kind of text alone.
     ids = torch.cat([part.ids for part in parts])
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from dataclasses import asdict
 from typing import Any
 
+from .. import strict_json
 from .arguments import add_trust, check_both, integer
 
 
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from ..measure import processor
     from ..ops import INSTRUCTION_SETS
     from ..pattern import NMPattern
-    from ..speed import read_bandwidth, time_layer, time_models
+    from ..speed import check_models, read_bandwidth, time_layer, time_models
+    from .recording import may_record, recorded
 
     found = inspect_checkpoint(args.model)
     if not found.ok:
@@ -71,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
     for layer in found.layers:
         shape = (layer.out_features, layer.in_features, layer.pattern)
         shapes[shape] = shapes.get(shape, 0) + 1
+    folders = [args.model] + ([args.against] if args.against else [])
+    if not args.layers_only:
+        check_models(folders, args.prompt, args.new_tokens, args.trust_remote_code)
+    recording = not (args.layers_only or args.no_record) and may_record(args.model)
     wanted = parse_dtype(args.dtype)
     dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model, args.trust_remote_code)
 
@@ -82,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
     ]
     models = []
     if not args.layers_only:
-        folders = [args.model] + ([args.against] if args.against else [])
         models = time_models(
             folders,
             prompt=args.prompt,
@@ -100,11 +104,12 @@ def run(args: argparse.Namespace) -> int:
         "platform": platform.platform(),
     }
     rows = [asdict(timing) | {"ratio": timing.ratio, "layers": shapes[_shape(timing)]} for timing in timings]
-    if models and not args.no_record:
+    if recording:
         timed = [_without_folder(model) for model in models[:1] + [other for other in models[1:] if not other.packed]]
-        update_report(args.model, benchmark={"machine": machine, "layers": rows, "models": timed})
+        part = {"machine": machine, "layers": rows, "models": timed}
+        recorded(lambda: update_report(args.model, benchmark=part))
     if args.json:
-        print(json.dumps({"machine": machine, "layers": rows, "models": [asdict(model) for model in models]}))
+        print(strict_json.dumps({"machine": machine, "layers": rows, "models": [asdict(model) for model in models]}))
         return 0
     read = f"{bandwidth:.1f} GB/s read" if bandwidth else "native kernels missing"
     print(f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, {read}\n")

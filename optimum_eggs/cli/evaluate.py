@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import strict_json
 from .arguments import add_trust, check_both, integer
 
 if TYPE_CHECKING:
@@ -19,14 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", metavar="DIR", help="folder of a model, packed or dense")
     parser.add_argument(
-        "--text", metavar="FILE|NAME", help="text to predict: a file or a data set, such as wikitext2 (default: none)"
+        "--text",
+        metavar="FILE|NAME",
+        help="text to predict: a file of text or of rows (.jsonl, .json, .csv, .tsv, .parquet), or a data set, such as "
+        "wikitext2 (default: none)",
     )
     parser.add_argument("--split", default="test", help="split of a data set from the Hub (default: test)")
     parser.add_argument(
-        "--text-column", help="text column of a data set from the Hub (default: input_ids if it has one, else text)"
+        "--text-column", help="column of a data set or of a file of rows (default: input_ids if it has one, else text)"
     )
     parser.add_argument(
-        "--seq-len", type=integer(2), default=1024, metavar="N", help="tokens in a window (default: 1024)"
+        "--seq-len",
+        type=integer(2),
+        metavar="N",
+        help="tokens in a window (default: 1024, or the models' context where shorter)",
     )
     parser.add_argument(
         "--stride",
@@ -69,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, record, and print."""
     from ..evaluation import evaluate, record
     from ..files import REPORT_NAME
+    from .recording import may_record, recorded
 
+    recording = not args.no_record and may_record(args.model)
     found = evaluate(
         args.model,
         args.against,
@@ -88,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    recorded = not args.no_record and record(found)
+    put = recording and recorded(lambda: record(found))
     if args.json:
-        print(json.dumps(found.to_dict()))
+        print(strict_json.dumps(found.to_dict()))
         return 0
     columns = [found.model, *([] if found.against is None else [found.against])]
     _print_columns(columns)
@@ -98,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
         _print_comparison(found.comparison)
     if found.model.tasks:
         _print_tasks(columns, found.task_differences)
-    if recorded:
+    if found.model.text_uses:
+        print(f"note: the model was also {' and '.join(found.model.text_uses)} on {found.conditions.text}")
+    if put:
         print(f"recorded in {Path(args.model) / REPORT_NAME}, for the model card")
     return 0
 
@@ -142,8 +152,9 @@ def _print_tasks(columns: list[Evaluation], differences: dict[str, dict[str, Est
         for metric in task.metrics:
             cells = []
             for column in columns:
-                score = column.tasks[index].metrics[metric]
-                cells.append(f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}"))
+                score = column.tasks[index].metrics.get(metric)
+                error = "" if score is None or score.stderr is None else f" ± {score.stderr:.4f}"
+                cells.append("" if score is None else f"{score.value:.4f}{error}")
             found = differences.get(task.task, {}).get(metric)
             more = "" if found is None else f"{found.value:>+10.4f}  {_span(found)}"
             print(f"  {metric:<22}" + "".join(f"{cell:>20}" for cell in cells) + more)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
+
+from .. import strict_json
 
 if TYPE_CHECKING:
     from ..masks.spectra import Spectra
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     found = inspect_checkpoint(args.model, with_spectra=args.spectra)
     if args.json:
-        print(json.dumps(found.to_dict()))
+        print(strict_json.dumps(found.to_dict()))
     elif found.layers:
         width = max(len(layer.name) for layer in found.layers)
         heads = f"{'out':>6} {'in':>6} {'n:m':>5} {'min/mean degree':>16} {'starved':>8} {'floor':>9}"

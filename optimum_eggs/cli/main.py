@@ -12,6 +12,7 @@ from ..errors import EGGSError, first_line, is_out_of_memory
 from ..logs import said_once
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
 from .arguments import check_model
+from .printing import printed_at_the_end
 
 _SUBCOMMANDS = {  # docstrings would be gone in a Python without them (-OO)
     "prune": (prune, "Prune a model to N:M and save it packed."),
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
         args.check(args)  # before anything heavy is imported
         _quiet_libraries()
-        with said_once():
+        with said_once(), printed_at_the_end():
             return args.run(args)
     except EGGSError as error:
         print(f"error: {error}", file=sys.stderr)

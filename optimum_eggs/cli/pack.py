@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 
+from .. import strict_json
 from .arguments import add_shard_size, add_trust, check_source
 
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     report = pruner.pack(pattern, targets=args.targets, ignore=args.ignore, block_list=args.block_list)
     pruner.save_pretrained(args.output, overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if args.json:
-        print(json.dumps(report.to_dict() | {"output": args.output}))
+        print(strict_json.dumps(report.to_dict() | {"output": args.output}))
         return 0
     counts = Counter(layer.pattern for layer in report.layers)
     print("packed as they are: " + ", ".join(f"{count} layers at {found}" for found, count in counts.most_common()))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import strict_json
 from ..errors import ConfigError, more
 from ..validation import TORCH_SEEDS
 from .arguments import add_shard_size, add_trust, check_source, integer, rare, size
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         action="append",
         metavar="TEXT[=SHARE]",
-        help="text file, data set (wikitext2, c4, or ID[:CONFIGURATION][@REVISION] on the Hub), or sample, the text "
-        "shipped here; given several times, they are mixed by their shares, such as a.txt=3 (required)",
+        help="file of text or of rows (.jsonl, .csv, ...), data set (wikitext2, c4, or ID[:CONFIGURATION][@REVISION] "
+        "on the Hub), or sample, the text shipped here; several are mixed by their shares, such as a.txt=3 (required)",
     )
     add("--pattern", default="2:4", metavar="N:M", help="N kept of every M (default: 2:4)")
     add("--preset", choices=list(PRESETS), default="fast", metavar="NAME", help=f"{', '.join(PRESETS)} (default: fast)")
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rare(
         "--text-column",
         metavar="NAME",
-        help="text column of a data set from the Hub (default: input_ids if it has one, else text)",
+        help="column of a data set or a file of rows (default: input_ids if it has one, else text)",
     )
     add_rare(
         "--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn (default: random)"
@@ -137,6 +137,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
     from ..calibration.documents import SOURCES
+    from ..calibration.windows import check_calibration
     from ..folders import check_output
     from ..ranks import join_ranks
 
@@ -147,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
     config = make_config(flags | {"calibration": parse_sources(args.calibration or [])}, args.set)
     if config.calibration is None:
         raise ConfigError(f"--calibration is missing: give {SOURCES}")
+    check_calibration(config.calibration)
     if _is_on_disk(args):
         report = _from_disk(args, config, ranks)
     elif ranks.size == 1:
@@ -159,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     if not ranks.first:
         return 0
     if args.json:
-        print(json.dumps(report.to_dict() | {"output": args.output}))
+        print(strict_json.dumps(report.to_dict() | {"output": args.output}))
         return 0
     summary = report.to_dict()["summary"]
     took = report.measurements
@@ -239,18 +241,23 @@ def parse_sources(given: list[str]) -> str | dict[str, float] | None:
 
     Raises:
         ConfigError: a source is named twice.
+        CalibrationError: a share is not a positive number.
 
     >>> parse_sources(["a.txt=3", "c4"])
     {'a.txt': 3.0, 'c4': 1.0}
     """
-    sources: dict[str, float] = {}
+    from ..calibration.documents import refuse_twice
+    from ..calibration.windows import check_share
+
+    pairs: list[tuple[str, float]] = []
     for item in given:
         name, share = item, 1.0
         head, equals, tail = item.rpartition("=")
         if equals and not Path(item).exists():
             with suppress(ValueError):  # an equals sign within a name
                 name, share = head, float(tail)
-        if name in sources:
-            raise ConfigError(f"calibration={name!r} is given twice; give it once, with a share")
-        sources[name] = share
+        check_share(name, share)
+        pairs.append((name, share))
+    refuse_twice([name for name, _ in pairs], "calibration")
+    sources = dict(pairs)
     return next(iter(sources)) if len(sources) == 1 else sources or None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
+from .. import strict_json
 from ..folders import check_folder
 from ..validation import NUMPY_SEEDS
 from .arguments import add_trust, check_source, integer, number
@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="FILE|NAME",
         help="text to train on: a file or a data set, such as wikitext2; several are mixed (required)",
+    )
+    parser.add_argument(
+        "--text-column", help="column of a data set or of a file of rows (default: input_ids if it has one, else text)"
     )
     parser.add_argument("--teacher", metavar="DENSE", help="dense model to match (default: none, learn from the text)")
     parser.add_argument("--method", choices=["lora", "values"], default="lora", help="what is trained (default: lora)")
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         block_matching=args.block_matching,
         seed=args.seed,
         gradient_checkpointing=args.gradient_checkpointing,
+        text_column=args.text_column,
     )
     try:
         report = recover(
@@ -98,11 +102,13 @@ def run(args: argparse.Namespace) -> int:
     if not PartialState().is_main_process:
         return 0
     if args.json:
-        print(json.dumps(report.to_dict() | {"output": args.output}))
+        print(strict_json.dumps(report.to_dict() | {"output": args.output}))
         return 0
     took = report.measurements
     print(f"{report.steps} steps on {report.windows} windows in {took['seconds']:.0f} s")
     change = f"{report.perplexity_before:.2f} -> {report.perplexity_after:.2f}"
     print(f"perplexity on the {report.windows_held_out} windows held out {change}")
+    if report.kept == "before":
+        print("training made it worse: the values of before were kept; more text or a smaller --lr may help")
     print(f"saved to {args.output}")
     return 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calibration import BlockProvider, InMemoryBlocks, Walk
-from ..calibration.context import check_reads_text, context_length, text_config
+from ..calibration.context import check_context, check_reads_text, text_config
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
@@ -187,11 +187,7 @@ def _check_windows(windows: Tensor, model: nn.Module) -> None:
             f"calibration token ids run from {low} to {high}, and the model's vocabulary has {vocabulary}; use the "
             "model's own tokenizer"
         )
-    context = context_length(model)
-    if context is not None and windows.shape[1] > context:
-        raise CalibrationError(
-            f"seq_len={windows.shape[1]} is more than the model's context of {context} tokens; lower seq_len"
-        )
+    check_context(model, windows.shape[1])
 
 
 @contextmanager

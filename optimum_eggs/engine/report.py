@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-from ..errors import CheckpointError, shorten
+from .. import strict_json
+from ..errors import CheckpointError, OutputError, shorten
 from ..files import REPORT_NAME, write_durably
 from ..masks.certificate import Certificate
 from ..masks.shortfall import Shortfall
 from .tune import BlockTuning
 
 REPORT_VERSION = 1
-_KINDS = {
-    "summary": dict,
-    "config": dict,
-    "calibration": dict,
-    "base_model": dict,
-    "layers": list,
-    "tuning": list,
-    "left_dense": list,
-    "measurements": dict,
-    "evaluations": list,
-    "tasks": list,
-    "benchmark": dict,
-    "recovery": dict,
-    "files": dict,
-}
-"""What the parts of a report are in JSON."""
 _MEASURED = ("evaluations", "tasks", "benchmark", "recovery")  # parts that other commands than `prune` put in
+_PRUNED = ("summary", "config", "layers", "calibration")  # and those that every pruning does
+_FIELDS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "summary": (dict, ("pattern",)),
+    "config": (dict, ()),
+    "calibration": (dict, ()),
+    "layers": (list, ("name", "out_features", "certificate")),
+    "evaluations": (list, ("metrics",)),
+    "tasks": (list, ("task", "metrics")),
+    "base_model": (dict, ()),
+    "tuning": (list, ()),
+    "left_dense": (list, ("name",)),
+    "measurements": (dict, ()),
+    "files": (dict, ()),
+    "benchmark": (dict, ("models",)),
+    "recovery": (
+        dict,
+        ("settings", "steps", "windows", "windows_held_out", "perplexity_before", "perplexity_after"),
+    ),
+}
+"""Parts of a report -> their type, and the fields of each of their entries that the card and others rely on."""
+_SAVE_AGAIN = "save the model again, or move the file away"
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,7 @@ class PruneReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(strict_json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __repr__(self) -> str:
         seconds = self.measurements.get("seconds", float("nan"))
@@ -167,36 +175,114 @@ class PruneReport:
 
 
 def update_report(folder: str | Path, **parts: Any) -> bool:
-    """Put parts into the report of a saved model; False if the folder has none. The file is replaced in one step."""
+    """Put parts into the report of a saved model; False if the folder has none. The file is replaced in one step.
+
+    Raises:
+        CheckpointError: what is there is no report.
+        OutputError: it cannot be written.
+        NumericalError: a number is NaN or infinite.
+    """
     path = Path(folder) / REPORT_NAME
+    report = read_report(folder)
     if not path.is_file():
         return False
-    report = read_report(folder) | parts
-    write_durably(path, json.dumps(report, indent=2) + "\n")
+    text = strict_json.dumps(report | parts, indent=2) + "\n"
+    with _written(path):
+        write_durably(path, text)
     return True
+
+
+def check_recordable(folder: str | Path) -> None:
+    """Raise if the report of a saved model cannot be read, or not be written; one that is not there is neither.
+
+    Raises:
+        CheckpointError: what is there is no report.
+        OutputError: it cannot be replaced.
+    """
+    path = Path(folder) / REPORT_NAME
+    read_report(folder)
+    if path.is_file():
+        with _written(path), TemporaryFile(dir=path.parent):
+            pass
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error}); see to the folder's permissions and space") from error
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
     """The report of a saved model, or an empty one.
 
     Raises:
-        CheckpointError: the file is no JSON, or holds no report.
+        CheckpointError: the file cannot be read, is no JSON, or holds no report.
     """
     path = Path(folder) / REPORT_NAME
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); see to its permissions") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: is no JSON ({error}); save the model again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds {shorten(found)}, no report; save the model again")
-    for part, kind in _KINDS.items():
-        if found.get(part) is not None and not isinstance(found[part], kind):
-            raise CheckpointError(
-                f"{path}: {part} is {shorten(found[part])}, where a report has a {kind.__name__}; save the model again"
-            )
+        raise CheckpointError(f"{path}: is no JSON ({error}); {_SAVE_AGAIN}") from error
+    problem = _problem(found)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}; {_SAVE_AGAIN}")
     return found
+
+
+def _problem(found: Any) -> str | None:
+    """What of a report is not as others rely on."""
+    if not isinstance(found, dict):
+        return f"holds {shorten(found)}, no report"
+    for key, (kind, fields) in _FIELDS.items():
+        part = found.get(key)
+        if part is None:
+            if "layers" in found and key in _PRUNED:
+                return f"{key} is missing"
+            continue
+        if not isinstance(part, kind):
+            return f"{key} is {shorten(part)}, where a report has a {kind.__name__}"
+        entries: Any = part if kind is list else [part]
+        for entry in entries:
+            lacking = [name for name in fields if not isinstance(entry, dict) or name not in entry]
+            if lacking:
+                return f"{key} holds {shorten(entry)}, which lacks {lacking[0]}"
+    return None
+
+
+def text_uses(report: dict[str, Any], text: Mapping[str, Any]) -> list[str]:
+    """What was done on a text before, by the report: "calibrated", "trained".
+
+    Texts are told apart by the SHA-256 of their files where both are known, else by their names and splits.
+
+    Args:
+        report: Of a saved model.
+        text: `name`, `split` and `sha256`, as [`described`][optimum_eggs.calibration.documents.described].
+    """
+    calibration, recovery = report.get("calibration") or {}, report.get("recovery") or {}
+    source, train = (report.get("config") or {}).get("calibration"), recovery.get("settings", {}).get("train")
+    used = {
+        "calibrated": calibration.get("texts", _by_name([source] if isinstance(source, str) else source or [])),
+        "trained": recovery.get("texts", _by_name(train or [])),
+    }
+    return [what for what, texts in used.items() if any(_is_same_text(text, other) for other in texts)]
+
+
+def _by_name(names: Iterable[str]) -> list[dict[str, Any]]:
+    """Texts of the reports of earlier releases, which give no more than names."""
+    return [{"name": name} for name in names]
+
+
+def _is_same_text(text: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if text.get("sha256") and other.get("sha256"):
+        return text["sha256"] == other["sha256"]
+    splits = {text.get("split"), other.get("split")} - {None}
+    return text.get("name") is not None and text["name"] == other.get("name") and len(splits) < 2
 
 
 def without_measurements(report: dict[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..calibration import Windows, token_windows
 from ..calibration.context import check_reads_text, context_length
+from ..calibration.documents import described
 from ..config import EGGSConfig
 from ..names import hub_id, public_name
 from ..presets import SEQ_LEN
@@ -48,7 +51,7 @@ def with_seq_len(config: EGGSConfig, model: Any) -> EGGSConfig:
 def calibration_windows(source: Any, tokenizer: Any, config: EGGSConfig) -> Windows:
     """Windows from `source`, drawn as a configuration with its `seq_len` says."""
     assert config.seq_len is not None
-    return token_windows(
+    drawn = token_windows(
         source,
         tokenizer,
         num_samples=config.num_samples,
@@ -61,6 +64,7 @@ def calibration_windows(source: Any, tokenizer: Any, config: EGGSConfig) -> Wind
         revision=config.dataset_revision,
         token=config.token,
     )
+    return replace(drawn, texts=described(source if isinstance(source, Mapping) else [source], config.split))
 
 
 def name_sources(report: PruneReport, source: Any, windows: Windows, model: Any) -> None:
@@ -68,6 +72,7 @@ def name_sources(report: PruneReport, source: Any, windows: Windows, model: Any)
     report.config = EGGSConfig.from_dict(report.config | {"calibration": public_name(source)}).to_dict()
     report.calibration["source"] = report.config["calibration"] or f"{type(source).__name__} in memory"
     report.calibration["overlapping"] = windows.overlapping
+    report.calibration["texts"] = windows.texts
     report.base_model = base_model(model)
 
 

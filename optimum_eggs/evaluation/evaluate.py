@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.context import context_length
+from ..calibration.context import check_context, context_length
+from ..calibration.documents import described
 from ..calibration.windows import windows_digest
-from ..errors import CalibrationError, ConfigError, ModelError
+from ..engine.report import read_report, text_uses
+from ..errors import ConfigError, ModelError
 from ..hf.attach import packed_layers
-from ..hf.loading import load_model, load_tokenizer
+from ..hf.loading import load_config, load_model, load_tokenizer
 from ..masks.recognise import follows
-from ..names import public_name
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..packing.checkpoint import read_headers, weight_files
 from .paired import compare
@@ -31,6 +33,8 @@ from .windows import evaluation_windows, predicted_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_SEQ_LEN = 1024
+
 
 def evaluate(
     model: PreTrainedModel | str | Path,
@@ -39,7 +43,7 @@ def evaluate(
     text: Any = None,
     split: str | None = "test",
     text_column: str | None = None,
-    seq_len: int = 1024,
+    seq_len: int | None = None,
     stride: int | None = None,
     num_windows: int | None = None,
     tasks: Sequence[str] | None = None,
@@ -60,10 +64,12 @@ def evaluate(
     Args:
         model: Folder of a saved model, packed or dense, or a model of transformers.
         against: Another one, usually the dense model.
-        text: Text to predict: a file, the name of a data set, a list of texts, or a `datasets.Dataset`.
+        text: Text to predict: a text file, a file of rows, the name of a data set, a list of texts, or a
+            `datasets.Dataset`.
         split: Split of a data set from the Hub.
-        text_column: Text column of a data set. Default: `"input_ids"` where there is such a column, else `"text"`.
-        seq_len: Tokens in a window.
+        text_column: Column of a data set or a file of rows. Default: `"input_ids"` where there is such a column, else
+            `"text"`.
+        seq_len: Tokens in a window. Default: 1024, or the models' context where that is shorter.
         stride: Tokens from one window to the next; those that overlap are read, not predicted. Default: `seq_len`.
         num_windows: Use only the first windows. Default: all.
         tasks: Tasks, groups or tags of lm-evaluation-harness.
@@ -81,6 +87,7 @@ def evaluate(
 
     Raises:
         EGGSError: a model, the text or a task cannot be used, or the two models' tokenizers differ.
+        NumericalError: a model predicts the text with a loss that is not finite; the first such layer is named.
 
     Example:
         ```python
@@ -91,6 +98,12 @@ def evaluate(
     if text is None and not tasks:
         raise ConfigError("there is nothing to judge on; give text (--text), tasks (--tasks) or both")
     sources = [_Source(each, tokenizer, trust_remote_code) for each in (model, against) if each is not None]
+    report = {} if sources[0].folder is None else read_report(sources[0].folder)
+    contexts = [context for source in sources if (context := context_length(source.config)) is not None]
+    seq_len = min([_SEQ_LEN, *contexts]) if seq_len is None else seq_len
+    if text is not None:
+        for source in sources:
+            check_context(source.config, seq_len)
     runner = None
     if tasks:
         runner = TaskRunner.create(
@@ -107,6 +120,7 @@ def evaluate(
     if text is not None:
         cuts = [evaluation_windows(text, each, seq_len, num_windows, split, text_column, stride) for each in tokenizers]
         windows = _same(cuts, sources)
+    conditions = _conditions(text, split, seq_len, step, apply_chat_template)
     with ExitStack() as stack:
         models = [stack.enter_context(_evaluating(source.load(dtype))) for source in sources]
         packed = packed_layers(models[0])
@@ -122,8 +136,6 @@ def evaluate(
         ]
         comparison = None
         if windows is not None:
-            for loaded in models:
-                _check_context(loaded, seq_len)
             reading = read(models, windows, batch_size, seq_len - step)
             text_bytes, digest = predicted_bytes(windows, tokenizers[0], step), windows_digest(windows)
             found = [
@@ -136,10 +148,11 @@ def evaluate(
                 replace(each, tasks=runner.run(loaded, own))
                 for each, loaded, own in zip(found, models, tokenizers, strict=True)
             ]
+    if text is not None:
+        found[0] = replace(found[0], text_uses=text_uses(report, conditions.described))
     first, second = found[0], found[1] if len(found) == 2 else None
     pairs = zip(first.tasks, second.tasks, strict=True) if second is not None else ()
     differences = {ours.task: task_differences(ours, theirs) for ours, theirs in pairs}
-    conditions = _conditions(text, split, seq_len, step, apply_chat_template)
     return EvaluationResult(first, conditions, second, comparison, differences)
 
 
@@ -164,6 +177,13 @@ class _Source:
                 f"{self.folder}: there is no such folder; save the model first, its files are measured too"
             )
         read_headers(weight_files(self.folder))
+
+    @cached_property
+    def config(self) -> Any:
+        """Its configuration, read before its weights are."""
+        if self.folder is None:
+            return getattr(self.given, "config", None)
+        return load_config(self.folder, self.trust_remote_code)
 
     @property
     def folder(self) -> str | None:
@@ -207,9 +227,11 @@ def _same(cuts: Sequence[Tensor], sources: Sequence[_Source]) -> Tensor:
 
 
 def _conditions(text: Any, split: str | None, seq_len: int, stride: int, apply_chat_template: bool) -> Conditions:
-    name = None if text is None else public_name(text) or f"{type(text).__name__} in memory"
-    from_the_hub = isinstance(text, str) and not Path(text).is_file()
-    return Conditions(name, split if from_the_hub else None, seq_len, stride, apply_chat_template)
+    if text is None:
+        return Conditions(None, None, seq_len, stride, apply_chat_template)
+    known = described([text], split)
+    named = known[0] if known else {"name": f"{type(text).__name__} in memory", "split": None, "sha256": None}
+    return Conditions(named["name"], named["split"], seq_len, stride, apply_chat_template, named["sha256"])
 
 
 def _is_pruned(model: nn.Module, packed: Mapping[str, NMLinear]) -> bool:
@@ -219,9 +241,3 @@ def _is_pruned(model: nn.Module, packed: Mapping[str, NMLinear]) -> bool:
     return bool(packed_layers(model)) or (
         bool(dense) and all(follows(dense_weight(dense[name]), packed[name].pattern) for name in dense)
     )
-
-
-def _check_context(model: Any, seq_len: int) -> None:
-    context = context_length(model)
-    if context is not None and seq_len > context:
-        raise CalibrationError(f"seq_len={seq_len} is more than the model's context of {context}; lower seq_len")

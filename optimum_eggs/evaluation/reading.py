@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..errors import ModelError
+from ..errors import ModelError, NumericalError
+from .finite import first_not_finite
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def read(
 
     Raises:
         ModelError: a model predicts masked tokens, gives no logits over a vocabulary, or not over the same one.
+        NumericalError: a loss, or a divergence, is not finite; it names the first layer whose output is not.
     """
     for model in models:
         if type(model).__name__.endswith("ForMaskedLM"):
@@ -68,6 +70,8 @@ def read(
             sizes = " and ".join(str(each.shape[-1]) for each in logits)
             raise ModelError(f"the models have vocabularies of {sizes}, so their predictions cannot be compared")
         losses = [_losses(each, batch[:, 1:]) for each in logits]
+        for model, loss in zip(models, losses, strict=True):
+            _check_finite(model, batch, index * batch_size, loss, "loss")
         nats.append(torch.stack([(loss * counted).sum(1) for loss in losses]))
         tokens.append(counted.sum(1))
         if len(logits) == 2:
@@ -75,12 +79,28 @@ def read(
             agrees = (ours.argmax(-1) == theirs.argmax(-1)).cpu()
             agreement.append((agrees & counted).sum(1).double())
             kl = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+            _check_finite(models[0], batch, index * batch_size, kl, "divergence from the other model")
             divergence.append((kl.cpu().double() * counted).sum(1))
     return Reading(
         torch.cat(nats, 1),
         torch.cat(tokens),
         torch.cat(divergence) if divergence else None,
         torch.cat(agreement) if agreement else None,
+    )
+
+
+def _check_finite(model: nn.Module, batch: Tensor, first: int, values: Tensor, what: str) -> None:
+    """Raise unless the values (batch, tokens - 1) are finite; the batch begins with window `first`."""
+    wrong = torch.isfinite(values).logical_not().nonzero()
+    if not len(wrong):
+        return
+    row, token = wrong[0].tolist()
+    layer = first_not_finite(model, lambda: _logits(model, batch[row : row + 1]))
+    where = "the outputs of its layers are finite" if layer is None else f"the first such output is that of {layer}"
+    raise NumericalError(
+        f"{getattr(model, 'name_or_path', '') or type(model).__name__}: the {what} is NaN or infinite at token "
+        f"{token + 1} of window {first + row}, and {where}; look for such values in the weights, or run in a wider "
+        "dtype"
     )
 
 

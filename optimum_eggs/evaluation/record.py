@@ -24,6 +24,7 @@ def record(result: EvaluationResult, folder: str | Path | None = None) -> bool:
 
     Raises:
         CheckpointError: the report is damaged.
+        OutputError: it cannot be written.
     """
     folder = result.model.folder if folder is None else folder
     if folder is None:
@@ -56,6 +57,7 @@ def _perplexity_entry(result: EvaluationResult, dense: Evaluation | None) -> dic
         "split": asked.split,
         "conditions": f"{found['windows']} windows of {found['seq_len']} tokens{overlap}, {ours.dtype}",
         "tokens_sha256": ours.token_digest,
+        "text_sha256": asked.text_sha256,
         "metrics": {key: found[key] for key in ("perplexity", "bits_per_byte") if found[key] is not None},
     }
     if dense is not None and dense.perplexity is not None and result.comparison is not None:

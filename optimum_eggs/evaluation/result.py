@@ -24,6 +24,7 @@ class Evaluation:
         perplexity: On the text, if there was one.
         token_digest: SHA-256 of the text's token ids.
         tasks: Results of lm-evaluation-harness.
+        text_uses: What else the model's report says was done on the text: `"calibrated"`, `"trained"`.
     """
 
     folder: str | None
@@ -34,6 +35,7 @@ class Evaluation:
     perplexity: Perplexity | None = None
     token_digest: str | None = None
     tasks: list[TaskScore] = field(default_factory=list)
+    text_uses: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, without the single answers of the tasks."""
@@ -52,6 +54,7 @@ class Conditions:
         split: Of a data set from the Hub.
         seq_len, stride: Tokens in a window, and from one window to the next.
         apply_chat_template: Whether tasks were asked as the tokenizer's chat template says.
+        text_sha256: Of the bytes of a file.
     """
 
     text: str | None
@@ -59,6 +62,12 @@ class Conditions:
     seq_len: int
     stride: int
     apply_chat_template: bool = False
+    text_sha256: str | None = None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The text, as [`described`][optimum_eggs.calibration.documents.described] does."""
+        return {"name": self.text, "split": self.split, "sha256": self.text_sha256}
 
 
 @dataclass(frozen=True)

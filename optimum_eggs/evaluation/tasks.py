@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 
 from ..errors import ConfigError, first_line
 from .paired import Estimate, estimate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,11 @@ def _metrics(row: dict[str, Any]) -> dict[str, Score]:
         stderr = row.get(f"{name}_stderr,{chosen}")
         known = isinstance(stderr, int | float) and math.isfinite(stderr)
         label = name if chosen == "none" else f"{name} ({chosen})"
+        if not math.isfinite(value):  # of no documents, or beyond what a number holds
+            logger.warning(
+                "%s: the harness gave %s for %s, which is left out", row.get("alias", "a task"), value, label
+            )
+            continue
         metrics[label] = Score(float(value), float(stderr) if known else None)  # type: ignore[arg-type]
     return metrics
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.documents import documents
+from ..calibration.documents import documents, shown
 from ..calibration.windows import token_stream
 from ..errors import CalibrationError, ConfigError
 
@@ -39,7 +39,7 @@ def evaluation_windows(
     needed = (wanted - 1) * step + seq_len
     if len(ids) < needed:
         raise CalibrationError(
-            f"text={text!r} has {len(ids)} tokens, and {wanted} windows of seq_len={seq_len} need {needed}; "
+            f"text={shown(text)} has {len(ids)} tokens, and {wanted} windows of seq_len={seq_len} need {needed}; "
             "give more text, or lower num_windows or seq_len"
         )
     return ids[:needed].unfold(0, seq_len, step)

@@ -84,10 +84,19 @@ def stored_dtype(folder: str | Path, trust_remote_code: bool = False) -> torch.d
     Raises:
         ModelError: there is no such model.
     """
+    return load_config(folder, trust_remote_code).dtype or torch.float32
+
+
+def load_config(model_id: str | Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a saved model.
+
+    Raises:
+        ModelError: there is no such model.
+    """
     from transformers import AutoConfig
 
-    with translated(str(folder), "model"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or torch.float32
+    with translated(str(model_id), "model"):
+        return AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
 
 
 def load_model(

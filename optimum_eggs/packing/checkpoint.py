@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import strict_json
 from ..errors import CheckpointError, ConfigError
 from ..pattern import NMPattern
 from .layout import FORMAT_VERSION, meta_width
@@ -42,8 +43,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: there is no config.json in it; pass the folder of a saved model")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = strict_json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error}); {_PRUNE_AGAIN}") from error
     packed = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(packed, dict) or packed.get("quant_method") != "eggs":

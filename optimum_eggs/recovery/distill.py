@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+
+from ..errors import NumericalError
+from ..evaluation.finite import first_not_finite
 
 _CHUNK = 256  # tokens whose logits exist in float32 at a time
 
@@ -34,13 +38,23 @@ def teacher_tokens(
     `autocast`: multiply in bfloat16, as the student does while it is trained.
 
     Memory: 6 · top_k bytes a token, and the logits of one window, twice.
+
+    Raises:
+        NumericalError: its predictions are not finite.
     """
     device = next(teacher.parameters()).device
     ids, log_probs = [], []
     bar = tqdm(windows, desc="Reading the teacher", unit="window", disable=None if progress is None else not progress)
     for window in bar:
+        run = partial(teacher, input_ids=window[None].to(device), use_cache=False)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = teacher(input_ids=window[None].to(device), use_cache=False).logits[0].float()
+            logits = run().logits[0].float()
+            if not bool(torch.isfinite(logits.logsumexp(-1)).all()):
+                layer = first_not_finite(teacher, run)
+                raise NumericalError(
+                    f"the teacher's predictions are NaN or infinite, and the first such output is that of {layer}; "
+                    "look for such values in its weights"
+                )
         best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         ids.append(best.indices.to("cpu", torch.int32))
         log_probs.append((best.values - logits.logsumexp(-1, keepdim=True)).to("cpu", torch.float16))

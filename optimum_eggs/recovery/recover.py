@@ -17,18 +17,21 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import strict_json
 from .. import validation as check
-from ..calibration.documents import documents
+from ..calibration.context import check_context
+from ..calibration.documents import described, documents, refuse_twice
 from ..calibration.windows import token_stream, windows_digest
+from ..config import QUANT_METHOD
 from ..engine.report import read_report, without_measurements
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
 from ..files import REPORT_NAME, listed_files
 from ..folders import check_output, claimed, put_in_place, written
 from ..hf.attach import packed_layers
-from ..hf.loading import load_model, load_tokenizer, stored_dtype
+from ..hf.loading import has_tokenizer, load_config, load_model, load_tokenizer
 from ..measure import Meter
-from ..names import public_name
+from ..names import public_name, public_names
 from ..ranks import Ranks
 from ..runs import open_run, run_folder
 from .distill import TeacherTokens, TeacherWindows, teacher_tokens
@@ -47,7 +50,7 @@ class RecoverySettings:
     """How a packed model is trained.
 
     Args:
-        train: Text files or data sets, mixed: their windows are shuffled together.
+        train: Text files, files of rows or data sets, mixed: their windows are shuffled together.
         teacher: Folder or id of the dense model whose next-token probabilities are matched; without one, the text's own
             next tokens are.
         method: `"lora"` trains a masked LoRA on every packed layer and merges it; `"values"` trains the packed values.
@@ -65,9 +68,10 @@ class RecoverySettings:
             teacher, as a mean over the blocks. The teacher then runs beside the model at every step.
         gradient_checkpointing: Compute activations again in the backward pass, for less memory.
         seed: Of the order of the windows, of dropout and of the adapter's start.
+        text_column: Column of data sets and files of rows. Default: `"input_ids"` where there is one, else `"text"`.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or a text is given twice.
     """
 
     train: Sequence[str]
@@ -85,12 +89,14 @@ class RecoverySettings:
     block_matching: float = 0.0
     gradient_checkpointing: bool = False
     seed: int = 0
+    text_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is unknown; use one of {list(METHODS)}")
         if not self.train:
             raise ConfigError("train=[]: name at least one text file or data set")
+        refuse_twice(self.train, "train")
         for name in ("rank", "steps", "batch_size", "evaluations", "patience", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
@@ -109,7 +115,11 @@ class RecoverySettings:
 
 @dataclass
 class RecoveryReport:
-    """What recovery did. Perplexities are on the windows held out; `held_out_loss` is what was minimised, there."""
+    """What recovery did. Perplexities are on the windows held out; `held_out_loss` is what was minimised, there.
+
+    `kept` is `"after"`, or `"before"` where training made the perplexity worse: the values are then those of before.
+    `texts` are what the values kept were trained on, in this recovery and in earlier ones, as `described`.
+    """
 
     settings: dict[str, Any]
     steps: int
@@ -120,6 +130,8 @@ class RecoveryReport:
     windows_held_out: int
     windows_sha256: str
     measurements: dict[str, Any] = field(default_factory=dict)
+    kept: str = "after"
+    texts: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -135,6 +147,8 @@ def recover(
     trust_remote_code: bool = False,
 ) -> RecoveryReport:
     """Train the packed model in `model_id` and write it to `output`, packed under the same mask.
+
+    Of the values before and after training those are written that predict the windows held out better.
 
     Runs `transformers.Trainer` in bfloat16 autocast over float32 weights. Its checkpoints lie in a hidden folder beside
     the output (in it, where it is an empty folder that is there already); the same call after an interruption goes on
@@ -152,27 +166,39 @@ def recover(
         trust_remote_code: Run code that comes with the models.
 
     Raises:
-        ConfigError: PEFT is missing.
-        ModelError: the model has no packed layer, or cannot be loaded.
-        CalibrationError: the texts are too short.
+        ConfigError: PEFT is missing, or the teacher is the model itself.
+        ModelError: the model has no packed layer, or cannot be loaded; the teacher is packed, or has another tokenizer.
+        CalibrationError: the texts are too short, or the windows too long for the model's context.
+        CheckpointError: the model's report cannot be read.
+        NumericalError: a loss or a gradient is not finite; the first such layer is named.
         OutputError: the output may not be written, before the work begins; or the disk is full.
     """
     path = check_output(output, overwrite, sources=[model_id, settings.teacher])
     if settings.method == "lora" and find_spec("peft") is None:
         raise ConfigError("method='lora' needs PEFT: pip install 'peft>=0.21', or use method='values'")
-    stored = stored_dtype(model_id, trust_remote_code)
+    pruned = read_report(model_id)
+    config = load_config(model_id, trust_remote_code)
+    stored = config.dtype or torch.float32
+    check_context(config, settings.seq_len)
+    if settings.teacher is not None:
+        _check_teacher(settings.teacher, model_id, config, trust_remote_code)
     state = PartialState(cpu=not torch.cuda.is_available())
     ranks = Ranks(state.process_index, state.num_processes)
     with ExitStack() as stack:
         with Meter([state.device]) as meter:
             with ranks.together():
-                model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
                 tokenizer = load_tokenizer(model_id, trust_remote_code=trust_remote_code)
-                if not packed_layers(model):
-                    raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
                 train, held_out = training_windows(settings, tokenizer, state.num_processes)
                 digest = windows_digest(torch.cat([train, held_out]))
-                teacher = None if settings.teacher is None else _teacher(settings.teacher, model, trust_remote_code)
+                if settings.teacher is not None:
+                    _check_tokenizer(settings, digest, state.num_processes, trust_remote_code)
+                texts = described(settings.train)
+                model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
+                if not packed_layers(model):
+                    raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
+                teacher = None
+                if settings.teacher is not None:
+                    teacher = load_model(settings.teacher, trust_remote_code=trust_remote_code).eval()
             weights = {name: sha for name, sha in listed_files(Path(model_id)).items() if sha is not None}
             run = {"model": weights or str(model_id), "windows": digest} | asdict(settings)
             work: Path | None = None
@@ -201,10 +227,15 @@ def recover(
                 trained, losses, steps = _train(model, train, held_out, teacher, taught, settings, folder)
             with meter.stage("judging"):
                 after = perplexity(trained, held_out).perplexity
-        public = {"train": [public_name(text) for text in settings.train], "teacher": public_name(settings.teacher)}
+            worse = after > before
+            if worse:
+                trained = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
+        public = {"train": public_names(settings.train), "teacher": public_name(settings.teacher)}
         report = RecoveryReport(
             asdict(settings) | public, steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
         )
+        earlier = pruned.get("recovery", {}).get("texts", [])
+        report.kept, report.texts = ("before", earlier) if worse else ("after", [*earlier, *texts])
         for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
             parameter.data = parameter.data.to(stored)
         trained.config.dtype = stored
@@ -213,7 +244,7 @@ def recover(
                 made = folder / _MADE
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir()
-                _save(made, trained, tokenizer, without_measurements(read_report(model_id)), report, path)
+                _save(made, trained, tokenizer, pruned if worse else without_measurements(pruned), report, path)
                 check_output(path, overwrite)
                 put_in_place(made, path, work)
                 shutil.rmtree(work, ignore_errors=True)
@@ -223,7 +254,7 @@ def recover(
 def _save(made: Path, model: Any, tokenizer: Any, pruned: dict[str, Any], report: RecoveryReport, output: Path) -> None:
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
-    text = json.dumps(pruned | {"recovery": report.to_dict()}, indent=2)
+    text = strict_json.dumps(pruned | {"recovery": report.to_dict()}, indent=2)
     (made / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
     if "layers" in pruned:  # else there is nothing to make a card of
         from ..sharing import keep_own_text, write_card
@@ -244,7 +275,7 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     needed = most * settings.seq_len * 2
     rows = []
     for source in settings.train:
-        ids = token_stream(documents(source, "train", argument="train"), tokenizer, needed)
+        ids = token_stream(documents(source, "train", settings.text_column, argument="train"), tokenizer, needed)
         rows.append(ids[: len(ids) // settings.seq_len * settings.seq_len].view(-1, settings.seq_len))
     windows = torch.cat(rows)
     if len(windows) < 4:
@@ -258,17 +289,36 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     return windows[count:][:most], windows[:count]
 
 
-def _teacher(teacher_id: str, student: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
+def _check_teacher(teacher_id: str, model_id: str | Path, config: Any, trust_remote_code: bool) -> None:
+    """Raise unless the teacher is there, is another model than the student, is dense and has its vocabulary."""
+    folders = [Path(teacher_id), Path(model_id)]
+    if teacher_id == str(model_id) or (all(map(Path.is_dir, folders)) and folders[0].samefile(folders[1])):
+        raise ConfigError(f"teacher={teacher_id!r} is the model that is trained; name the dense model")
     try:
-        teacher = load_model(teacher_id, trust_remote_code=trust_remote_code).eval()
+        theirs = load_config(teacher_id, trust_remote_code)
     except ModelError as error:
         raise ModelError(f"teacher={teacher_id!r}: {error}") from error
-    ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
-    if ours != theirs:
+    if (getattr(theirs, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
+        raise ModelError(f"teacher={teacher_id!r} is a packed model; name the dense one that was pruned")
+    sizes = [each.get_text_config().vocab_size for each in (theirs, config)]
+    if sizes[0] != sizes[1]:
         raise ModelError(
-            f"teacher={teacher_id!r} has a vocabulary of {theirs}, the model one of {ours}; they must agree"
+            f"teacher={teacher_id!r} has a vocabulary of {sizes[0]}, the model one of {sizes[1]}; they must agree"
         )
-    return teacher
+
+
+def _check_tokenizer(settings: RecoverySettings, digest: str, processes: int, trust_remote_code: bool) -> None:
+    """Raise unless the teacher's tokenizer, if it has one, cuts the texts into the windows of this digest."""
+    teacher = settings.teacher
+    assert teacher is not None
+    if Path(teacher).is_dir() and not has_tokenizer(teacher):
+        return
+    theirs = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+    if windows_digest(torch.cat(training_windows(settings, theirs, processes))) != digest:
+        raise ModelError(
+            f"teacher={teacher!r}: its tokenizer cuts the text differently; name the model that was pruned, or another "
+            "with its tokenizer"
+        )
 
 
 def _taught(file: Path, teacher: PreTrainedModel, windows: Tensor, top_k: int) -> TeacherTokens:

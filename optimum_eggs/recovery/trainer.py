@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,11 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from ..engine.rates import sizes
+from ..errors import NumericalError
+from ..evaluation.finite import first_not_finite, plain_name
 from .distill import block_error, divergence
+
+_REMEDY = "use a smaller learning rate (--lr)"
 
 
 class _Bar(ProgressCallback):
@@ -70,7 +75,34 @@ class RecoveryTrainer(Trainer):
                 theirs = self._teacher(input_ids=inputs["input_ids"], output_hidden_states=True, use_cache=False)
             error = block_error(outputs.hidden_states[1:], theirs.hidden_states[1:])  # the first is the embedding
             loss = loss + self._block_matching * error
+        if not bool(torch.isfinite(loss)):
+            raise NumericalError(self._not_finite(model, inputs["input_ids"]))
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A step; its gradients must be finite.
+
+        Raises:
+            NumericalError: they, or the loss, are not.
+        """
+        loss = super().training_step(*args, **kwargs)
+        parameters = cast(nn.Module, self.model).named_parameters()
+        gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+        if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients.values(), float("inf")))):
+            name = next(name for name, grad in gradients.items() if not bool(torch.isfinite(grad).all()))
+            raise NumericalError(
+                f"step {self.state.global_step + 1}: the gradient of {plain_name(name)} is NaN or infinite; {_REMEDY}"
+            )
+        return loss
+
+    def _not_finite(self, model: Any, ids: Tensor) -> str:
+        """Where a loss that is not finite comes from."""
+        run = {"the model": model} | ({} if self._teacher is None else {"the teacher": self._teacher})
+        layers = {name: first_not_finite(each, partial(each, input_ids=ids)) for name, each in run.items()}
+        found = [f"of {layer} in {name}" for name, layer in layers.items() if layer is not None]
+        where = f"the first such output is that {found[0]}" if found else "the outputs of all layers are finite"
+        step = f"{'' if model.training else 'after '}step {self.state.global_step + model.training}"
+        return f"{step}: the loss is NaN or infinite, and {where}; {_REMEDY}"
 
 
 def parameter_groups(model: nn.Module, share: float) -> list[dict[str, Any]]:

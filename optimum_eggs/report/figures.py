@@ -154,7 +154,8 @@ def perplexities(report: Report) -> Figure | None:
     recovered = report.get("recovery")
     if recovered:
         bars.append(("held out: before recovery", recovered["perplexity_before"], COLOURS[1]))
-        bars.append(("held out: after recovery", recovered["perplexity_after"], COLOURS[0]))
+        dropped = ", not kept" if recovered.get("kept") == "before" else ""
+        bars.append((f"held out: after recovery{dropped}", recovered["perplexity_after"], COLOURS[0]))
     return _bars("Perplexity (less is better)", "perplexity", bars, ".2f")
 
 

@@ -59,7 +59,7 @@ def report_page(folder: str | Path, figures: str | Path | None = None, *, with_s
 
     Raises:
         ModelError: the folder has no report of a pruned model.
-        CheckpointError: its weights cannot be read, or are damaged.
+        CheckpointError: its report or its weights cannot be read, or are damaged.
         ConfigError: matplotlib is missing.
         OutputError: the pictures cannot be written.
     """
@@ -170,6 +170,8 @@ def _summary(report: dict[str, Any]) -> str:
             f"Recovered under the mask: {recovered['steps']} steps of <code>{html.escape(settings['method'])}</code>, "
             f"in {recovered['measurements']['seconds']:,.0f} s."
         )
+        if recovered.get("kept") == "before":
+            lines.append("That was worse on the windows held out, so the values are those of before.")
     speed = report.get("benchmark")
     if speed:
         machine = speed["machine"]

@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from ..calibration.documents import DatasetName, dataset_id
 from ..config import EGGSConfig
-from ..engine.report import read_report
+from ..engine.report import read_report, text_uses
 from ..errors import ModelError, first_line, more
 from ..files import REPORT_NAME
 from ..names import hub_id
@@ -154,10 +154,16 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
         method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{more(dense, 6)}.")
     if recovered:
         settings = recovered["settings"]
+        done = (
+            f"{recovered['steps']} steps of `{settings['method']}` on {recovered['windows']} windows of "
+            f"{settings['seq_len']} tokens"
+            + (", towards the dense model's probabilities" if settings.get("teacher") else "")
+        )
         method.append(
-            f"Recovered afterwards under the mask: {recovered['steps']} steps of `{settings['method']}` on "
-            f"{recovered['windows']} windows of {settings['seq_len']} tokens"
-            + (", towards the dense model's probabilities." if settings.get("teacher") else ".")
+            f"Training it afterwards under the mask ({done}) raised the perplexity on the windows held out, so the "
+            "values are those of before."
+            if recovered.get("kept") == "before"
+            else f"Recovered afterwards under the mask: {done}."
         )
     done = "stored packed, with the zeros that it had:" if as_it_was else "pruned and stored packed:"
     return {
@@ -233,7 +239,10 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
 def _measured(report: dict[str, Any]) -> str:
     lines = ["| what | on | value | dense |", "|---|---|---:|---:|"]
     for entry in report.get("evaluations", []):
-        where = f"{entry['dataset']}, {entry['conditions']}"
+        text = {"name": entry["dataset"], "split": entry.get("split"), "sha256": entry.get("text_sha256")}
+        uses = text_uses(report, text)
+        also = f"; the model was also {' and '.join(uses)} on it" if uses else ""
+        where = f"{entry['dataset']}, {entry['conditions']}{also}"
         for metric, value in entry["metrics"].items():
             dense = entry.get("dense", {}).get(metric)
             lines.append(f"| {metric} | {where} | {value:.2f} | {'' if dense is None else f'{dense:.2f}'} |")
@@ -248,7 +257,7 @@ def _measured(report: dict[str, Any]) -> str:
             theirs = entry.get("dense", {}).get(metric)
             lines.append(f"| {metric} | {where} | {_score(score)} | {'' if theirs is None else _score(theirs)} |")
     recovered = report.get("recovery")
-    if recovered:
+    if recovered and recovered.get("kept") != "before":
         change = f"{recovered['perplexity_after']:.2f} (before: {recovered['perplexity_before']:.2f})"
         lines.append(f"| perplexity after recovery | {recovered['windows_held_out']} windows held out | {change} | |")
     speed = report.get("benchmark")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
+from .. import strict_json
 from .. import validation as check
 from ..engine.report import read_report, without_measurements
 from ..files import REPORT_NAME, seal
@@ -43,7 +43,7 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
     def save(folder: Path) -> None:
         model.save_pretrained(folder, max_shard_size=shard_size)
         kept = report if source is None or _same_weights(folder, source) else without_measurements(report)
-        (folder / REPORT_NAME).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        (folder / REPORT_NAME).write_text(strict_json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         seal(folder)
 
     return save_and_push(save, repo_id, **options)

@@ -1,6 +1,6 @@
 """How fast packed layers and packed models are on this machine, beside dense ones."""
 
 from .layers import LayerTiming, read_bandwidth, time_layer
-from .models import ModelTiming, time_models
+from .models import ModelTiming, check_models, time_models
 
-__all__ = ["LayerTiming", "ModelTiming", "read_bandwidth", "time_layer", "time_models"]
+__all__ = ["LayerTiming", "ModelTiming", "check_models", "read_bandwidth", "time_layer", "time_models"]

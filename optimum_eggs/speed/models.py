@@ -12,8 +12,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..calibration.context import context_length
+from ..errors import ConfigError
 from ..hf.attach import packed_layers
-from ..hf.loading import load_model
+from ..hf.loading import load_config, load_model
 from ..measure import devices_of
 from .timing import Seconds, alternate
 
@@ -55,8 +57,10 @@ def time_models(
     `new_tokens` tokens after a prompt of one. Code that comes with a model is run with `trust_remote_code` alone.
 
     Raises:
+        ConfigError: as [`check_models`].
         ModelError, CheckpointError: a folder cannot be loaded.
     """
+    check_models(folders, prompt, new_tokens, trust_remote_code)
     models, resident = [], []
     for folder in folders:
         _load_and_use(folder, dtype, trust_remote_code)
@@ -84,6 +88,23 @@ def time_models(
         )
         for folder, model, first, second, grown in zip(folders, models, prefill, decode, resident, strict=True)
     ]
+
+
+def check_models(folders: list[str | Path], prompt: int, new_tokens: int, trust_remote_code: bool = False) -> None:
+    """Look for the models, and see that what is to be timed fits their contexts, before anything is loaded.
+
+    Raises:
+        ConfigError: the prompt, or the tokens decoded after a prompt of one, are more than a model's context.
+        ModelError: a folder is not that of a model.
+    """
+    for folder in folders:
+        context = context_length(load_config(folder, trust_remote_code))
+        for flag, tokens, needed in (("prompt", prompt, prompt), ("new_tokens", new_tokens, new_tokens + 1)):
+            if context is not None and needed > context:
+                raise ConfigError(
+                    f"{flag}={tokens} (--{flag.replace('_', '-')}) takes {needed} positions, and the context of "
+                    f"{folder} has {context}; lower it"
+                )
 
 
 def _load_and_use(folder: str | Path, dtype: str, trust_remote_code: bool) -> PreTrainedModel:

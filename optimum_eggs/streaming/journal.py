@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import strict_json
 from ..engine.block import BlockResult
 from ..engine.report import DenseLayer, LayerReport
 from ..engine.tune import BlockTuning
@@ -68,7 +69,7 @@ class Journal:
         blocks = [
             {"file": block.file, "sha256": block.sha256, "result": _as_json(block.result)} for block in self.finished
         ]
-        write_durably(self.folder / JOURNAL_NAME, json.dumps(blocks, indent=1, allow_nan=False))
+        write_durably(self.folder / JOURNAL_NAME, strict_json.dumps(blocks, indent=1))
 
 
 def sample(file: Path, pieces: int = 64, size: int = 4096) -> str:

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .. import validation as check
 from ..calibration.states import StatesOnDisk
-from ..calibration.windows import windows_digest
+from ..calibration.windows import check_calibration, windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
 from ..engine.plan import PrunePlan, make_plan
@@ -108,6 +108,7 @@ def prune_checkpoint(
         budget = None if memory_budget is None else check.size("memory_budget", memory_budget, least=0)
         shard_size = check.size("max_shard_size", max_shard_size)
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        check_calibration(config.calibration)
         source = DenseSource(model, dtype, device, config.block_list, revision=revision, token=token, **trust)
         tokenizer = config.tokenizer
         if tokenizer is None and has_tokenizer(source.folder):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from optimum_eggs.cli.main import main
 from optimum_eggs.cli.prune import parse_sources
 from optimum_eggs.folders import check_output
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.speed import time_layer
 
 OPTIMUM_CLI = Path(sys.executable).with_name("optimum-cli")
 SMALL = ["--num-samples", "8", "--seq-len", "16", "--set", "band=8"]
@@ -220,6 +222,24 @@ def test_spectra_are_measured_on_request_alone(dense_folder, text_file, tmp_path
     within("benchmark", tmp_path / "out", *QUICK, "--layers-only")
     with pytest.raises(AssertionError, match="spectra were measured"):
         within("inspect", tmp_path / "out", "--spectra")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["https://example.org/a.txt"], "calibration='https://example.org/a.txt': a URL is not read"),
+        (["-"], "calibration='-': standard input is not read"),
+        ([""], "calibration='' is empty"),
+        (["c4", "s3://bucket/a.txt"], "calibration='s3://bucket/a.txt': a URL is not read"),
+        (["c4", "no.txt"], "calibration='no.txt': there is no such file"),
+        (["sample=0"], "calibration: the share 0.0 of 'sample' is not a positive number"),
+    ],
+)
+def test_sources_are_looked_at_before_the_model(sources, message, dense_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_eggs.streaming.prune.DenseSource", None)
+    options = [part for source in sources for part in ("--calibration", source)]
+    done = within("prune", dense_folder, tmp_path / "out", *options, code=2)
+    assert message in done.stderr
 
 
 def test_several_sources_are_mixed(dense_folder, text_file, tmp_path):
@@ -424,6 +444,62 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command.inspect, "run", interrupted)
     assert command.main(["inspect", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model.embed_tokens.weight", float("nan")), ("model.norm.weight", float("-inf"))]
+)
+def test_inspect_looks_at_dense_tensors_too(name, value, packed_folder, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "copy")
+    damage(folder, lambda t: t[name].view(-1)[-1].fill_(value))
+    done = within("inspect", folder, code=2)
+    assert f"error: {name}: values: holds NaN or infinite values\n" in done.stderr
+    assert "no violation" not in done.stdout
+
+
+def test_a_report_that_cannot_be_written_costs_nothing(packed_folder, dense_folder, text_file, tmp_path, monkeypatch):
+    folder = shutil.copytree(packed_folder, tmp_path / "model")
+    before = (folder / "report.json").read_text()
+    commands = {"evaluate": ["--text", text_file, "--seq-len", 16, "--num-windows", 2], "benchmark": QUICK}
+
+    def read_only(**options):
+        raise OSError(30, "Read-only file system", str(options["dir"]))
+
+    monkeypatch.setattr("optimum_eggs.speed.read_bandwidth", lambda: None)  # it takes half a second
+    monkeypatch.setattr("optimum_eggs.speed.time_layer", partial(time_layer, working_set=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_eggs.engine.report.TemporaryFile", read_only)
+        for command, options in commands.items():
+            done = within(command, folder, *options)
+            assert "MB" in done.stdout
+            assert "recorded in" not in done.stdout
+            assert done.stderr.startswith("warning: what is measured is not recorded: ")
+            assert "Read-only file system" in done.stderr
+        assert not within("evaluate", folder, *commands["evaluate"], "--no-record").stderr
+    (folder / "report.json.partial").mkdir()  # nothing tells beforehand
+    for command, options in commands.items():
+        done = within(command, folder, *options, "--json")
+        assert json.loads(done.stdout)
+        assert "is not recorded: " in done.stderr
+    assert (folder / "report.json").read_text() == before
+
+
+def test_benchmark_looks_at_everything_first(packed_folder, dense_folder, tmp_path, monkeypatch):
+    def measured(*arguments, **options):
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr("optimum_eggs.speed.read_bandwidth", measured)
+    for option, value, needed in (("--prompt", 129, 129), ("--new-tokens", 128, 129)):
+        done = within("benchmark", packed_folder, *QUICK, option, value, code=2)
+        assert f"({option}) takes {needed} positions, and the context of {packed_folder} has 128; low" in done.stderr
+    done = within("benchmark", packed_folder, "--against", tmp_path / "no", *QUICK, code=2)
+    assert f"error: --against {tmp_path / 'no'}: there is no such folder" in done.stderr
+    other = shutil.copytree(dense_folder, tmp_path / "other")
+    (other / "config.json").write_text("{")
+    assert "cannot load the model" in within("benchmark", packed_folder, "--against", other, *QUICK, code=2).stderr
+    folder = shutil.copytree(packed_folder, tmp_path / "model")
+    (folder / "report.json").write_text("[]")
+    assert "report.json: holds [], no report; save" in within("benchmark", folder, *QUICK, code=2).stderr
 
 
 QUICK = ["--batch", 1, 3, "--prompt", 8, "--new-tokens", 2, "--repeats", 1, "--layer-repeats", 1]

@@ -201,3 +201,11 @@ def test_a_text_too_short_for_four_questions_is_refused(tmp_path, monkeypatch, c
         runpy.run_path(str(EXAMPLES / "make_task.py"), run_name="__main__")
     assert "has 4 words" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_number_is_left_out_and_said(caplog):
+    row = {"alias": "mine", "acc,none": 0.5, "word_perplexity,none": float("inf"), "f1,none": float("nan")}
+    found = {"results": {"mine": row}, "samples": {"mine": []}, "n-samples": {"mine": {"effective": 3}}}
+    (score,) = scores(found | {"versions": {"mine": 1}, "n-shot": {"mine": 0}}, ["mine"])
+    assert score.metrics == {"acc": Score(0.5, None)}
+    assert "mine: the harness gave inf for word_perplexity, which is left out" in caplog.text

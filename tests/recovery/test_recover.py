@@ -16,11 +16,21 @@ import pytest
 import tiny
 import torch
 from oracles import gaussian
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from optimum_eggs.cli.main import main
 from optimum_eggs.engine.report import read_report, update_report
-from optimum_eggs.errors import CalibrationError, ConfigError, ModelError, OutputError
+from optimum_eggs.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    NumericalError,
+    OutputError,
+)
+from optimum_eggs.evaluation import Perplexity
 from optimum_eggs.folders import claimed
 from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
@@ -33,8 +43,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SMALL = {"seq_len": 16, "batch_size": 2, "steps": 4, "evaluations": 2, "rank": 2}
 
 
+RECOVER = sys.modules["optimum_eggs.recovery.recover"]  # the package has a function of that name
+
+
 def settings(text_file, **values):
     return RecoverySettings([str(text_file)], **(SMALL | values))
+
+
+@pytest.fixture
+def _not_worse(monkeypatch):
+    """What was trained is kept, although it was trained on nothing that a random model could learn."""
+    monkeypatch.setattr(RECOVER, "perplexity", lambda *arguments: Perplexity(2.0, 0.7, 1, 1, 1))
 
 
 def test_the_divergence_is_that_of_the_whole_vocabulary_where_all_of_it_is_kept():
@@ -76,6 +95,7 @@ def test_the_teachers_tokens(dense_folder):
 
 @pytest.mark.parametrize("method", ["lora", "values"])
 @pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.usefixtures("_not_worse")
 def test_recovery_keeps_the_mask_and_writes_a_packed_model(
     method, taught, packed_folder, dense_folder, text_file, tmp_path
 ):
@@ -238,11 +258,15 @@ def test_settings_out_of_range(values, message, text_file):
         settings(text_file, **values)
 
 
-def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_path, monkeypatch):
+def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_path, monkeypatch, tmp_path_factory):
+    short = tmp_path_factory.mktemp("short") / "short.txt"
+    short.write_text(text_file.read_text()[:80])
     with pytest.raises(ModelError, match="no packed layer"):
         recover(dense_folder, tmp_path / "out", settings(text_file))
     with pytest.raises(CalibrationError, match="needs four"):
-        recover(packed_folder, tmp_path / "out", settings(text_file, seq_len=5000))
+        recover(packed_folder, tmp_path / "out", settings(short))
+    with pytest.raises(CalibrationError, match="seq_len=129 is more than the model's context of 128 tokens"):
+        recover(packed_folder, tmp_path / "out", settings(text_file, seq_len=129))
     with pytest.raises(ModelError, match="there is no such folder"):
         recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(tmp_path / "nowhere")))
     with pytest.raises(CalibrationError, match=r"train='.*no.txt': there is no such file"):
@@ -260,6 +284,134 @@ def test_bad_input_leaves_nothing(packed_folder, dense_folder, text_file, tmp_pa
     with pytest.raises(ConfigError, match="train="):
         RecoverySettings([])
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.fixture
+def _nothing_is_loaded(monkeypatch):
+    def loaded(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(RECOVER, "load_model", loaded)
+
+
+@pytest.mark.usefixtures("_nothing_is_loaded")
+def test_a_teacher_is_another_dense_model_of_the_same_tokenizer(
+    packed_folder, dense_folder, text_file, tokenizer, tmp_path
+):
+    def refused(error, message, teacher):
+        with pytest.raises(error, match=message):
+            recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(teacher)))
+
+    (tmp_path / "link").symlink_to(packed_folder)
+    for itself in (packed_folder, tmp_path / "link", packed_folder / ".." / packed_folder.name):
+        refused(ConfigError, r"teacher='.*' is the model that is trained; name the dense model", itself)
+    refused(
+        ModelError, r"copy' is a packed model; name the dense one", shutil.copytree(packed_folder, tmp_path / "copy")
+    )
+    other = shutil.copytree(dense_folder, tmp_path / "other")
+    (other / "config.json").write_text("{")
+    refused(ModelError, r"other: cannot load the model", other)
+    config = json.loads((dense_folder / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    refused(ModelError, r"other' has a vocabulary of 300, the model one of 256", other)
+    (other / "config.json").write_text(json.dumps(config))
+    plain = json.loads((other / "tokenizer.json").read_text())
+    plain["model"]["merges"] = plain["model"]["merges"][:5]
+    (other / "tokenizer.json").write_text(json.dumps(plain))
+    refused(ModelError, r"other': its tokenizer cuts the text differently", other)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_nothing_is_loaded")
+def test_a_damaged_report_is_found_first(packed_folder, text_file, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "model")
+    (folder / "report.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"report.json: holds \[\], no report"):
+        recover(folder, tmp_path / "out", settings(text_file))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_training_that_makes_it_worse_keeps_what_was(packed_folder, text_file, tmp_path, capsys):
+    before = shutil.copytree(packed_folder, tmp_path / "before")
+    report = json.loads((before / "report.json").read_text()) | {"evaluations": [], "benchmark": None}
+    (before / "report.json").write_text(json.dumps(report))
+    command = ["recover", str(before), str(tmp_path / "out"), "--train", str(text_file), "--lr", "3", "--steps", "2"]
+    assert main([*command, "--seq-len", "16", "--batch-size", "2", "--method", "values"]) == 0
+    assert "training made it worse: the values of before were kept" in capsys.readouterr().out
+    found = read_report(tmp_path / "out")
+    recovery = found["recovery"]
+    assert recovery["perplexity_after"] > recovery["perplexity_before"]
+    assert (recovery["kept"], recovery["texts"]) == ("before", [])
+    assert found["evaluations"] == []  # still true of it
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (before, tmp_path / "out"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "raised the perplexity on the windows held out, so the values are those of before." in card
+    assert "perplexity after recovery" not in card
+
+
+@pytest.mark.usefixtures("_not_worse")
+def test_the_texts_of_every_recovery_are_known(packed_folder, text_file, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"a": "x", "b": "some words " * 99}) + "\n" for _ in "abc"))
+    assert recover(packed_folder, tmp_path / "one", settings(text_file, steps=1)).kept == "after"
+    with pytest.raises(CalibrationError, match=r"train='.*rows.jsonl' has the columns of texts \['a', 'b'\]"):
+        recover(tmp_path / "one", tmp_path / "two", settings(tmp_path / "rows.jsonl", steps=1))
+    chosen = settings(tmp_path / "rows.jsonl", steps=1, text_column="b")
+    texts = recover(tmp_path / "one", tmp_path / "two", chosen).texts
+    assert [text["name"] for text in texts] == [text_file.name, "rows.jsonl"]
+    assert read_report(tmp_path / "two")["recovery"]["texts"] == texts
+    assert len(texts[0]["sha256"]) == 64
+
+
+def test_a_text_given_twice(text_file):
+    with pytest.raises(ConfigError, match=r"train='.*' is given twice, as '.*' too"):
+        RecoverySettings([str(text_file), str(text_file.parent / "." / ".." / text_file.parent.name / "text.txt")])
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_layer(packed_folder, text_file, tmp_path, monkeypatch):
+    plain, left = LlamaMLP.forward, [0]
+
+    def forward(self, x):
+        left[0] -= 1
+        return plain(self, x) * (torch.nan if left[0] < 0 else 1)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    judged = r"at token 1 of window 0, and the first such output is that of model.layers.0.mlp;"
+    trained = r"^step 2: the loss is .* of model.layers.0.mlp in the model; use a smaller"
+    for passes, place in ((0, judged), (3, trained)):
+        left[0] = passes * 2  # there are two blocks
+        with pytest.raises(NumericalError, match=place):
+            recover(packed_folder, tmp_path / "out", settings(text_file), overwrite=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_is_not_finite_names_its_layer(packed_folder, dense_folder, text_file, tmp_path):
+    other = shutil.copytree(dense_folder, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0] = torch.inf
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        NumericalError, match=r"the teacher's predictions .* is that of model.layers.1.mlp.up_proj; look"
+    ):
+        recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(other)))
+
+
+def test_a_gradient_that_is_not_finite_names_the_layer(packed_folder, text_file, tmp_path, monkeypatch):
+    plain = RECOVER.packed_layers
+
+    def watched(model):
+        layers = plain(model)
+        weight = layers["model.layers.1.mlp.up_proj"].weight
+        if weight.requires_grad is False and not weight._backward_hooks:
+            weight.requires_grad_(True).register_hook(lambda grad: grad * torch.inf)
+        return layers
+
+    monkeypatch.setattr(RECOVER, "packed_layers", watched)
+    with pytest.raises(
+        NumericalError, match=r"^step 1: the gradient of model.layers.1.mlp.up_proj.weight is NaN or inf"
+    ):
+        recover(packed_folder, tmp_path / "out", settings(text_file, method="values"))
 
 
 def test_the_command(packed_folder, text_file, tmp_path, capsys):
@@ -280,6 +432,7 @@ def test_the_error_of_blocks():
     assert float(block_error(student, teacher)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.usefixtures("_not_worse")
 def test_matching_blocks_brings_them_nearer_to_the_teachers(
     packed_folder, dense_folder, text_file, tokenizer, tmp_path
 ):

@@ -108,6 +108,16 @@ def test_what_was_not_measured_is_not_drawn(folder):
     assert "Decodes 20.0 tokens/s, dense 10.0, on a &lt;processor&gt;, 2 threads." in page
 
 
+def test_values_that_were_not_kept_are_said_to_be_none(folder):
+    numbers = {"steps": 4, "windows": 8, "windows_held_out": 2, "perplexity_before": 5.0, "perplexity_after": 6.5}
+    recovery = numbers | {"settings": {"method": "lora"}, "measurements": {"seconds": 1.0}}
+    for kept in ("after", "before"):
+        edit(folder, recovery=recovery | {"kept": kept})
+        page = report_page(folder)
+        assert ("held out: after recovery, not kept" in page) is (kept == "before")
+        assert ("so the values are those of before." in page) is (kept == "before")
+
+
 def test_a_text_judged_twice_has_bars_that_say_under_which_conditions():
     def bars(*conditions):
         entries = [{"dataset": "t", "conditions": c, "metrics": {"perplexity": 9.0}} for c in conditions]

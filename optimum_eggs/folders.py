@@ -246,7 +246,7 @@ def _check_room(path: Path, needs: int) -> None:
     free = shutil.disk_usage(there).free
     if needs > free:
         raise OutputError(
-            f"{path}: about {needs / 1e9:.1f} GB will be written, and {free / 1e9:.1f} GB are free there; free some, "
+            f"{path}: about {needs / 1e6:,.1f} MB will be written, and {free / 1e6:,.1f} MB are free there; free some, "
             "or name a folder on another disk"
         )
 

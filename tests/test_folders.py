@@ -222,7 +222,7 @@ def test_a_place_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
 def test_too_little_space_is_seen_before_the_work(tmp_path):
     refused(
         tmp_path / "out",
-        r"out: about 1000000000.0 GB will be written, and [\d.]+ GB are free there; free some, or name a folder on",
+        r"out: about 1,000,000,000,000.0 MB will be written, and [\d.,]+ MB are free there; free some, or name",
         needs=10**18,
     )
 

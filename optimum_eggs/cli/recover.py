@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="highest learning rate, as a share of the weights' root mean square (default: 5e-3 lora, 1.5e-3 values)",
     )
     parser.add_argument(
-        "--seq-len", type=integer(2), default=512, metavar="N", help="tokens in a window (default: 512)"
+        "--seq-len", type=integer(2), metavar="N", help="tokens in a window (default: 512, or the model's context)"
     )
     parser.add_argument(
         "--batch-size", type=integer(1), default=4, metavar="N", help="windows in a step of each process (default: 4)"

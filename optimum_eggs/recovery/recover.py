@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import strict_json
 from .. import validation as check
-from ..calibration.context import check_context
+from ..calibration.context import check_context, context_length
 from ..calibration.documents import described, documents, refuse_twice
 from ..calibration.windows import token_stream, windows_digest
 from ..config import QUANT_METHOD
@@ -32,6 +32,7 @@ from ..hf.attach import packed_layers
 from ..hf.loading import has_tokenizer, load_config, load_model, load_tokenizer
 from ..measure import Meter
 from ..names import public_name, public_names
+from ..presets import SEQ_LEN
 from ..ranks import Ranks
 from ..runs import open_run, run_folder
 from .distill import TeacherTokens, TeacherWindows, teacher_tokens
@@ -58,7 +59,7 @@ class RecoverySettings:
         steps: Optimiser steps.
         learning_rate: At its highest, after a twentieth of the steps; it falls to zero as a cosine. A share of the root
             mean square of the weights that are changed. Default: 5e-3 for `"lora"`, 1.5e-3 for `"values"`.
-        seq_len: Tokens in a window.
+        seq_len: Tokens in a window. Default: 512, or the model's context where that is shorter.
         batch_size: Windows in a step of each process.
         held_out: Share of the windows that training does not see, at least two windows and at most 16.
         evaluations: Times that they are judged during training; the best of these states is the one kept.
@@ -80,7 +81,7 @@ class RecoverySettings:
     rank: int = 16
     steps: int = 200
     learning_rate: float | None = None
-    seq_len: int = 512
+    seq_len: int | None = None
     batch_size: int = 4
     held_out: float = 0.05
     evaluations: int = 8
@@ -101,7 +102,7 @@ class RecoverySettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
         check.integer("seed", self.seed, least=0, most=check.NUMPY_SEEDS)
-        if self.seq_len < 2:
+        if self.seq_len is not None and self.seq_len < 2:
             raise ConfigError(f"seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out} is no share; use a number between 0 and 1")
@@ -179,7 +180,7 @@ def recover(
     pruned = read_report(model_id)
     config = load_config(model_id, trust_remote_code)
     stored = config.dtype or torch.float32
-    check_context(config, settings.seq_len)
+    settings = _with_seq_len(settings, config)
     if settings.teacher is not None:
         _check_teacher(settings.teacher, model_id, config, trust_remote_code)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -263,14 +264,23 @@ def _save(made: Path, model: Any, tokenizer: Any, pruned: dict[str, Any], report
         write_card(made, output.name)
 
 
+def _with_seq_len(settings: RecoverySettings, config: Any) -> RecoverySettings:
+    """The settings with the `seq_len` that they stand for, if none was given; one that is too long is refused."""
+    if settings.seq_len is None:
+        return replace(settings, seq_len=min(SEQ_LEN, context_length(config) or SEQ_LEN))
+    check_context(config, settings.seq_len)
+    return settings
+
+
 def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int = 1) -> tuple[Tensor, Tensor]:
-    """Windows to train on and windows held out, (windows, seq_len) each, shuffled with the seed.
+    """Windows to train on and windows held out, (windows, seq_len) each, shuffled with the seed. A `seq_len` is given.
 
     Of every text as much is read as all steps of all processes together need.
 
     Raises:
         CalibrationError: the texts together hold fewer than four windows.
     """
+    assert settings.seq_len is not None
     most = settings.steps * settings.batch_size * processes
     needed = most * settings.seq_len * 2
     rows = []

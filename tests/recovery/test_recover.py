@@ -201,6 +201,13 @@ def test_an_interrupted_run_does_the_steps_that_are_left_and_ends_the_same(
         torch.testing.assert_close(cut[name].weight, layer.weight, rtol=1e-5, atol=1e-6)
 
 
+def test_windows_are_no_longer_than_the_context_unless_asked_for(packed_folder, tmp_path):
+    (tmp_path / "long.txt").write_text(tiny.make_text(20000))
+    asked = RecoverySettings([str(tmp_path / "long.txt")], steps=1, batch_size=1, rank=2)
+    report = recover(packed_folder, tmp_path / "out", asked)
+    assert report.settings["seq_len"] == 128
+
+
 def test_what_a_run_of_other_settings_has_left_is_not_in_the_way(
     packed_folder, text_file, tmp_path, monkeypatch, caplog
 ):

@@ -58,11 +58,21 @@ def without(secret: str | bool | None, said: str | Exception) -> str | Exception
 
 
 def led_by(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
-    yield error
-    for earlier in (error.__cause__, error.__context__):
-        if earlier is not None:
-            yield from led_by(earlier)
+    """An error, and those that led to it, each once.
+
+    >>> error = ValueError("later")
+    >>> error.__cause__ = error.__context__ = KeyError("earlier")
+    >>> [str(each) for each in led_by(error)]
+    ['later', "'earlier'"]
+    """
+    found: dict[int, BaseException] = {}
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and id(each) not in found:
+            found[id(each)] = each
+            waiting += [each.__context__, each.__cause__]
+            yield each
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from . import strict_json
 
 REPORT_NAME = "report.json"
 """The record of a folder: what is known of the model in it, and which files are ours."""
@@ -20,19 +23,17 @@ def seal(folder: Path) -> None:
     """Put the list of all files in `folder` into its record, weight files with their SHA-256, other files with None."""
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = sorted({REPORT_NAME, *found})
-    files = {name: sha256(folder / name) if name.endswith(_WEIGHTS) else None for name in names}
-    record = _read(folder) | {_FILES: files}
-    write_durably(folder / REPORT_NAME, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    _write_list(folder, {name: sha256(folder / name) if name.endswith(_WEIGHTS) else None for name in names})
 
 
 def add_to_list(folder: Path, paths: Iterable[Path]) -> None:
-    """Add files that were written since to the list of a folder that has one. The file is replaced in one step."""
+    """Add files that were written since, in `folder`, to its list, if it has one. The record is replaced whole."""
+    here = folder.resolve()
+    inside = (path.resolve() for path in paths)
     files = listed_files(folder)
-    names = {path.relative_to(folder).as_posix() for path in paths} - files.keys()
-    if not files or not names:
-        return
-    record = _read(folder) | {_FILES: dict(sorted((files | dict.fromkeys(names)).items()))}
-    write_durably(folder / REPORT_NAME, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    names = {path.relative_to(here).as_posix() for path in inside if path.is_relative_to(here)} - files.keys()
+    if files and names:
+        _write_list(folder, files | dict.fromkeys(names))
 
 
 def listed_files(folder: Path) -> dict[str, str | None]:
@@ -46,11 +47,10 @@ def listed_files(folder: Path) -> dict[str, str | None]:
 
 def changed_files(folder: Path) -> list[str]:
     """Names of the weight files that are no more what the record says; not of those that are missing."""
-    listed = listed_files(folder)
     return [
         name
-        for name, digest in listed.items()
-        if digest is not None and (folder / name).is_file() and sha256(folder / name) != digest
+        for name, digest in listed_files(folder).items()
+        if digest is not None and (folder / name).is_file() and _digest_now(folder / name) != digest
     ]
 
 
@@ -61,6 +61,23 @@ def sha256(file: Path) -> str:
         while piece := opened.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def sample(file: Path, pieces: int = 64, size: int = 4096) -> str:
+    """The SHA-256 of some pieces of a file, evenly spread: whether two large files are likely to be the same."""
+    length, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as opened:
+        for piece in range(pieces):
+            opened.seek(piece * max(0, length - size) // (pieces - 1))
+            digest.update(opened.read(size))
+    return digest.hexdigest()
+
+
+def likeness(model: str | Path) -> str | dict[str, list[Any]]:
+    """What a model is known again by: sizes and samples of its weight files; of one that is no folder, its name."""
+    folder = Path(model)
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".gguf"))
+    return {path.name: [path.stat().st_size, sample(path)] for path in files} or str(model)
 
 
 def sync(path: Path) -> None:
@@ -83,6 +100,22 @@ def write_durably(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _write_list(folder: Path, files: dict[str, str | None]) -> None:
+    record = _read(folder) | {_FILES: dict(sorted(files.items()))}
+    write_durably(folder / REPORT_NAME, strict_json.dumps(record, indent=2) + "\n")
+
+
+def _digest_now(file: Path) -> str:
+    found = file.stat()
+    return _digest(file, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _digest(file: Path, *seen: int) -> str:
+    """The SHA-256 of a file that was `seen` so: it is asked for before the work and after it."""
+    return sha256(file)
 
 
 def _is_inside(name: str) -> bool:

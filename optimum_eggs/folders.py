@@ -1,7 +1,8 @@
-"""Where an output may be written, decided before the work begins; it is whole then, or not there.
+"""Where an output may be written, decided before the work begins; it is a whole model then, or none.
 
 An output that is not there, or replaces one of ours, is made in a hidden folder beside it and renamed. A folder that is
-there and empty, which may be a mount point, is filled, and the hidden folder is in it. That folder is locked.
+there and empty, which may be a mount point, is filled from a hidden folder in it, the configuration last. The hidden
+folder is locked.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import EGGSError, ModelError, OutputError, first_line
-from .files import REPORT_NAME, listed_files, seal, sync
+from .errors import EGGSError, ModelError, OutputError, first_line, led_by, more
+from .files import REPORT_NAME, changed_files, listed_files, seal, sync
 from .locks import LOCK_NAME, OWNER_NAME, locked
 
 _UNFINISHED, _MADE, _OLD = "unfinished", "made", "old"
 _NOTHING = {f".{_UNFINISHED}", "lost+found"}  # the latter is in every new file system of some kinds
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (*_NO_SPACE, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _SAID_OF_NO_SPACE = (  # by writers whose errors are no OSError: those in Rust, and torch's
     *(f"os error {number}" for number in _NO_SPACE),
     "file write failed",
@@ -96,7 +98,7 @@ def claimed(path: Path) -> Iterator[Path]:
         OutputError: another process writes the same output, or the folder cannot be made.
     """
     inside = path.is_dir() and _is_free(path)
-    work = path / f".{_UNFINISHED}" if inside else path.parent / f".{path.name}.{_UNFINISHED}"
+    work = path / f".{_UNFINISHED}" if inside else _beside(path)
     with ExitStack() as stack:
         try:
             work.mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,7 @@ def written(path: Path, remedy: str) -> Iterator[None]:
     except EGGSError:
         raise
     except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and not _says_no_space(error):
+        if not isinstance(error, SafetensorError) and not any(_is_of_writing(each, path) for each in led_by(error)):
             raise
         raise OutputError(f"{path}: cannot be written ({first_line(error)}); {remedy}") from error
 
@@ -172,8 +174,13 @@ def put_in_place(made: Path, path: Path, work: Path) -> None:
     else:
         old = work / _OLD
         shutil.rmtree(old, ignore_errors=True)
+        _refuse_filled(path)
         path.rename(old)
-        made.rename(path)
+        try:
+            made.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
         shutil.rmtree(old)
     sync(path.parent if path.parent != work else path)
 
@@ -211,12 +218,11 @@ def _check_ours(path: Path, overwrite: bool) -> None:
             f"{path}: is not empty, and has no list of files in a {REPORT_NAME} of this package, so it is not known "
             "what may be replaced; remove it yourself, or name another folder"
         )
-    others = _others(path)
+    others = _others(path) or changed_files(path)
     if others:
-        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         raise OutputError(
-            f"{path}: {others[0]}{more} in it was not written by this package, so the folder is not replaced; move it "
-            "away, or name another folder"
+            f"{path}: {others[0]}{more(others, 1)} in it was not written by this package, or changed since, so the "
+            "folder is not replaced; move that away, or name another folder"
         )
 
 
@@ -251,6 +257,17 @@ def _check_room(path: Path, needs: int) -> None:
         )
 
 
+def _refuse_filled(path: Path) -> None:
+    """Raise if another process fills the folder, which was empty when it began.
+
+    Raises:
+        OutputError: it does.
+    """
+    if (path / f".{_UNFINISHED}" / LOCK_NAME).is_file():
+        with locked(path / f".{_UNFINISHED}"):
+            pass
+
+
 def _put_back(path: Path, work: Path) -> None:
     """Undo, or end, the exchange of folders of a process that was killed within it."""
     old = work / _OLD
@@ -270,11 +287,14 @@ def _is_device(path: Path) -> bool:
     return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 
-def _says_no_space(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is that there is no space."""
-    if error is None:
-        return False
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return True
-    said = any(text in str(error) for text in _SAID_OF_NO_SPACE)
-    return said or _says_no_space(error.__cause__) or _says_no_space(error.__context__)
+def _is_of_writing(error: BaseException, path: Path) -> bool:
+    """Whether an error says that something cannot be written, or comes of a file of the output `path`."""
+    if not isinstance(error, OSError):
+        return any(text in str(error) for text in _SAID_OF_NO_SPACE)
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    ours = Path(name).is_relative_to(path) or Path(name).is_relative_to(_beside(path))
+    return error.errno in _NOT_WRITABLE or (bool(name) and ours)
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{_UNFINISHED}"

@@ -176,7 +176,7 @@ class EGGSPruner(OptimumQuantizer):
             ModelError: the model is not pruned, or the last `prune` did not finish.
             OutputError: the folder may not be replaced, or cannot be written: before anything is.
         """
-        from .sharing import keep_own_text, write_card
+        from .sharing import own_card, put_card, write_card
 
         if self._broken:
             raise ModelError("the last prune() did not finish, so the model is half pruned; load it again")
@@ -191,6 +191,8 @@ class EGGSPruner(OptimumQuantizer):
             for value in tensors
         )
         read = getattr(self.model.config, "_name_or_path", None)
+        path = Path(save_directory).resolve()
+        own = own_card(path)
         with new_folder(save_directory, overwrite, sources=[read], needs=needs) as folder:
             if cast is not None:
                 for parameter in self.model.parameters():  # not buffers: rotary tables are computed in float32
@@ -199,8 +201,7 @@ class EGGSPruner(OptimumQuantizer):
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             self.report.save(folder / REPORT_NAME)
-            path = Path(save_directory).resolve()
-            keep_own_text(path, folder)
+            put_card(own, folder)
             write_card(folder, path.name)
 
     def push_to_hub(

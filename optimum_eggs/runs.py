@@ -61,7 +61,11 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     'config.n was 2 and is now 1'
     >>> difference({"model": {"config.json": "3f"}}, {"model": {"config.json": "a0"}})
     "the model's file config.json changed since"
+    >>> difference({}, {"model": {}})
+    'its settings cannot be read'
     """
+    if not before:
+        return "its settings cannot be read"
     key = next(key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key))
     was, is_now, part = before.get(key), now.get(key), None
     if isinstance(was, dict) and isinstance(is_now, dict):

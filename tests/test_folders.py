@@ -242,8 +242,54 @@ def test_what_this_package_did_not_write_is_never_overwritten(tmp_path):
         refused(out, rf"out: {re.escape(precious)} in it was not written by this package", overwrite=True)
         (out / precious).unlink()
     (out / "report.html").touch()
-    add_to_list(out, [out / "report.html"])
+    add_to_list(out, [out / "report.html", out / ".." / "elsewhere.html"])
     check_output(out, overwrite=True)
+    assert list(listed_files(out)) == ["config.json", "figures/old.png", "report.html", "report.json"]
+
+
+def test_weights_that_changed_since_are_not_overwritten(tmp_path):
+    with new_folder(tmp_path / "out") as made:
+        save_file({"w": torch.zeros(2)}, made / "model.safetensors")
+    check_output(tmp_path / "out", overwrite=True)
+    save_file({"w": torch.ones(2)}, tmp_path / "out" / "model.safetensors")
+    refused(tmp_path / "out", "model.safetensors in it was not written by this package, or changed", overwrite=True)
+
+
+def test_what_another_process_is_filling_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    other = out / ".unfinished"
+    with claimed(out) as work:
+        (work / "made").mkdir()
+        other.mkdir(parents=True)
+        (other / "blocks").touch()
+        with locked(other), pytest.raises(OutputError, match=rf"process {os.getpid()} of .* is writing to it"):
+            folders.put_in_place(work / "made", out, work)
+    assert (other / "blocks").exists()
+
+
+def test_an_exchange_that_fails_is_undone(tmp_path, monkeypatch):
+    out = saved_model(tmp_path / "out")
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name == "made":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OutputError, match=r"cannot be written \(.*Input/output error"), new_folder(out, overwrite=True):
+        pass
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["config.json", "figures", "report.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(12, "Cannot allocate memory"), OSError(2, "none", "/elsewhere"), KeyError(1)]
+)
+def test_errors_of_another_kind_are_left_as_they_are(error, tmp_path):
+    with pytest.raises(type(error)) as raised, new_folder(tmp_path / "out"):
+        raise error
+    assert raised.value is error
 
 
 def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch):

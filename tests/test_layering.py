@@ -12,7 +12,8 @@ import optimum_eggs
 PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
     ["dtypes", "errors", "imports", "logs", "version"],
-    ["pattern", "measure", "ranks", "strict_json", "files", "locks"],
+    ["pattern", "measure", "ranks", "strict_json", "locks"],
+    ["files"],
     ["importance", "packing", "presets", "folders", "runs", "names", "validation"],
     ["masks"],
     ["update"],

@@ -354,7 +354,8 @@ def _read_rows(path: Path, reader: str, options: Mapping[str, Any]) -> Any:
                     shutil.copyfileobj(packed, unpacked)
             else:
                 plain = path
-            return read(glob.escape(str(plain)), cache_dir=cache, keep_in_memory=True, **options)
+            # What is read is mapped from a file of the cache, which stays until it is let go, though it has no name.
+            return read(glob.escape(str(plain)), cache_dir=cache, **options)
     except Exception as error:  # pyarrow, pandas and datasets raise some ten kinds; each means the same here
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # datasets says less
         raise _UnusableError(

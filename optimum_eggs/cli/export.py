@@ -24,8 +24,10 @@ def run(args: argparse.Namespace) -> int:
     from ..folders import check_output, new_folder
     from ..hf.attach import packed_layers
     from ..hf.loading import has_tokenizer, load_model, load_tokenizer
+    from ..sharing import own_card, put_card
 
-    check_output(args.output, args.overwrite, sources=[args.model])
+    path = check_output(args.output, args.overwrite, sources=[args.model])
+    own = own_card(path)
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
     layers = packed_layers(model)
     if not layers:
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     with new_folder(args.output, args.overwrite, sources=[args.model], needs=needs) as folder:
         model = model.dequantize()
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        put_card(own, folder)
         if has_tokenizer(args.model):
             tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
             tokenizer.save_pretrained(folder)

@@ -214,6 +214,7 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
     """The model as a whole in memory."""
     from ..folders import check_output
     from ..pruner import EGGSPruner
+    from ..sharing import own_card
 
     if args.memory_budget is not None:
         raise ConfigError(
@@ -224,6 +225,7 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
     options |= {"device_map": args.device} if args.device else {}
     options |= {"revision": args.revision} if args.revision else {}
     pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **options)
+    own_card(Path(args.output))  # what is wrong with it is better known before
     least = sum(value.nbytes for value in pruner.model.parameters()) * config.n // config.m
     check_output(args.output, args.overwrite, sources=[args.model], needs=least)
     report = pruner.prune(config)

@@ -27,15 +27,16 @@ def run(args: argparse.Namespace) -> int:
     """Draw, write, and say where."""
     from ..errors import OutputError
     from ..files import add_to_list
-    from ..report import report_page
+    from ..report import PICTURES, report_page
 
     folder = Path(args.model)
     output = Path(args.output) if args.output else folder / "report.html"
     page = report_page(folder, folder / "figures" if args.figures else None, with_spectra=args.spectra)
+    pictures = [folder / "figures" / f"{name}.png" for name in PICTURES] if args.figures else []
     try:
         output.write_text(page, encoding="utf-8")
+        add_to_list(folder, [output, *(path for path in pictures if path.is_file())])
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error}); name another file with --output") from error
-    add_to_list(folder, [path for path in (output, *folder.glob("figures/*")) if path.is_relative_to(folder)])
     print(json.dumps({"page": str(output)}) if args.json else f"wrote {output}")
     return 0

@@ -26,14 +26,14 @@ from ..config import QUANT_METHOD
 from ..engine.report import read_report, without_measurements
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
-from ..files import REPORT_NAME, listed_files
+from ..files import REPORT_NAME, likeness
 from ..folders import check_output, claimed, put_in_place, written
 from ..hf.attach import packed_layers
 from ..hf.loading import has_tokenizer, load_config, load_model, load_tokenizer
 from ..measure import Meter
 from ..names import public_name, public_names
 from ..presets import SEQ_LEN
-from ..ranks import Ranks
+from ..ranks import Ranks, join_ranks
 from ..runs import open_run, run_folder
 from .distill import TeacherTokens, TeacherWindows, teacher_tokens
 
@@ -174,58 +174,52 @@ def recover(
         NumericalError: a loss or a gradient is not finite; the first such layer is named.
         OutputError: the output may not be written, before the work begins; or the disk is full.
     """
+    from ..sharing import own_card, put_card
+
     path = check_output(output, overwrite, sources=[model_id, settings.teacher])
     if settings.method == "lora" and find_spec("peft") is None:
         raise ConfigError("method='lora' needs PEFT: pip install 'peft>=0.21', or use method='values'")
-    pruned = read_report(model_id)
+    pruned, own = read_report(model_id), own_card(path)
     config = load_config(model_id, trust_remote_code)
     stored = config.dtype or torch.float32
     settings = _with_seq_len(settings, config)
     if settings.teacher is not None:
         _check_teacher(settings.teacher, model_id, config, trust_remote_code)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    ranks = Ranks(state.process_index, state.num_processes)
+    ranks = join_ranks()
     with ExitStack() as stack:
-        with Meter([state.device]) as meter:
+        with Meter([PartialState().device]) as meter:
             with ranks.together():
                 tokenizer = load_tokenizer(model_id, trust_remote_code=trust_remote_code)
-                train, held_out = training_windows(settings, tokenizer, state.num_processes)
-                digest = windows_digest(torch.cat([train, held_out]))
+                train, held_out = training_windows(settings, tokenizer, ranks.size)
+                windows = torch.cat([train, held_out])
+                digest = windows_digest(windows)
                 if settings.teacher is not None:
-                    _check_tokenizer(settings, digest, state.num_processes, trust_remote_code)
+                    _check_tokenizer(settings, digest, ranks.size, trust_remote_code)
                 texts = described(settings.train)
                 model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
                 if not packed_layers(model):
                     raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
-                teacher = None
-                if settings.teacher is not None:
+            run = {
+                "model": likeness(model_id),
+                "taught by": None if settings.teacher is None else likeness(settings.teacher),
+                "windows": digest,
+                "processes": ranks.size,
+            } | asdict(settings)
+            needs = _bytes_to_write(model, settings, windows, stored)
+            work, folder = _claim(stack, ranks, path, run, overwrite, needs)
+            taught = teacher = None
+            if settings.teacher is not None:
+                with ranks.together():
                     teacher = load_model(settings.teacher, trust_remote_code=trust_remote_code).eval()
-            weights = {name: sha for name, sha in listed_files(Path(model_id)).items() if sha is not None}
-            run = {"model": weights or str(model_id), "windows": digest} | asdict(settings)
-            work: Path | None = None
-            with ranks.together():
-                if ranks.first:
-                    work = stack.enter_context(claimed(path))
-                stack.enter_context(written(path, "once it can be, the same command goes on from the last checkpoint"))
-            (work, *_) = ranks.gather(work)
-            assert work is not None
-            folder = run_folder(work, run)
-            with ranks.together():
-                if ranks.first:
-                    check_output(path, overwrite, needs=_bytes_to_write(model, settings, train, held_out, stored))
-                    stack.callback(_remove_without_work, folder)
-                    open_run(work, run, overwrite)
-            taught = None
-            if teacher is not None:
-                with meter.stage("teacher"), state.main_process_first():
-                    taught = _taught(folder / _TAUGHT, teacher, torch.cat([train, held_out]), settings.top_k)
+                with meter.stage("teacher"):
+                    taught = _taught(folder / _TAUGHT, teacher, windows, settings.top_k, ranks)
                 if not settings.block_matching:
                     teacher = None
-            state.wait_for_everyone()
             with meter.stage("judging"):
                 before = perplexity(model, held_out).perplexity
             with meter.stage("training"):
-                trained, losses, steps = _train(model, train, held_out, teacher, taught, settings, folder)
+                start = _last_checkpoint(folder, ranks)
+                trained, losses, steps = _train(model, train, held_out, teacher, taught, settings, folder, start)
             with meter.stage("judging"):
                 after = perplexity(trained, held_out).perplexity
             worse = after > before
@@ -245,23 +239,44 @@ def recover(
                 made = folder / _MADE
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir()
-                _save(made, trained, tokenizer, pruned if worse else without_measurements(pruned), report, path)
+                put_card(own, made)
+                _save(made, trained, tokenizer, pruned if worse else without_measurements(pruned), report, path.name)
                 check_output(path, overwrite)
                 put_in_place(made, path, work)
                 shutil.rmtree(work, ignore_errors=True)
     return report
 
 
-def _save(made: Path, model: Any, tokenizer: Any, pruned: dict[str, Any], report: RecoveryReport, output: Path) -> None:
+def _claim(
+    stack: ExitStack, ranks: Ranks, path: Path, run: dict[str, Any], overwrite: bool, needs: int
+) -> tuple[Path, Path]:
+    """The hidden folder of the output, claimed as long as `stack` is open, and that of the run in it."""
+    work: Path | None = None
+    with ranks.together():
+        if ranks.first:
+            work = stack.enter_context(claimed(path))
+        stack.enter_context(written(path, "once it can be, the same command goes on from the last checkpoint"))
+    (work, *_) = ranks.gather(work)
+    assert work is not None
+    folder = run_folder(work, run)
+    with ranks.together():
+        if ranks.first:
+            stack.callback(_remove_without_work, folder)
+            open_run(work, run, overwrite)
+            there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            check_output(path, overwrite, needs=max(0, needs - there))
+    return work, folder
+
+
+def _save(made: Path, model: Any, tokenizer: Any, pruned: dict[str, Any], report: RecoveryReport, name: str) -> None:
+    from ..sharing import write_card
+
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     text = strict_json.dumps(pruned | {"recovery": report.to_dict()}, indent=2)
     (made / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
     if "layers" in pruned:  # else there is nothing to make a card of
-        from ..sharing import keep_own_text, write_card
-
-        keep_own_text(output, made)
-        write_card(made, output.name)
+        write_card(made, name)
 
 
 def _with_seq_len(settings: RecoverySettings, config: Any) -> RecoverySettings:
@@ -331,20 +346,19 @@ def _check_tokenizer(settings: RecoverySettings, digest: str, processes: int, tr
         )
 
 
-def _taught(file: Path, teacher: PreTrainedModel, windows: Tensor, top_k: int) -> TeacherTokens:
-    """The teacher's tokens: from the file that an interrupted run, or another process, wrote; else made and written."""
-    if file.is_file():
+def _taught(file: Path, teacher: PreTrainedModel, windows: Tensor, top_k: int, ranks: Ranks) -> TeacherTokens:
+    """The teacher's tokens: from the file that an interrupted run wrote; else made and written by the first process."""
+    with ranks.together():
+        if ranks.first and not file.is_file():
+            found = teacher_tokens(teacher, windows, top_k, autocast=True)
+            part = file.with_suffix(".part")
+            save_file({"ids": found.ids, "log_probs": found.log_probs}, part)
+            part.replace(file)
+    with ranks.together():
         return TeacherTokens(**load_file(file))
-    found = teacher_tokens(teacher, windows, top_k, autocast=True)
-    part = file.with_suffix(".part")
-    save_file({"ids": found.ids, "log_probs": found.log_probs}, part)
-    part.replace(file)
-    return found
 
 
-def _bytes_to_write(
-    model: PreTrainedModel, settings: RecoverySettings, train: Tensor, held_out: Tensor, stored: torch.dtype
-) -> int:
+def _bytes_to_write(model: PreTrainedModel, settings: RecoverySettings, windows: Tensor, stored: torch.dtype) -> int:
     """Bytes of the output, of three checkpoints, which is how many there are while one is written, and of `_TAUGHT`."""
     everything = sum(value.numel() for value in model.parameters())
     layers = packed_layers(model).values()
@@ -355,7 +369,7 @@ def _bytes_to_write(
         trained = sum(layer.weight.numel() for layer in layers)
         checkpoint = 4 * everything + 8 * trained
     bits = sum(layer.weight_meta.numel() for layer in layers)
-    taught = 0 if settings.teacher is None else (train.numel() + held_out.numel()) * settings.top_k * 6
+    taught = 0 if settings.teacher is None else windows.numel() * settings.top_k * 6
     return everything * stored.itemsize + bits + 3 * checkpoint + taught
 
 
@@ -364,17 +378,23 @@ def _remove_without_work(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _last_checkpoint(work: Path) -> str | None:
-    """The last checkpoint that was written to its end; what was cut off is removed."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-        else:
-            return str(path)
-    return None
+def _last_checkpoint(folder: Path, ranks: Ranks) -> str | None:
+    """The last checkpoint that was written to its end; the first process removes what was cut off."""
+    last = None
+    with ranks.together():
+        for path in _checkpoints(folder) if ranks.first else ():
+            try:
+                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
+            except (OSError, ValueError):
+                shutil.rmtree(path)
+            else:
+                last = str(path)
+                break
+    return ranks.gather(last)[0]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def _train(
@@ -385,6 +405,7 @@ def _train(
     taught: TeacherTokens | None,
     settings: RecoverySettings,
     work: Path,
+    start: str | None,
 ) -> tuple[PreTrainedModel, list[float], int]:
     """The trained model (merged, packed), the losses on the windows held out, and the steps done."""
     from transformers import EarlyStoppingCallback, TrainingArguments
@@ -447,7 +468,7 @@ def _train(
         teacher=teacher,
         block_matching=settings.block_matching,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    trainer.train(resume_from_checkpoint=start)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if settings.method == "lora":
         wrapped = wrapped.merge_and_unload(safe_merge=True)

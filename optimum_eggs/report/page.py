@@ -18,6 +18,9 @@ from .tile import draw_tile, shown_tile
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PICTURES = [*list(FIGURES)[:4], "tile", *list(FIGURES)[4:]]
+"""Names of the pictures, in their order on the page."""
+
 _INK = "#123457"  # stands for the page's text colour while matplotlib draws
 _CAPTIONS = {
     "perplexities": "exp of the mean loss over the tokens predicted.",
@@ -77,7 +80,7 @@ def report_page(folder: str | Path, figures: str | Path | None = None, *, with_s
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
     ink: dict[Any, Any] = dict.fromkeys(coloured, _INK) | {"svg.fonttype": "none"}
     drawn: dict[str, str] = {}
-    for name in [*list(FIGURES)[:4], "tile", *list(FIGURES)[4:]]:
+    for name in PICTURES:
         with matplotlib.rc_context(ink | {"svg.hashsalt": name}):
             figure = _draw(name, folder, report)
             if figure is not None:

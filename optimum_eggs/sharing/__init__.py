@@ -1,6 +1,6 @@
 """Sharing packed models: the model card, and the push to the Hub."""
 
-from .card import keep_own_text, model_card, write_card
+from .card import model_card, own_card, put_card, write_card
 from .push import push_folder, save_and_push
 
-__all__ = ["keep_own_text", "model_card", "push_folder", "save_and_push", "write_card"]
+__all__ = ["model_card", "own_card", "push_folder", "put_card", "save_and_push", "write_card"]

@@ -308,11 +308,26 @@ def has_own_text(readme: str) -> bool:
     return any(line.strip() and not line.startswith("# ") for line in text.splitlines())
 
 
-def keep_own_text(before: Path, folder: Path) -> None:
-    """Take the card of the folder that `folder` is to replace over, if it has text of the user's own."""
-    card = before / "README.md"
-    if card.is_file() and has_own_text(text := card.read_text(encoding="utf-8")):
-        (folder / card.name).write_text(text, encoding="utf-8")
+def own_card(folder: Path) -> str | None:
+    """The card of a folder, which is to be replaced, if it has text of the user's own.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text if has_own_text(text) else None
+    except (OSError, UnicodeDecodeError, ModelError) as error:
+        raise ModelError(f"{path}: cannot be read, to take over what is yours in it ({error}); mend it") from error
+
+
+def put_card(text: str | None, folder: Path) -> None:
+    """Put the text of [`own_card`] into the folder that takes the place of the other, if there is one."""
+    if text is not None:
+        (folder / CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def _merged(existing: ModelCard, made: ModelCard) -> ModelCard:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -70,16 +69,6 @@ class Journal:
             {"file": block.file, "sha256": block.sha256, "result": _as_json(block.result)} for block in self.finished
         ]
         write_durably(self.folder / JOURNAL_NAME, strict_json.dumps(blocks, indent=1))
-
-
-def sample(file: Path, pieces: int = 64, size: int = 4096) -> str:
-    """The SHA-256 of some pieces of a file, evenly spread: whether two large files are likely to be the same."""
-    length, digest = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as opened:
-        for piece in range(pieces):
-            opened.seek(piece * max(0, length - size) // (pieces - 1))
-            digest.update(opened.read(size))
-    return digest.hexdigest()
 
 
 def _as_json(result: BlockResult) -> dict[str, Any]:

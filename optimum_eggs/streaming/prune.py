@@ -26,7 +26,7 @@ from ..engine.prune import check_run, make_report, prune_blocks
 from ..engine.report import PruneReport
 from ..engine.run import calibration_windows, name_sources, with_seq_len
 from ..errors import ConfigError, OutputError
-from ..files import REPORT_NAME
+from ..files import REPORT_NAME, sample
 from ..folders import check_output, claimed, put_in_place, written
 from ..hf.attach import attach_quantizer
 from ..hf.loading import has_tokenizer, load_tokenizer, parse_dtype
@@ -37,7 +37,7 @@ from ..pattern import NMPattern
 from ..ranks import ALONE, Ranks
 from ..runs import open_run, run_folder
 from ..version import __version__
-from .journal import JOURNAL_NAME, Journal, sample
+from .journal import JOURNAL_NAME, Journal
 from .shards import JOINED, Shards
 from .source import DenseSource
 
@@ -99,10 +99,11 @@ def prune_checkpoint(
             is full.
         KeyboardInterrupt: with what is finished in its message.
     """
-    from ..sharing import keep_own_text, write_card
+    from ..sharing import own_card, put_card, write_card
 
     with ranks.together():
         path = check_output(output, overwrite, sources=[model])
+        own = own_card(path)
         target = parse_dtype(save_dtype)
         cast = target if isinstance(target, torch.dtype) else None
         budget = None if memory_budget is None else check.size("memory_budget", memory_budget, least=0)
@@ -171,7 +172,7 @@ def prune_checkpoint(
                     if tokenizer is not None:
                         tokenizer.save_pretrained(made)
                     report.save(made / REPORT_NAME)
-                    keep_own_text(path, made)
+                    put_card(own, made)
                     write_card(made, path.name)
                     check_output(path, overwrite)  # something may have been put there meanwhile
                     put_in_place(made, path, work)

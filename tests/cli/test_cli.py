@@ -328,9 +328,20 @@ def test_what_this_package_wrote_is_replaced_and_nothing_else(dense_folder, pack
     done = within("report", tmp_path / "packed", "--figures")
     assert done.stdout.startswith("wrote ")
     check_output(tmp_path / "packed", overwrite=True)  # page and pictures are in the list
-    (tmp_path / "packed" / "thesis.tex").touch()
+    (tmp_path / "packed" / "figures" / "mine.png").touch()
+    within("report", tmp_path / "packed", "--figures")
     said = within("prune", tmp_path / "dense", tmp_path / "packed", *commands[0][2:], "--overwrite", code=2).stderr
-    assert "thesis.tex in it was not written by this package" in said
+    assert "figures/mine.png in it was not written by this package" in said
+
+
+def test_words_of_ones_own_in_the_card_stay(packed_folder, tmp_path):
+    out = shutil.copytree(packed_folder, tmp_path / "out")
+    (out / "README.md").write_text("# out\n\nMy own words.\n")
+    within("export", packed_folder, out, "--overwrite")
+    assert "My own words." in (out / "README.md").read_text()
+    (out / "README.md").write_bytes("# out\n\nMy own wörds.\n".encode("latin-1"))
+    said = within("export", packed_folder, out, "--overwrite", code=2).stderr
+    assert "README.md: cannot be read, to take over what is yours in it" in said
 
 
 def tree(folder):

@@ -477,6 +477,16 @@ def test_an_interrupted_run_asks_the_teacher_once(packed_folder, dense_folder, t
             recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder)))
     recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder)))
     assert asked == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoveryTrainer, "training_step", interrupted)
+        teacher = shutil.copytree(dense_folder, tmp_path / "teacher")
+        asked_of_it = settings(text_file, teacher=str(teacher))
+        with pytest.raises(KeyboardInterrupt):
+            recover(packed_folder, tmp_path / "again", asked_of_it)
+        tiny.flip_a_bit(teacher / "model.safetensors")
+        with pytest.raises(KeyboardInterrupt):
+            recover(packed_folder, tmp_path / "again", asked_of_it)
+    assert asked == [1, 1, 1]
 
 
 @pytest.mark.slow

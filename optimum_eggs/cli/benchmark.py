@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import strict_json
 from .arguments import add_trust, check_both, integer
+from .printing import others_on_stderr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +88,15 @@ def run(args: argparse.Namespace) -> int:
     ]
     models = []
     if not args.layers_only:
-        models = time_models(
-            folders,
-            prompt=args.prompt,
-            new_tokens=args.new_tokens,
-            repeats=args.repeats,
-            dtype=args.dtype,
-            trust_remote_code=args.trust_remote_code,
-        )
+        with others_on_stderr():
+            models = time_models(
+                folders,
+                prompt=args.prompt,
+                new_tokens=args.new_tokens,
+                repeats=args.repeats,
+                dtype=args.dtype,
+                trust_remote_code=args.trust_remote_code,
+            )
     machine = {
         "processor": processor(),
         "instruction_set": INSTRUCTION_SETS[-1] if INSTRUCTION_SETS else None,

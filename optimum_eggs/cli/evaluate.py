@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import strict_json
 from .arguments import add_trust, check_both, integer
+from .printing import others_on_stderr
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison, Estimate, Evaluation
@@ -78,24 +79,25 @@ def run(args: argparse.Namespace) -> int:
     from .recording import may_record, recorded
 
     recording = not args.no_record and may_record(args.model)
-    found = evaluate(
-        args.model,
-        args.against,
-        text=args.text,
-        split=args.split,
-        text_column=args.text_column,
-        seq_len=args.seq_len,
-        stride=args.stride,
-        num_windows=args.num_windows,
-        tasks=args.tasks,
-        include_path=args.include_path,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        apply_chat_template=args.apply_chat_template,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
+    with others_on_stderr():
+        found = evaluate(
+            args.model,
+            args.against,
+            text=args.text,
+            split=args.split,
+            text_column=args.text_column,
+            seq_len=args.seq_len,
+            stride=args.stride,
+            num_windows=args.num_windows,
+            tasks=args.tasks,
+            include_path=args.include_path,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            apply_chat_template=args.apply_chat_template,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+        )
     put = recording and recorded(lambda: record(found))
     if args.json:
         print(strict_json.dumps(found.to_dict()))

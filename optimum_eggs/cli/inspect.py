@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from .. import strict_json
+from .printing import say
 
 if TYPE_CHECKING:
     from ..masks.spectra import Spectra
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         sizes = f"{packed / 1e6:.1f} MB; dense {dense / 1e6:.1f} MB ({packed / dense:.4f})"
         print(f"{len(found.layers)} packed layers, {sizes}")
     for violation in found.violations:
-        print(f"error: {violation.where}: {violation.rule}: {violation.detail}", file=sys.stderr)
+        say(f"error: {violation.where}: {violation.rule}: {violation.detail}")
     if found.ok and not args.json:
         print("no violation")
     return 0 if found.ok else 2

@@ -12,7 +12,7 @@ from ..errors import EGGSError, first_line, is_out_of_memory
 from ..logs import said_once
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
 from .arguments import check_model
-from .printing import printed_at_the_end
+from .printing import printed_at_the_end, say, with_stderr
 
 _SUBCOMMANDS = {  # docstrings would be gone in a Python without them (-OO)
     "prune": (prune, "Prune a model to N:M and save it packed."),
@@ -48,6 +48,7 @@ def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:
     return parser
 
 
+@with_stderr()
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_eggs") -> int:
     """Run a subcommand. Returns the exit code: 0, 1 without enough memory, 2 for bad input, 130 when interrupted."""
     try:
@@ -58,17 +59,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
         with said_once(), printed_at_the_end():
             return args.run(args)
     except EGGSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         smaller = [f"--{name.replace('_', '-')}" for name in _SAVE_MEMORY if hasattr(args, name)]
         remedy = f"give a smaller {' or '.join(smaller)}" if smaller else "use a machine that has more"
-        print(f"error: there is not enough memory ({first_line(error)}); {remedy}", file=sys.stderr)
+        say(f"error: there is not enough memory ({first_line(error)}); {remedy}")
         return 1
     except KeyboardInterrupt as error:
-        print(f"interrupted; {str(error) or 'nothing was written'}", file=sys.stderr)
+        say(f"interrupted; {str(error) or 'nothing was written'}")
         return 130
 
 

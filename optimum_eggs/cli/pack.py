@@ -7,6 +7,7 @@ from collections import Counter
 
 from .. import strict_json
 from .arguments import add_shard_size, add_trust, check_source
+from .printing import others_on_stderr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,13 +56,14 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args.output, args.overwrite, sources=[args.model])
     pattern = None if args.pattern is None else NMPattern.parse(args.pattern)
-    if Path(args.model).is_dir() and not has_tokenizer(args.model):
-        # no text is read, so no tokenizer is needed
-        pruner = EGGSPruner(load_model(args.model, trust_remote_code=args.trust_remote_code))
-    else:
-        pruner = EGGSPruner.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    report = pruner.pack(pattern, targets=args.targets, ignore=args.ignore, block_list=args.block_list)
-    pruner.save_pretrained(args.output, overwrite=args.overwrite, max_shard_size=args.max_shard_size)
+    with others_on_stderr():
+        if Path(args.model).is_dir() and not has_tokenizer(args.model):
+            # no text is read, so no tokenizer is needed
+            pruner = EGGSPruner(load_model(args.model, trust_remote_code=args.trust_remote_code))
+        else:
+            pruner = EGGSPruner.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        report = pruner.pack(pattern, targets=args.targets, ignore=args.ignore, block_list=args.block_list)
+        pruner.save_pretrained(args.output, overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if args.json:
         print(strict_json.dumps(report.to_dict() | {"output": args.output}))
         return 0

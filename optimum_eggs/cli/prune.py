@@ -11,6 +11,7 @@ from .. import strict_json
 from ..errors import ConfigError, more
 from ..validation import TORCH_SEEDS
 from .arguments import add_shard_size, add_trust, check_source, integer, rare, size
+from .printing import others_on_stderr
 from .settings import add_set, make_config
 
 if TYPE_CHECKING:
@@ -149,15 +150,16 @@ def run(args: argparse.Namespace) -> int:
     if config.calibration is None:
         raise ConfigError(f"--calibration is missing: give {SOURCES}")
     check_calibration(config.calibration)
-    if _is_on_disk(args):
-        report = _from_disk(args, config, ranks)
-    elif ranks.size == 1:
-        report = _in_memory(args, config)
-    else:
-        raise ConfigError(
-            f"{args.model}: is not in safetensors files, which alone {ranks.size} processes can prune together; save "
-            "the model to a folder first"
-        )
+    with others_on_stderr():
+        if _is_on_disk(args):
+            report = _from_disk(args, config, ranks)
+        elif ranks.size == 1:
+            report = _in_memory(args, config)
+        else:
+            raise ConfigError(
+                f"{args.model}: is not in safetensors files, which alone {ranks.size} processes can prune together; "
+                "save the model to a folder first"
+            )
     if not ranks.first:
         return 0
     if args.json:

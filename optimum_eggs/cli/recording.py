@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+
+from .printing import say
 
 
 def may_record(folder: str) -> bool:
@@ -29,6 +30,6 @@ def _succeeds(action: Callable[[], object]) -> bool:
     try:
         action()
     except OutputError as error:
-        print(f"warning: what is measured is not recorded: {error}", file=sys.stderr)
+        say(f"warning: what is measured is not recorded: {error}")
         return False
     return True

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from .. import strict_json
 from ..folders import check_folder
 from ..validation import NUMPY_SEEDS
 from .arguments import add_trust, check_source, integer, number
+from .printing import others_on_stderr, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,15 +89,16 @@ def run(args: argparse.Namespace) -> int:
         text_column=args.text_column,
     )
     try:
-        report = recover(
-            args.model,
-            args.output,
-            settings,
-            overwrite=args.overwrite,
-            trust_remote_code=args.trust_remote_code,
-        )
+        with others_on_stderr():
+            report = recover(
+                args.model,
+                args.output,
+                settings,
+                overwrite=args.overwrite,
+                trust_remote_code=args.trust_remote_code,
+            )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        say("interrupted; the same command goes on from the last checkpoint")
         return 130
     if not PartialState().is_main_process:
         return 0

@@ -81,7 +81,7 @@ def _plan(model: nn.Module, config: EGGSConfig, loaded: bool, fitting: bool) -> 
         if name not in linears:
             plan.left_dense += _other_matrices(name, module, inside=block is not None)
             continue
-        reason = _why_dense(name, block, config) or _why_gate(name, module, name in routers, config)
+        reason = _why_dense(name, block, config) or _why_gate(name, module, routers.get(name, 0), config)
         if reason:
             plan.left_dense.append(DenseLayer(name, reason, dense_weight(module).numel()))
         elif block is not None:
@@ -159,46 +159,68 @@ def _why_dense(name: str, block: int | None, config: EGGSConfig) -> str | None:
     return None
 
 
-def _why_gate(name: str, linear: nn.Module, routes: bool, config: EGGSConfig) -> str | None:
-    """Why a layer that routes or gates stays dense, unless a target names it itself and not a module around it."""
+def _why_gate(name: str, linear: nn.Module, routes: int, config: EGGSConfig) -> str | None:
+    """Why a layer that routes or gates stays dense, unless a target names it itself and not a module around it.
+
+    Args:
+        name: The layer's.
+        linear: The layer.
+        routes: For a router's layer, how many of the last parts of its name tell that it is one; else 0.
+        config: With the targets.
+    """
     outputs = dense_weight(linear).shape[0]
     if not routes and outputs >= _FEW_OUTPUTS:
         return None
-    own = name.rpartition(".")[2]
+    own = name.split(".")[-max(routes, 1) :]
     for pattern in config.targets or []:
-        last = pattern.rpartition(".")[2]
-        if last != "*" and fnmatchcase(own, last) and matches(name, [pattern]):
+        last = pattern.split(".")[-len(own) :]
+        if len(last) == len(own) and "*" not in last and all(map(fnmatchcase, own, last)) and matches(name, [pattern]):
             return None
     return "a router of experts" if routes else f"only {outputs} output{'s' * (outputs > 1)}, as gates have"
 
 
-def _routers(modules: Mapping[str, nn.Module]) -> set[str]:
-    """The linear layers beside experts that have one output for each of them."""
-    found = set()
+def _routers(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The linear layers that route, and how many of the last parts of their names tell that.
+
+    Those are all that are in the module beside experts that is called their router, or if none is, what has one output
+    for each expert. In a router of several, one part does not tell: Zaya's have a `down_proj` as its experts do.
+    """
+    found: dict[str, int] = {}
     for name, experts in modules.items():
         parent, _, own = name.rpartition(".")
         if own != "experts":
             continue
         count = getattr(experts, "num_experts", None) or len(list(experts.children()))
-        for beside, module in modules[parent].named_children():
-            linears = [key for key, inner in module.named_modules() if is_dense_linear(inner)]
-            if beside == own or len(linears) != 1:
-                continue
-            router = ".".join(part for part in (parent, beside, linears[0]) if part)
-            if dense_weight(modules[router]).shape[0] == count:
-                found.add(router)
+        beside = {key: module for key, module in modules[parent].named_children() if key != own}
+        called = {key: module for key, module in beside.items() if _is_router(key, module)}
+        for key, module in (called or beside).items():
+            root = ".".join(part for part in (parent, key) if part)
+            linears = [part for part, inner in module.named_modules(prefix=root) if is_dense_linear(inner)]
+            if called or (len(linears) == 1 and dense_weight(modules[linears[0]]).shape[0] == count):
+                found |= dict.fromkeys(linears, min(len(linears), 2))
     return found
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    """Whether a module beside experts calls itself their router: `gate`, not `gate_proj` or `per_layer_input_gate`."""
+    return name in ("gate", "router") or type(module).__name__.endswith(("Router", "Gate", "Gating"))
 
 
 def _other_matrices(name: str, module: nn.Module, inside: bool) -> list[DenseLayer]:
     """The weights of a module that is no dense linear layer, where a reader would ask why they are dense."""
-    own = {key: value for key, value in module.named_parameters(recurse=False) if value.dim() >= 2}
-    reasons = {
-        key: "holds experts as one 3-D parameter" if value.dim() == 3 else f"a {type(module).__name__}, not a linear"
-        for key, value in own.items()
-        if inside or isinstance(module, nn.Embedding)
-    }
-    return [DenseLayer(f"{name}.{key}", reason, own[key].numel()) for key, reason in reasons.items()]
+    if not (inside or isinstance(module, nn.Embedding)):
+        return []
+    kind = type(module).__name__
+    experts = kind.endswith("Experts") or name.rpartition(".")[2] == "experts"
+    return [
+        DenseLayer(
+            f"{name}.{key}",
+            "holds experts as one 3-D parameter" if experts and value.dim() == 3 else f"a {kind}, not a linear",
+            value.numel(),
+        )
+        for key, value in module.named_parameters(recurse=False)
+        if value.dim() >= 2
+    ]
 
 
 def _block_index(name: str, list_name: str) -> int | None:

@@ -78,7 +78,7 @@ def read(
             ours, theirs = logits[0], logits[1].to(logits[0].device)
             agrees = (ours.argmax(-1) == theirs.argmax(-1)).cpu()
             agreement.append((agrees & counted).sum(1).double())
-            kl = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+            kl = _divergence(ours.log_softmax(-1), theirs.log_softmax(-1))
             _check_finite(models[0], batch, index * batch_size, kl, "divergence from the other model")
             divergence.append((kl.cpu().double() * counted).sum(1))
     return Reading(
@@ -87,6 +87,15 @@ def read(
         torch.cat(divergence) if divergence else None,
         torch.cat(agreement) if agreement else None,
     )
+
+
+def _divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+    """KL(theirs ‖ ours) of log-probabilities (batch, tokens, vocabulary), summed over the vocabulary.
+
+    What has no chance in the second adds nothing, also where it has none in the first, as in slots that both mask.
+    """
+    terms = F.kl_div(ours, theirs, log_target=True, reduction="none")
+    return terms.masked_fill_(theirs.isneginf(), 0.0).sum(-1)
 
 
 def _check_finite(model: nn.Module, batch: Tensor, first: int, values: Tensor, what: str) -> None:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import peft.tuners.lora.model as lora_model
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..errors import ConfigError
@@ -85,11 +88,15 @@ def _wrap_creation(kind: Any) -> None:
 
 def _wrap_configuration(kind: Any) -> None:
     """Write into adapter_config.json whether the adapter is masked, and read it again."""
-    to_dict, from_type = kind.to_dict, PeftConfigMixin.from_peft_type.__func__  # type: ignore[attr-defined]
+    save, from_type = kind.save_pretrained, PeftConfigMixin.from_peft_type.__func__  # type: ignore[attr-defined]
 
-    @functools.wraps(to_dict)
-    def with_mask(self: Any) -> dict[str, Any]:
-        return to_dict(self) | ({_MASKED: True} if getattr(self, _MASKED, False) else {})
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: str, **kwargs: Any) -> None:
+        save(self, save_directory, **kwargs)
+        if getattr(self, _MASKED, False):  # not in to_dict, which its constructor is to take
+            file = Path(save_directory) / CONFIG_NAME
+            written = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps(written | {_MASKED: True}, indent=2, sort_keys=True), encoding="utf-8")
 
     @functools.wraps(from_type)
     def from_peft_type(cls: Any, **kwargs: Any) -> Any:
@@ -99,7 +106,7 @@ def _wrap_configuration(kind: Any) -> None:
             setattr(config, _MASKED, True)
         return config
 
-    kind.to_dict = with_mask
+    kind.save_pretrained = save_pretrained
     PeftConfigMixin.from_peft_type = classmethod(from_peft_type)  # type: ignore[assignment]
 
 

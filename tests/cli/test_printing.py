@@ -80,3 +80,29 @@ def test_what_was_printed_before_an_error_is_written(folder, monkeypatch, capsys
     monkeypatch.setattr(command.inspect, "run", run)
     assert main(["inspect", str(folder)]) == 2
     assert capsys.readouterr() == ("first\n", "error: then\n")
+
+
+def test_a_stdout_that_cannot_be_written_is_an_error_in_one_line(folder, monkeypatch, capsys):
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["inspect", str(folder), "--json"]) == 2
+        full.flush()  # as Python does when it exits
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: standard output cannot be written (")
+    assert "No space left on device" in line
+
+
+@pytest.mark.parametrize("option", ["--against", "--text"])  # refused at once; after work has begun
+def test_a_stderr_that_nobody_reads_costs_nothing(option, folder, closed_pipe, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", closed_pipe)
+    monkeypatch.setattr(sys, "stderr", closed_pipe)
+    assert main(["evaluate", str(folder), option, str(folder / "none.txt")]) == 2
+    closed_pipe.write("and what Python writes at the end")
+    closed_pipe.flush()
+
+
+def test_a_closed_stderr_puts_no_errors_on_stdout(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["inspect", str(folder / "none")]) == 2
+    assert capsys.readouterr().out == ""
+    assert main(["inspect", str(folder)]) == 0

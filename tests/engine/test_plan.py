@@ -95,6 +95,63 @@ def test_gates_and_routers_stay_dense_unless_they_are_named(name, reason):
     assert named.names == layers
 
 
+def mixture(name):
+    """A tiny model with 16 experts whose router is none of one linear layer with 16 outputs."""
+    small = {key: tiny._LLAMA[key] for key in ("vocab_size", "hidden_size", "num_attention_heads", "pad_token_id")}
+    if name == "zaya":
+        sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "router_hidden_size": 32}
+        experts = {"num_experts": 16, "moe_intermediate_size": 32}
+        return transformers.ZayaForCausalLM(transformers.ZayaConfig(**small, **sizes, **experts))
+    if name == "longcat":
+        ranks = dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "head_dim"), 16)
+        experts = {"n_routed_experts": 16, "zero_expert_num": 8, "expert_ffn_hidden_size": 32, "moe_topk": 2}
+        config = transformers.LongcatFlashConfig(
+            **small, **ranks, **experts, num_layers=2, v_head_dim=16, ffn_hidden_size=64
+        )
+        return transformers.LongcatFlashForCausalLM(config)
+    experts = {"enable_moe_block": True, "num_experts": 16, "top_k_experts": 2, "moe_intermediate_size": 32}
+    sizes = {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 16}
+    layers = {"vocab_size_per_layer_input": 256, "layer_types": ["full_attention"]}
+    config = transformers.Gemma4TextConfig(**tiny._LLAMA | {"num_hidden_layers": 1}, **experts, **sizes, **layers)
+    return transformers.Gemma4ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "routers"),
+    [
+        ("zaya", ["mlp.gate.down_proj", *(f"mlp.gate.router_mlp.{part}" for part in ("fc1", "fc2", "out_proj"))]),
+        ("longcat", ["mlp.router.classifier"]),  # of 16 experts and 8 that do nothing
+        ("gemma4", ["router.proj"]),  # beside a gate of 16 outputs that is no router
+    ],
+)
+def test_all_layers_of_a_router_stay_dense_and_nothing_else_does(name, routers):
+    if not hasattr(transformers, {"zaya": "Zaya", "longcat": "LongcatFlash", "gemma4": "Gemma4Text"}[name] + "Config"):
+        pytest.skip("this transformers does not know it")
+    found = plan(mixture(name), min_degree=0)
+    assert [
+        left.name for left in found.left_dense if left.name.startswith("model.layers.0.") and "router" in left.reason
+    ] == [f"model.layers.0.{router}" for router in routers]
+    assert not any(router in name for router in routers for name in found.names)
+
+
+def test_a_layer_that_a_router_and_experts_have_is_the_experts_unless_both_are_named():
+    if not hasattr(transformers, "ZayaConfig"):
+        pytest.skip("this transformers does not know it")
+    model = mixture("zaya")
+    found = plan(model, targets=["down_proj"], min_degree=0)
+    assert len(found.names) == 32
+    assert all(".experts." in name for name in found.names)
+    found = make_plan(mixture("zaya"), EGGSConfig("2:4", preset="magnitude", targets=["gate.down_proj"]))
+    assert found.names == [f"model.layers.{block}.mlp.gate.down_proj" for block in (0, 1)]
+
+
+def test_a_convolution_is_called_what_it_is():
+    model = tiny.make_model("llama")
+    model.model.layers[0].self_attn.conv = torch.nn.Conv1d(4, 4, 2)
+    reasons = {layer.name: layer.reason for layer in plan(model).left_dense}
+    assert reasons["model.layers.0.self_attn.conv.weight"] == "a Conv1d, not a linear"
+
+
 def test_a_gate_that_is_named_and_cannot_keep_the_floor_is_refused():
     model, layer = gated("qwen2_moe")
     with pytest.raises(ShapeError, match=r"layers.0.mlp.shared_expert_gate: min_degree=1 cannot hold at 2:4: 1 rows"):

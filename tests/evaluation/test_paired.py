@@ -7,7 +7,7 @@ import tiny
 import torch
 from scipy import stats
 
-from optimum_eggs.errors import ConfigError, ModelError
+from optimum_eggs.errors import ConfigError, ModelError, NumericalError
 from optimum_eggs.evaluation import compare, perplexity, read
 from optimum_eggs.evaluation.paired import estimate
 from optimum_eggs.evaluation.windows import evaluation_windows, predicted_bytes
@@ -57,6 +57,34 @@ def test_a_model_agrees_with_itself():
     found = compare(read([model, model], WINDOWS, progress=False))
     assert found.top1_agreement.value == 1
     assert found.nats_difference.value == found.kl_divergence.value == 0
+
+
+class Masking(torch.nn.Module):
+    """A model that gives the logits of another, with -inf in some slots."""
+
+    def __init__(self, model, slots):
+        super().__init__()
+        self.model, self.slots = model, slots
+
+    def forward(self, input_ids, **options):
+        found = self.model(input_ids=input_ids, **options)
+        found.logits[..., self.slots] = -torch.inf
+        return found
+
+
+def test_slots_that_both_models_mask_add_nothing():
+    slots = [token for token in range(tiny.VOCABULARY) if token not in WINDOWS]
+    kept = [token for token in range(tiny.VOCABULARY) if token not in slots]
+    models = [tiny.make_model("llama"), other_model()]
+    masking = [Masking(model, slots) for model in models]
+    by_hand = []
+    for window in WINDOWS:
+        p, q = (log_chances(model, window)[:, kept] for model in masking[::-1])
+        by_hand.append((p.exp() * (p - q)).sum(-1).mean())
+    found = compare(read(masking, WINDOWS, progress=False))
+    assert found.kl_divergence.value == pytest.approx(float(sum(by_hand)) / len(WINDOWS), rel=1e-4)
+    with pytest.raises(NumericalError, match="divergence from the other model is NaN or infinite"):
+        read([masking[0], models[1]], WINDOWS, progress=False)
 
 
 def test_one_window_has_no_interval():

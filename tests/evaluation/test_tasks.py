@@ -95,12 +95,20 @@ def test_results_are_right_and_reach_report_page_and_card(
     assert "continuation, acc: this model" in page
 
 
-def test_json_and_text_and_tasks_together(packed_folder, text_file, task_folder, capsys):
+def test_json_and_text_and_tasks_together(packed_folder, text_file, task_folder, tmp_path, capsys):
+    task_folder = shutil.copytree(task_folder, tmp_path / "tasks")  # with code of its own, that prints
+    (task_folder / "utils.py").write_text(
+        "def process_docs(documents):\n    print('processed')\n    return documents\n"
+    )
+    with (task_folder / "continuation.yaml").open("a") as task:
+        task.write("process_docs: !function utils.process_docs\n")
     options = ["--tasks", "continuation", "--include-path", str(task_folder), "--limit", "4", "--no-record"]
     text = ["--text", str(text_file), "--seq-len", "16", "--num-windows", "2"]
     before = (packed_folder / "report.json").read_text()
     assert main(["evaluate", str(packed_folder), *options, *text, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["model"]
+    said = capsys.readouterr()
+    assert "processed" in said.err
+    found = json.loads(said.out)["model"]
     assert found["perplexity"]["tokens"] == 2 * 15
     (task,) = found["tasks"]
     assert (task["task"], task["documents"], task["num_fewshot"]) == ("continuation", 4, 0)

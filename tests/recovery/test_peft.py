@@ -171,6 +171,12 @@ def test_a_second_adapter_is_marked_too(packed_folder, tmp_path):
     assert "optimum_eggs_masked" in (tmp_path / "both" / "second" / "adapter_config.json").read_text()
 
 
+def test_the_configuration_of_a_masked_adapter_is_made_again_from_its_dictionary(packed_folder, tmp_path):
+    model = adapter(AutoModelForCausalLM.from_pretrained(packed_folder), tmp_path)
+    fields = model.peft_config["default"].to_dict()
+    assert peft.LoraConfig(**fields).to_dict() == peft.get_peft_config(fields).to_dict() == fields
+
+
 def test_peft_alone_reads_what_a_masked_adapter_says_of_itself(packed_folder, tmp_path):
     adapter(AutoModelForCausalLM.from_pretrained(packed_folder), tmp_path)
     fields = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -27,26 +27,8 @@ def run(args: argparse.Namespace) -> int:
     from ..hf.loading import has_tokenizer, load_model, load_tokenizer
     from ..sharing import own_card, put_card
 
-<<<<<<< HEAD
     path = check_output(args.output, args.overwrite, sources=[args.model])
     own = own_card(path)
-    model = load_model(args.model, trust_remote_code=args.trust_remote_code)
-    layers = packed_layers(model)
-    if not layers:
-        raise ModelError(f"{args.model}: has no packed layers, so it is dense already")
-    zeros = sum((layer.in_features * layer.out_features - layer.weight.numel()) for layer in layers.values())
-    needs = sum(value.nbytes for value in model.parameters()) + zeros * model.dtype.itemsize
-    count = len(layers)
-    del layers  # or packed and dense ones are in memory together
-    with new_folder(args.output, args.overwrite, sources=[args.model], needs=needs) as folder:
-        model = model.dequantize()
-        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
-        put_card(own, folder)
-        if has_tokenizer(args.model):
-            tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-            tokenizer.save_pretrained(folder)
-=======
-    check_output(args.output, args.overwrite, sources=[args.model])
     with others_on_stderr():
         model = load_model(args.model, trust_remote_code=args.trust_remote_code)
         layers = packed_layers(model)
@@ -59,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
         with new_folder(args.output, args.overwrite, sources=[args.model], needs=needs) as folder:
             model = model.dequantize()
             model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+            put_card(own, folder)
             if has_tokenizer(args.model):
                 tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
                 tokenizer.save_pretrained(folder)
->>>>>>> mends
     if args.json:
         print(json.dumps({"output": args.output, "format": args.format, "layers": count}))
     else:

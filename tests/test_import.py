@@ -40,10 +40,10 @@ def test_importing_registers_and_importing_twice_is_harmless(python):
     "first",
     [
         "import optimum_eggs",
-        "import transformers, optimum_eggs",
         *(
             pytest.param(order, marks=pytest.mark.slow)
             for order in (
+                "import transformers, optimum_eggs",
                 "import transformers.modeling_utils, optimum_eggs",
                 "import optimum_eggs.hf.quantizer",
                 "import optimum_eggs.ops",

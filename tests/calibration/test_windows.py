@@ -119,6 +119,7 @@ class Counting:
         return self.tokenizer(text, **options)
 
 
+@pytest.mark.slow
 def test_a_large_text_is_tokenised_only_as_far_as_needed(tokenizer, tmp_path):
     text = "\n".join(f"{number} {TEXTS[number % 10]}" for number in range(3200))  # over 2 Mi characters
     (tmp_path / "large.txt").write_text(text)

@@ -431,7 +431,8 @@ def test_inspect_names_each_corruption(corrupt, where, rule, packed_folder, tmp_
     assert f"error: {where}: {rule}: " in done.stderr
 
 
-@pytest.mark.parametrize("entry", [pytest.param("module", marks=pytest.mark.slow), "optimum-cli"])
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["module", "optimum-cli"])
 def test_an_error_ends_a_process_with_2_and_without_a_traceback(entry, dense_folder, text_file, tmp_path):
     options = ["prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL, "--pattern", "4:2"]
     done = eggs(*options, entry=entry, code=2)

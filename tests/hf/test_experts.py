@@ -111,7 +111,14 @@ def test_made_dense_it_is_a_model_of_its_architecture(name, save, tmp_path):
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("values", [{"targets": ["layers.1"]}, {"ignore": ["experts", "lm_head"]}, {"preset": "best"}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"targets": ["layers.1"]},
+        pytest.param({"ignore": ["experts", "lm_head"]}, marks=pytest.mark.slow),
+        pytest.param({"preset": "best"}, marks=pytest.mark.slow),
+    ],
+)
 def test_from_disk_a_mixture_gives_the_same_files(name, values, tmp_path, tokenizer, text_file):
     values = SIZE | ({"block_tuning": 2, "batch_size": 2} if "preset" in values else {}) | values
     config = EGGSConfig("2:4", calibration=str(text_file), **values)

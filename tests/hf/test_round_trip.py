@@ -106,6 +106,7 @@ def test_a_plain_save_of_a_loaded_model_keeps_the_list_of_layers(packed_folder, 
     assert first == second
 
 
+@pytest.mark.slow
 def test_without_this_package_loading_fails_loudly(packed_folder, python, tmp_path):
     import subprocess
 

@@ -262,6 +262,7 @@ def test_a_dense_layer_has_no_choice_to_explain():
         explain(torch.nn.Linear(4, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["OPTIMUM_EGGS_BACKEND", "OPTIMUM_EGGS_ISA"])
 def test_a_wrong_environment_variable_is_an_error_that_lists_what_there_is(name):
     code = """

@@ -15,6 +15,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs: pi
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_kernel_is_right_up_to_rounding_in_the_interpreter():
     script = Path(__file__).with_name("triton_in_interpreter.py")
     environment = os.environ | {"TRITON_INTERPRET": "1"}

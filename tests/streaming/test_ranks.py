@@ -128,6 +128,7 @@ def sums_of_two(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [name.removesuffix("-2") for name in jobs() if name.endswith("-2")])
 def test_two_processes_give_what_one_gives(kind, together, sums_of_two):
     job = jobs()[f"{kind}-2"]
@@ -158,6 +159,7 @@ def test_two_processes_give_what_one_gives(kind, together, sums_of_two):
         assert after["error_after"] == pytest.approx(before["error_after"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_bad_input_ends_all_processes_alike(together):
     for name, error in {
         "uneven": "ConfigError: num_samples=15 cannot be shared out evenly over 2 processes",

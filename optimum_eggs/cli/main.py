@@ -44,7 +44,8 @@ def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, help=text, description=text)
         module.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
-        subparser.set_defaults(run=module.run, check=getattr(module, "check", check_model))
+        flags = {action.dest: action.option_strings[-1] for action in subparser._actions if action.option_strings}
+        subparser.set_defaults(run=module.run, check=getattr(module, "check", check_model), flags=flags)
     return parser
 
 
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
         with said_once(), printed_at_the_end():
             return args.run(args)
     except EGGSError as error:
-        say(f"error: {error}")
+        say(f"error: {_with_flag(str(error), args)}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -71,6 +72,22 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
     except KeyboardInterrupt as error:
         say(f"interrupted; {str(error) or 'nothing was written'}")
         return 130
+
+
+def _with_flag(message: str, args: argparse.Namespace) -> str:
+    """A message that begins with an argument's name in Python and its value, with the option that it was given by.
+
+    >>> _with_flag("text='a.txt': there is no such file", argparse.Namespace(text="a.txt", flags={"text": "--text"}))
+    "text='a.txt' (--text): there is no such file"
+    """
+    for key, flag in args.flags.items():
+        value = getattr(args, key, None)
+        for each in value if isinstance(value, list) else [value]:
+            start = f"{key}={each!r}"
+            rest = message.removeprefix(start)
+            if rest != message and rest[:1] in (" ", ":", ";", ",") and flag not in rest:
+                return f"{start} ({flag}){rest}"
+    return message
 
 
 def _quiet_libraries() -> None:

@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from .. import strict_json
+from ..calibration.documents import NAMED_DATASETS, DatasetName, dataset_id
 from ..errors import CheckpointError, OutputError, shorten
 from ..files import REPORT_NAME, write_durably
 from ..masks.certificate import Certificate
@@ -258,7 +259,8 @@ def _problem(found: Any) -> str | None:
 def text_uses(report: dict[str, Any], text: Mapping[str, Any]) -> list[str]:
     """What was done on a text before, by the report: "calibrated", "trained".
 
-    Texts are told apart by the SHA-256 of their files where both are known, else by their names and splits.
+    Texts are told apart by the SHA-256 of their files where both are known, else by their names, or the data sets that
+    these stand for, and their splits.
 
     Args:
         report: Of a saved model.
@@ -281,8 +283,37 @@ def _by_name(names: Iterable[str]) -> list[dict[str, Any]]:
 def _is_same_text(text: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     if text.get("sha256") and other.get("sha256"):
         return text["sha256"] == other["sha256"]
-    splits = {text.get("split"), other.get("split")} - {None}
-    return text.get("name") is not None and text["name"] == other.get("name") and len(splits) < 2
+    return _is_same_name(text.get("name"), other.get("name")) and _may_overlap(text.get("split"), other.get("split"))
+
+
+def _is_same_name(name: Any, other: Any) -> bool:
+    """Whether two names are of one text: equal, or of one data set and configuration, if both say which.
+
+    >>> _is_same_name("wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1@main"), _is_same_name("me/a:en", "me/a:de")
+    (True, False)
+    """
+    if name is None or other is None:
+        return False
+    ids = {dataset_id(name), dataset_id(other)}
+    if None in ids:
+        return bool(name == other)
+    configurations = {_configuration(name), _configuration(other)} - {None}
+    return len(ids) == 1 and len(configurations) < 2
+
+
+def _configuration(name: str) -> str | None:
+    asked = DatasetName.parse(name)
+    return NAMED_DATASETS.get(asked.path, {}).get("name", asked.config_name)
+
+
+def _may_overlap(split: str | None, other: str | None) -> bool:
+    """Whether two splits may have rows in common, as slices of one have; one that is unknown may.
+
+    >>> _may_overlap("train[:1000]", "train"), _may_overlap("train[:80%]", "test+validation")
+    (True, False)
+    """
+    parts, others = ({part.partition("[")[0] for part in (each or "").split("+")} for each in (split, other))
+    return not (split and other) or not parts.isdisjoint(others)
 
 
 def without_measurements(report: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..calibration.documents import described
 from ..calibration.windows import windows_digest
 from ..engine.report import read_report, text_uses
 from ..errors import ConfigError, ModelError
+from ..folders import check_folder
 from ..hf.attach import packed_layers
 from ..hf.loading import load_config, load_model, load_tokenizer
 from ..masks.recognise import follows
@@ -161,7 +162,7 @@ class _Source:
     """A model to be judged: in memory, or in a folder whose files are whole.
 
     Raises:
-        ModelError: there is no such folder.
+        ModelError: there is no such folder, or it is a file.
         CheckpointError: its weight files are damaged.
     """
 
@@ -172,10 +173,7 @@ class _Source:
     def __post_init__(self) -> None:
         if self.folder is None:
             return
-        if not Path(self.folder).is_dir():
-            raise ModelError(
-                f"{self.folder}: there is no such folder; save the model first, its files are measured too"
-            )
+        check_folder(self.folder)
         read_headers(weight_files(self.folder))
 
     @cached_property

@@ -42,7 +42,7 @@ def attach_quantizer(model: PreTrainedModel, config: EGGSConfig, report: PruneRe
     take_over(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = True
+            module.config._is_quantized = True  # flash attention asks which dtype to compute in
 
 
 def take_over(model: PreTrainedModel) -> None:
@@ -56,9 +56,14 @@ def take_over(model: PreTrainedModel) -> None:
 
 
 def give_back(model: PreTrainedModel) -> None:
-    """Undo [`take_over`]."""
+    """Undo [`take_over`], and the mark that the configurations of a packed model have."""
+    from transformers import PreTrainedModel
+
     for name in ("push_to_hub", "half", "float"):
         vars(model).pop(name, None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:

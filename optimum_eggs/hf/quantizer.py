@@ -301,7 +301,10 @@ def _wrap(kind: Any) -> None:
         return
 
     @functools.wraps(merge)
-    def merge_quantization_configs(cls: Any, stored: Any, given: Any = None) -> Any:
+    def merge_quantization_configs(
+        cls: Any, quantization_config: Any, quantization_config_from_args: Any = None
+    ) -> Any:
+        stored, given = quantization_config, quantization_config_from_args
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
         if given is None or method != QUANT_METHOD:
             return merge(cls, stored, given)

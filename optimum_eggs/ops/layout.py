@@ -45,6 +45,8 @@ def _isa(matrix: Tensor, weight_meta: Tensor, in_features: int) -> str | None:
     """The instruction set to use, or None where torch must do it."""
     if not nothing_watches(matrix, weight_meta) or weight_meta.device != matrix.device:
         return None
+    if torch._C._functorch.is_legacy_batchedtensor(matrix):  # a gradient of many, as `jacobian(vectorize=True)` has it
+        return None
     if weight_meta.dtype is not torch.uint8 or weight_meta.shape != (len(matrix), meta_width(in_features)):
         return None
     return choose(matrix.dtype, matrix.device, tokens=1).isa

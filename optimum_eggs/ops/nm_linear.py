@@ -141,7 +141,9 @@ def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> in
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
-torch._decomp.register_decomposition(torch.ops.optimum_eggs.nm_linear.default)(_by_torch)  # the ONNX exporter takes it
+_overload = torch.ops.optimum_eggs.nm_linear.default
+torch._decomp.register_decomposition(_overload)(_by_torch)  # the ONNX exporter takes what is in this table alone
+torch._decomp.register_decomposition(_overload, type="meta")(_fake)  # else fake tensors of unknown sizes take it too
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -154,11 +156,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, weight_meta = ctx.saved_tensors
     wanted, pattern = ctx.needs_input_grad, NMPattern(ctx.n, ctx.m)
     grad_x = grad_weight = grad_bias = None
-    by_token = torch.atleast_2d(grad).flatten(0, -2)  # (tokens, out); a single token may come as a vector
+    by_token = grad.reshape(-1, grad.shape[-1])  # (tokens, out); not flatten, which the older of torch's vmaps lacks
     if wanted[0]:
         grad_x = grad @ spread(weight, weight_meta, pattern)  # dense for as long as this product takes
     if wanted[1]:
-        left, right = by_token.t(), torch.atleast_2d(x).flatten(0, -2)
+        left, right = by_token.t(), x.reshape(-1, x.shape[-1])
         height = max(1, _GRAD_NUMBERS // x.shape[-1])
         parts = []
         for start in range(0, len(left), height):

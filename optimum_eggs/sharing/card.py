@@ -48,7 +48,8 @@ def model_card(
         existing: Text of a card to keep, in place of the README.md that is there.
 
     Raises:
-        ModelError: the folder has no report, or the metadata of the README.md that is there cannot be read.
+        ModelError: the folder has no report, or the README.md that is there is no UTF-8 or has metadata that cannot be
+            read.
         CheckpointError: the folder is no packed model, or its report is damaged.
     """
     path = Path(folder)
@@ -62,7 +63,7 @@ def model_card(
     card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_texts(report, config, repository, path))
     own = path / CARD_NAME
     if existing is None and own.is_file():
-        existing = own.read_text(encoding="utf-8")
+        existing = read_card(own)
     return card if existing is None else _merged(parsed(existing), card)
 
 
@@ -286,6 +287,18 @@ def _certificate(report: dict[str, Any]) -> str:
     )
 
 
+def read_card(file: Path) -> str:
+    """The text of a README.md.
+
+    Raises:
+        ModelError: it is no UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{CARD_NAME}: is no UTF-8 text ({first_line(error)}); save it as UTF-8") from error
+
+
 def parsed(text: str) -> ModelCard:
     """A card from its text.
 
@@ -318,9 +331,9 @@ def own_card(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_card(path)
         return text if has_own_text(text) else None
-    except (OSError, UnicodeDecodeError, ModelError) as error:
+    except (OSError, ModelError) as error:
         raise ModelError(f"{path}: cannot be read, to take over what is yours in it ({error}); mend it") from error
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
@@ -26,7 +27,7 @@ from ..errors import CheckpointError, ConfigError, EGGSError, HubError, first_li
 from ..inspection import inspect_checkpoint
 from ..logs import said_once
 from ..names import hub_id
-from .card import CARD_NAME, has_own_text, model_card, parsed
+from .card import CARD_NAME, has_own_text, model_card, parsed, read_card
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -177,16 +178,23 @@ def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) ->
 
 
 def _card_before(own: Path, repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
-    """The text of the card that a new one is merged into: the folder's `own` if a user wrote in it, or the Hub's."""
-    text = own.read_text(encoding="utf-8") if own.is_file() else None
+    """The text of the card that a new one is merged into: the folder's `own` if a user wrote in it, or the Hub's.
+
+    Of a branch that is still to be made, that is the card of the default one, which it begins as.
+    """
+    text = read_card(own) if own.is_file() else None
     if text is not None and has_own_text(text):
         return text
-    try:
-        return Path(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)).read_text(encoding="utf-8")
-    except LocalEntryNotFoundError:  # the Hub cannot be reached
-        raise
-    except (HfHubHTTPError, EntryNotFoundError):
-        return text
+    for branch in (revision, None):
+        try:
+            return read_card(Path(hf_hub_download(repo_id, CARD_NAME, revision=branch, token=token)))
+        except LocalEntryNotFoundError:  # the Hub cannot be reached
+            raise
+        except RevisionNotFoundError:
+            continue
+        except (HfHubHTTPError, EntryNotFoundError):
+            break
+    return text
 
 
 def _base_card(base: str | None, token: str | bool | None) -> ModelCard | None:
@@ -194,7 +202,7 @@ def _base_card(base: str | None, token: str | bool | None) -> ModelCard | None:
     if base is None:
         return None
     try:
-        return parsed(Path(hf_hub_download(base, CARD_NAME, token=token)).read_text(encoding="utf-8"))
+        return parsed(read_card(Path(hf_hub_download(base, CARD_NAME, token=token))))
     except (HTTPError, OSError, ValueError) as error:
         said = without(token, first_line(error))
         logger.warning("%s: its card cannot be read (%s), so its licence is not carried over", base, said)

@@ -78,3 +78,17 @@ print("".join(parser.format_help() for parser in commands.values()))
     done = subprocess.run([sys.executable, "-OO", "-B", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "model", "--text", "./no.txt"], "text='./no.txt' (--text): there is no such file"),
+        (["recover", "model", "out", "--train", "./no.txt"], "train='./no.txt' (--train): there is no such file"),
+        (["evaluate", "model", "--text", "sample", "--seq-len", "500"], "seq_len=500 (--seq-len) is more than"),
+    ],
+)
+def test_a_value_that_is_refused_is_named_with_its_option(arguments, message, packed_folder, tmp_path, capsys):
+    folders = {"model": str(packed_folder), "out": str(tmp_path / "out")}
+    assert command.main([folders.get(part, part) for part in arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")

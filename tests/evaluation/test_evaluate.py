@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -117,7 +118,8 @@ def test_packed_layers_in_memory_take_what_their_tensors_take(packed_folder, tex
     ("change", "error", "message"),
     [
         ({"text": None}, ConfigError, "nothing to judge on; give text"),
-        ({"model": "some/id"}, ModelError, "some/id: there is no such folder; save the model first"),
+        ({"model": "some/id"}, ModelError, "some/id: there is no such folder; check the path"),
+        ({"model": Path(__file__)}, ModelError, "is a file; name the folder of a saved model"),
         ({"model": tiny.make_model("llama")}, ConfigError, "a LlamaForCausalLM in memory: pass the model's tokenizer"),
         ({"text": "missing.txt"}, CalibrationError, "text='missing.txt': there is no such file"),
         ({"seq_len": 500}, CalibrationError, "seq_len=500 is more than the model's context of 128"),
@@ -226,6 +228,13 @@ def test_texts_without_a_digest_are_known_by_name_and_split():
     new = {"calibration": {"texts": [{"name": "c4", "split": "train", "sha256": None}]}}
     assert uses(new, name="c4", split="train", sha256=None) == ["calibrated"]
     assert uses(new, name="c4", split="validation", sha256=None) == uses({}, name="c4") == []
+    assert uses(new, name="c4", split="train[:1000]", sha256=None) == ["calibrated"]
+    assert uses(new, name="c4", split="validation[:1000]", sha256=None) == []
+    full = "Salesforce/wikitext:wikitext-2-raw-v1"
+    for name, other in ((full, "wikitext2"), ("wikitext2", f"{full}@main")):
+        report = {"recovery": {"texts": [{"name": name, "split": "train[:10%]", "sha256": None}]}}
+        assert uses(report, name=other, split="train", sha256=None) == ["trained"]
+        assert uses(report, name="Salesforce/wikitext:wikitext-103-v1", split="train", sha256=None) == []
 
 
 def test_a_damaged_file_is_found_before_anything_is_loaded(packed_folder, text_file, tmp_path):

@@ -68,6 +68,8 @@ def test_casts_and_dequantize_come_in_any_order(name, start, folders):
     packed = AutoModelForCausalLM.from_pretrained(folders[name], dtype=start)
     dense = copy.deepcopy(packed).dequantize()
     assert dtypes(dense) == {start}
+    assert "_is_quantized" in vars(packed.config)
+    assert "_is_quantized" not in vars(dense.config)
     for cast in CASTS.values():
         first = cast(copy.deepcopy(packed))
         assert all(layer.weight_meta.dtype == torch.uint8 for layer in packed_layers(first).values())

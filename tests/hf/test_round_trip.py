@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, QuantoConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import CheckpointError, ConfigError
@@ -139,6 +140,13 @@ def test_a_configuration_that_agrees_with_a_packed_checkpoint_changes_nothing(pa
     configs = {"default": EGGSConfig("2:4"), "same": same, "stored": stored}
     model = AutoModelForCausalLM.from_pretrained(packed_folder, quantization_config=configs[given])
     assert model.config.quantization_config == stored
+
+
+def test_configurations_are_merged_by_the_names_that_transformers_gives_them():
+    stored = EGGSConfig("2:4")
+    for given in (None, EGGSConfig("2:4")):
+        names = {"quantization_config": stored, "quantization_config_from_args": given}
+        assert AutoHfQuantizer.merge_quantization_configs(**names) == stored
 
 
 def test_a_model_made_from_a_packed_configuration_is_saved_as_the_dense_one_it_is(packed_folder, tmp_path):

@@ -130,7 +130,11 @@ def test_a_compiled_layer_computes_the_same(backend):
     torch.testing.assert_close(found, expected)
 
 
-def test_an_exported_layer_holds_the_operation():
+def test_an_exported_layer_holds_the_operation(monkeypatch):
+    def apart(*arguments):
+        raise AssertionError("the operation was taken apart to learn its shape")
+
+    monkeypatch.setitem(torch._decomp.decomposition_table, torch.ops.optimum_eggs.nm_linear.default, apart)
     made = layer()
     x = gaussian(3, 32, seed=1)
     with warnings.catch_warnings():
@@ -184,6 +188,18 @@ def test_transforms_of_functions_see_through_the_operation():
     )
     kept = whole["weight"][:, made.mask()].view(5, *made.weight.shape)  # of each input, the gradient of what is kept
     torch.testing.assert_close(packed, {"weight": kept, "bias": whole["bias"]})
+
+
+@pytest.mark.parametrize("shape", [(32,), (2, 3, 32)])
+def test_jacobians_are_computed_in_one_pass_too(shape):
+    made, x = layer(), gaussian(*shape, seed=1)
+
+    def of_values(weight, bias):
+        return torch.ops.optimum_eggs.nm_linear(x, weight, made.weight_meta, bias, 2, 4)
+
+    for function, inputs in ((made, x), (of_values, (made.weight.detach(), made.bias.detach()))):
+        one_by_one = torch.autograd.functional.jacobian(function, inputs)
+        torch.testing.assert_close(torch.autograd.functional.jacobian(function, inputs, vectorize=True), one_by_one)
 
 
 def test_tangents_are_not_lost():

@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optimum_eggs.errors import ModelError
-from optimum_eggs.sharing import model_card, write_card
+from optimum_eggs.sharing import keep_own_text, model_card, write_card
 
 
 @pytest.fixture
@@ -150,6 +150,13 @@ def test_the_card_that_a_save_leaves_becomes_that_of_the_repository(folder):
     own = text.replace("# other\n", "# A title of my own\n").replace("name: other", "name: mine")
     (folder / "README.md").write_text(own)
     assert "# A title of my own\n" in write_card(folder, "me/tiny").read_text()
+
+
+def test_a_card_in_another_encoding_is_named(folder, tmp_path):
+    (folder / "README.md").write_bytes("# My model\n\nCaf\xe9.\n".encode("latin-1"))
+    for read in (lambda: model_card(folder), lambda: keep_own_text(folder, tmp_path)):
+        with pytest.raises(ModelError, match=r"README.md: is no UTF-8 text \(.*\); save it as UTF-8"):
+            read()
 
 
 def test_the_card_makes_the_model_again(folder):

@@ -188,6 +188,8 @@ def test_what_was_written_into_the_card_on_the_hub_is_kept(hub, client, packed_f
     files["README.md"] = files["README.md"].replace(b"# tiny\n", b"# tiny\n\nWritten by hand.\n")
     edited = files["README.md"]
     assert b"Written by hand." in edited
+    client(PUSH, folder, "me/tiny", "--revision", "new")
+    assert hub.files("me/tiny", "new")["README.md"] == edited
     client(PUSH, folder, "me/tiny")
     assert hub.files("me/tiny")["README.md"] == edited
     (folder / "README.md").write_text("# tiny\n\nOf the folder.\n")  # text of the folder's own goes before
@@ -382,11 +384,19 @@ def test_a_card_that_the_hub_refuses_leaves_no_empty_repository(hub, client, pac
     assert hub.repositories == {}
 
 
-def test_a_card_whose_metadata_cannot_be_read_is_named(hub, client, packed_folder):
-    (packed_folder / "README.md").write_text("---\nlicense: [mit\n---\n# My model\n\nMy words.\n")
-    assert "README.md: its metadata, between the first two ---, cannot be read" in refused(
-        client(PUSH, packed_folder, "me/tiny", check=False)
-    )
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (
+            b"---\nlicense: [mit\n---\n# My model\n\nMy words.\n",
+            "its metadata, between the first two ---, cannot be read",
+        ),
+        ("# My model\n\nCaf\xe9.\n".encode("latin-1"), "is no UTF-8 text ("),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_named(card, message, hub, client, packed_folder):
+    (packed_folder / "README.md").write_bytes(card)
+    assert f"README.md: {message}" in refused(client(PUSH, packed_folder, "me/tiny", check=False))
     assert hub.repositories == {}
 
 

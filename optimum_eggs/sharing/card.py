@@ -330,11 +330,8 @@ def own_card(folder: Path) -> str | None:
     path = folder / CARD_NAME
     if not path.is_file():
         return None
-    try:
-        text = read_card(path)
-        return text if has_own_text(text) else None
-    except (OSError, ModelError) as error:
-        raise ModelError(f"{path}: cannot be read, to take over what is yours in it ({error}); mend it") from error
+    text = read_card(path)
+    return text if has_own_text(text) else None
 
 
 def put_card(text: str | None, folder: Path) -> None:

@@ -341,7 +341,7 @@ def test_words_of_ones_own_in_the_card_stay(packed_folder, tmp_path):
     assert "My own words." in (out / "README.md").read_text()
     (out / "README.md").write_bytes("# out\n\nMy own wörds.\n".encode("latin-1"))
     said = within("export", packed_folder, out, "--overwrite", code=2).stderr
-    assert "README.md: cannot be read, to take over what is yours in it" in said
+    assert "README.md: is no UTF-8 text" in said
 
 
 def tree(folder):

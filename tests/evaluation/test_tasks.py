@@ -156,7 +156,7 @@ def test_differences_pair_the_documents():
     ("options", "message"),
     [
         ([], "nothing to judge on; give text (--text), tasks (--tasks) or both"),
-        (["--tasks", "arc_easy", "--include-path", "nowhere"], "include_path='nowhere' is no folder"),
+        (["--tasks", "arc_easy", "--include-path", "nowhere"], "include_path='nowhere' (--include-path) is no folder"),
     ],
 )
 def test_bad_input_is_refused(packed_folder, options, message, capsys):

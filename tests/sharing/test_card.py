@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optimum_eggs.errors import ModelError
-from optimum_eggs.sharing import keep_own_text, model_card, write_card
+from optimum_eggs.sharing import model_card, own_card, write_card
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_the_card_that_a_save_leaves_becomes_that_of_the_repository(folder):
 
 def test_a_card_in_another_encoding_is_named(folder, tmp_path):
     (folder / "README.md").write_bytes("# My model\n\nCaf\xe9.\n".encode("latin-1"))
-    for read in (lambda: model_card(folder), lambda: keep_own_text(folder, tmp_path)):
+    for read in (lambda: model_card(folder), lambda: own_card(folder)):
         with pytest.raises(ModelError, match=r"README.md: is no UTF-8 text \(.*\); save it as UTF-8"):
             read()
 

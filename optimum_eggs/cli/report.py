@@ -26,11 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, write, and say where."""
     from ..errors import OutputError
-    from ..files import add_to_list
+    from ..files import add_to_list, listed_files
     from ..report import PICTURES, report_page
 
     folder = Path(args.model)
     output = Path(args.output) if args.output else folder / "report.html"
+    taken = {(folder / name).resolve() for name in listed_files(folder) if name != "report.html"}
+    if output.resolve() in taken:
+        raise OutputError(f"{output}: is a file of the model; name another file with --output")
     page = report_page(folder, folder / "figures" if args.figures else None, with_spectra=args.spectra)
     pictures = [folder / "figures" / f"{name}.png" for name in PICTURES] if args.figures else []
     try:

@@ -334,6 +334,13 @@ def test_what_this_package_wrote_is_replaced_and_nothing_else(dense_folder, pack
     assert "figures/mine.png in it was not written by this package" in said
 
 
+def test_a_page_is_not_written_over_the_model(packed_folder):
+    before = tree(packed_folder)
+    said = within("report", packed_folder, "-o", packed_folder / "model.safetensors", code=2).stderr
+    assert "model.safetensors: is a file of the model; name another file with --output" in said
+    assert tree(packed_folder) == before
+
+
 def test_words_of_ones_own_in_the_card_stay(packed_folder, tmp_path):
     out = shutil.copytree(packed_folder, tmp_path / "out")
     (out / "README.md").write_text("# out\n\nMy own words.\n")

@@ -132,6 +132,7 @@ def new_folder(
         try:
             made.mkdir()
             yield made
+            check_output(path, overwrite)  # something may have been put there meanwhile
             put_in_place(made, path, work)
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -247,8 +248,10 @@ def _check_room(path: Path, needs: int) -> None:
     there = next(parent for parent in (beside, *beside.parents) if parent.exists())
     if not there.is_dir():
         raise OutputError(f"{path}: {there} is no folder, so nothing can be in it; name another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: {there} may not be written to; name another folder, or change its permissions")
+    # To be moved to another parent, a folder itself must be writable.
+    closed = next((each for each in (there, path) if each.exists() and not os.access(each, os.W_OK | os.X_OK)), None)
+    if closed is not None:
+        raise OutputError(f"{path}: {closed} may not be written to; name another folder, or change its permissions")
     free = shutil.disk_usage(there).free
     if needs > free:
         raise OutputError(

@@ -215,6 +215,10 @@ def test_a_place_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
         claimed(Path("/proc/none/out")),
     ):
         pass
+    out = saved_model(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.os, "access", lambda path, mode: Path(path) != out)
+        refused(out, r"out: .*out may not be written to; name another folder", overwrite=True)
     monkeypatch.setattr(folders.os, "access", lambda path, mode: False)
     refused(tmp_path / "a" / "out", r"out: .* may not be written to; name another folder, or change its permissions")
 
@@ -265,6 +269,23 @@ def test_what_another_process_is_filling_is_not_replaced(tmp_path):
         with locked(other), pytest.raises(OutputError, match=rf"process {os.getpid()} of .* is writing to it"):
             folders.put_in_place(work / "made", out, work)
     assert (other / "blocks").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_put_at_the_output_meanwhile_stays(there, tmp_path):
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+
+    def fill():
+        with new_folder(out) as made:
+            (made / "README.md").write_text("made")
+            out.mkdir(exist_ok=True)
+            (out / "README.md").write_text("mine")
+
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        fill()
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_an_exchange_that_fails_is_undone(tmp_path, monkeypatch):

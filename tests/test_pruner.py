@@ -120,6 +120,15 @@ def test_saving_in_another_dtype_casts_parameters_only(dense_folder, config, tmp
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_dtype_without_fractions_changes_nothing(tokenizer, config, tmp_path, text_file):
+    pruner = EGGSPruner(tiny.make_model("llama").requires_grad_(False), tokenizer)
+    pruner.prune(config, calibration=text_file)
+    with pytest.raises(ConfigError, match="int8 holds no fractions"):
+        pruner.save_pretrained(tmp_path / "out", dtype=torch.int8)
+    assert pruner.model.dtype == torch.float32
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

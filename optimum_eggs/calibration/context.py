@@ -37,6 +37,21 @@ def check_context(model: Any, seq_len: int) -> None:
         raise CalibrationError(f"seq_len={seq_len} is more than the model's context of {context} tokens; lower seq_len")
 
 
+def check_vocabulary(model: Any, ids: Tensor) -> None:
+    """Raise unless token ids are of the model's vocabulary.
+
+    Raises:
+        CalibrationError: one is not.
+    """
+    vocabulary = getattr(text_config(model), "vocab_size", None)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise CalibrationError(
+            f"token ids run from {low} to {high}, and the model's vocabulary has {vocabulary}; use the model's own "
+            "tokenizer"
+        )
+
+
 def check_reads_text(model: Any) -> None:
     """Raise unless a model reads token ids, which calibration is on.
 

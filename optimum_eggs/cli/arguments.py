@@ -12,15 +12,18 @@ from ..errors import ConfigError
 from ..folders import check_folder
 from ..names import hub_id
 
+_MOST = 2**31 - 1  # what counts something is handed to code that takes no more
+
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """The `type` of an option that takes an integer of this range."""
 
     def parse(text: str) -> int:
         try:
-            return check.integer("", int(text), least, most)
+            return check.integer("", int(text), least, _MOST if most is None else most)
         except ValueError:  # ConfigError is one
-            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            huge = text.isdecimal() and int(text) > _MOST
+            allowed = f"from {least} to {most or _MOST}" if most or huge else f"of at least {least}"
             raise argparse.ArgumentTypeError(f"{text!r} must be an integer {allowed}") from None
 
     return parse

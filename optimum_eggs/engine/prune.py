@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calibration import BlockProvider, InMemoryBlocks, Walk
-from ..calibration.context import check_context, check_reads_text, text_config
+from ..calibration.context import check_context, check_reads_text, check_vocabulary, text_config
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
@@ -180,13 +180,7 @@ def _check_windows(windows: Tensor, model: nn.Module) -> None:
     """Raise unless the windows fit the model's vocabulary and its context."""
     if windows.dim() != 2 or not windows.numel():
         raise CalibrationError(f"calibration windows have shape {tuple(windows.shape)}; they must be (windows, tokens)")
-    vocabulary = getattr(text_config(model), "vocab_size", None)
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise CalibrationError(
-            f"calibration token ids run from {low} to {high}, and the model's vocabulary has {vocabulary}; use the "
-            "model's own tokenizer"
-        )
+    check_vocabulary(model, windows)
     check_context(model, windows.shape[1])
 
 

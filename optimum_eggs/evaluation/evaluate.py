@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.context import check_context, context_length
+from ..calibration.context import check_context, check_vocabulary, context_length
 from ..calibration.documents import described
 from ..calibration.windows import windows_digest
 from ..engine.report import read_report, text_uses
@@ -121,6 +121,8 @@ def evaluate(
     if text is not None:
         cuts = [evaluation_windows(text, each, seq_len, num_windows, split, text_column, stride) for each in tokenizers]
         windows = _same(cuts, sources)
+        for source in sources:
+            check_vocabulary(source.config, windows)
     conditions = _conditions(text, split, seq_len, step, apply_chat_template)
     with ExitStack() as stack:
         models = [stack.enter_context(_evaluating(source.load(dtype))) for source in sources]

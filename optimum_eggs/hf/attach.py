@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import EGGSConfig
-from ..errors import ConfigError, ModelError
+from ..errors import ModelError
 from ..nn import NMLinear
 from ..nn.experts import SplitExperts, join_experts
 from .loading import parse_dtype
@@ -94,8 +94,6 @@ def unpack_layers(model: PreTrainedModel, dtype: torch.dtype | str | None = None
     dtype = parse_dtype(dtype)
     if isinstance(dtype, str):
         dtype = model.dtype
-    if not dtype.is_floating_point:
-        raise ConfigError(f"dtype={dtype} holds no fractions; use one such as torch.bfloat16")
     layers = packed_layers(model)
     for name, layer in layers.items():
         _check_free(model, name, layer)

@@ -50,9 +50,11 @@ def parse_dtype(name: str | torch.dtype | None) -> str | torch.dtype:
     """`"bfloat16"` to `torch.bfloat16`; `None` and `"auto"` to `"auto"`.
 
     Raises:
-        ConfigError: no such dtype.
+        ConfigError: no such dtype, or one that holds no fractions.
     """
     if isinstance(name, torch.dtype):
+        if not name.is_floating_point:
+            raise ConfigError(f"dtype={name} holds no fractions; use one such as torch.bfloat16")
         return name
     if name is None or name == "auto":
         return "auto"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import strict_json
 from .. import validation as check
-from ..calibration.context import check_context, context_length
+from ..calibration.context import check_context, check_vocabulary, context_length
 from ..calibration.documents import described, documents, refuse_twice
 from ..calibration.windows import token_stream, windows_digest
 from ..config import QUANT_METHOD
@@ -192,6 +192,7 @@ def recover(
                 tokenizer = load_tokenizer(model_id, trust_remote_code=trust_remote_code)
                 train, held_out = training_windows(settings, tokenizer, ranks.size)
                 windows = torch.cat([train, held_out])
+                check_vocabulary(config, windows)
                 digest = windows_digest(windows)
                 if settings.teacher is not None:
                     _check_tokenizer(settings, digest, ranks.size, trust_remote_code)

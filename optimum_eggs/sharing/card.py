@@ -76,7 +76,7 @@ def write_card(
     """Write the card of `folder` to its README.md, as [`model_card`]."""
     card = model_card(folder, repository, base_card, tags)
     target = Path(folder) / CARD_NAME
-    target.write_text(str(card), encoding="utf-8")
+    target.write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
     return target
 
 
@@ -314,11 +314,12 @@ def parsed(text: str) -> ModelCard:
 
 
 def has_own_text(readme: str) -> bool:
-    """Whether a card says anything besides its metadata, a title, and what is between our markers."""
+    """Whether a card says anything besides its metadata, a title at its head, and what is between our markers."""
     text = parsed(readme).text
     if BEGIN in text and END in text:
         text = text[: text.index(BEGIN)] + text[text.index(END) + len(END) :]
-    return any(line.strip() and not line.startswith("# ") for line in text.splitlines())
+    lines = [line for line in text.splitlines() if line.strip()]
+    return bool(lines[1:] if lines and lines[0].startswith("# ") else lines)
 
 
 def own_card(folder: Path) -> str | None:

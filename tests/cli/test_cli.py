@@ -57,7 +57,8 @@ def eggs(*arguments, entry="module", code=0):
     return done
 
 
-@pytest.mark.parametrize("entry", [pytest.param("module", marks=pytest.mark.slow), "optimum-cli"])
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["module", "optimum-cli"])
 def test_prune_prints_one_json_object_and_nothing_else(entry, dense_folder, text_file, tmp_path):
     done = eggs("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *SMALL, "--json", entry=entry)
     report = json.loads(done.stdout)

@@ -120,3 +120,9 @@ def test_every_option_states_its_default_and_every_pattern_an_example():
             assert "(default: " in told or "(required)" in told, f"{name} {action.option_strings}"
             if action.dest in ("targets", "ignore"):
                 assert "such as" in told
+
+
+def test_a_number_too_large_for_what_counts_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "m", "--batch-size", "9" * 20])
+    assert "must be an integer from 1 to 2147483647" in capsys.readouterr().err

@@ -254,3 +254,9 @@ def test_another_tokenizer_cannot_be_compared(packed_folder, dense_folder, text_
 
     with pytest.raises(ModelError, match="LlamaForCausalLM: its tokenizer cuts the text differently"):
         evaluate(packed_folder, other, text=text_file, tokenizer=Backwards(), **SIZE)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(packed_folder, tmp_path):
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [1, 2, 999, 4] * 16}) + "\n")
+    with pytest.raises(CalibrationError, match="token ids run from 1 to 999, and the model's vocabulary has"):
+        evaluate(packed_folder, text=str(tmp_path / "ids.jsonl"), seq_len=16)

@@ -197,6 +197,7 @@ for line in sys.argv[5].split("\\n"):
 """
 
 
+@pytest.mark.slow
 def test_commands_run_the_code_of_a_model_if_that_is_asked_for(run, remote, text_file, tmp_path):
     options, mark = json.dumps({"trust_remote_code": True}), str(tmp_path / "mark")
     run(ROADS["in memory"] + RUN, remote, text_file, tmp_path / "out", options, COMMANDS.strip(), MARK=mark)

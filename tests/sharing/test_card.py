@@ -152,6 +152,14 @@ def test_the_card_that_a_save_leaves_becomes_that_of_the_repository(folder):
     assert "# A title of my own\n" in write_card(folder, "me/tiny").read_text()
 
 
+def test_a_heading_that_is_appended_is_text_of_ones_own(folder):
+    card = write_card(folder)
+    assert own_card(folder) is None
+    with card.open("a") as opened:
+        opened.write("# Mine\n")
+    assert "\n# Mine\n" in own_card(folder)
+
+
 def test_a_card_in_another_encoding_is_named(folder, tmp_path):
     (folder / "README.md").write_bytes("# My model\n\nCaf\xe9.\n".encode("latin-1"))
     for read in (lambda: model_card(folder), lambda: own_card(folder)):

@@ -440,7 +440,7 @@ prune_checkpoint(sys.argv[1], sys.argv[2], EGGSConfig.from_dict(json.loads(sys.a
 """
 
 
-@pytest.mark.parametrize("kind", ["fast", "best"])
+@pytest.mark.parametrize("kind", ["fast", pytest.param("best", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_files(kind, deep, whole, forks, text_file, tmp_path):
     kills = int(os.environ.get("OPTIMUM_EGGS_KILLS", "3"))
     told = json.dumps(config_for(text_file, **KINDS[kind]).to_dict() | {"calibration": str(text_file)})

@@ -76,8 +76,13 @@ def write_card(
     """Write the card of `folder` to its README.md, as [`model_card`]."""
     card = model_card(folder, repository, base_card, tags)
     target = Path(folder) / CARD_NAME
-    target.write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+    target.write_text(card_text(card), encoding="utf-8")
     return target
+
+
+def card_text(card: ModelCard) -> str:
+    """A card as its file holds it: with an end to its last line, so that what is appended begins a line of its own."""
+    return f"{str(card).rstrip()}\n"
 
 
 def _metadata(report: dict[str, Any], repository: str, base_card: ModelCard | None) -> ModelCardData:

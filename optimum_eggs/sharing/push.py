@@ -27,7 +27,7 @@ from ..errors import CheckpointError, ConfigError, EGGSError, HubError, first_li
 from ..inspection import inspect_checkpoint
 from ..logs import said_once
 from ..names import hub_id
-from .card import CARD_NAME, has_own_text, model_card, parsed, read_card
+from .card import CARD_NAME, card_text, has_own_text, model_card, parsed, read_card
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -161,7 +161,7 @@ def _additions(folder: Path, card: ModelCard) -> list[CommitOperationAdd]:
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     pushed = [name for name in filter_repo_objects(names, ignore_patterns=[".*", "*/.*", "*.tmp"]) if name != CARD_NAME]
     files = [CommitOperationAdd(name, folder / name) for name in pushed]
-    return [*files, CommitOperationAdd(CARD_NAME, str(card).encode())]
+    return [*files, CommitOperationAdd(CARD_NAME, card_text(card).encode())]
 
 
 def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:

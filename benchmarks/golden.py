@@ -24,7 +24,7 @@ from optimum_eggs.masks import topn_mask
 from optimum_eggs.measure import Meter
 from optimum_eggs.packing import unpack_mask
 from optimum_eggs.pattern import NMPattern
-from optimum_eggs.update import admm
+from optimum_eggs.update import Problem, admm
 
 FOLDER = Path(__file__).parents[1] / "tests" / "golden" / "solvers"
 
@@ -83,7 +83,7 @@ def compare(case: Case) -> Comparison:
     config = EGGSConfig(str(case.pattern), preset=case.program.removesuffix("-float64"))
     start = time.perf_counter()
     with Meter() as meter:
-        found = solve_layer(case.layer, case.weight, statistics.gram, config, meter)
+        found = solve_layer(case.layer, case.weight, Problem(statistics.gram, config.damping), config, meter)
     seconds = time.perf_counter() - start
     agreement = same_groups(found.mask, case.mask, case.pattern)
     steps = None if case.steps is None else alps(case, statistics.gram)[2]
@@ -110,7 +110,7 @@ def alps(case: Case, gram: Tensor) -> tuple[Tensor, Tensor, int]:
         projections += 1
         return topn_mask(score, case.pattern)
 
-    mask, values = admm(case.weight.to(gram.dtype), gram, project)
+    mask, values = admm(case.weight.to(gram.dtype), Problem(gram), project)
     return mask, values, projections - 2
 
 

@@ -20,7 +20,7 @@ from optimum_eggs.engine.prune import evaluation_mode
 from optimum_eggs.engine.solve import Solution, solve_layer
 from optimum_eggs.measure import Meter
 from optimum_eggs.nn import dense_weight
-from optimum_eggs.update import relative_error
+from optimum_eggs.update import Problem, relative_error
 
 SOLVERS = {
     "RIA": {"preset": "ria"},
@@ -83,7 +83,7 @@ def main() -> None:
                 config = EGGSConfig(args.pattern, **values)  # type: ignore[arg-type]
                 with Meter() as meter:
                     start = time.perf_counter()
-                    solutions[solver] = solve_layer(name, weight, gram.gram, config, meter)
+                    solutions[solver] = solve_layer(name, weight, Problem(gram.gram, config.damping), config, meter)
                     seconds[solver].append(time.perf_counter() - start)
         alps = statistics.median(seconds["ALPS"])
         for solver, found in solutions.items():

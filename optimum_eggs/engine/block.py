@@ -14,6 +14,7 @@ from ..masks.certificate import Certificate, certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
 from ..nn.experts import SplitExperts
+from ..update import Problem
 from .inputs import LayersAlike, layers_with_inputs
 from .layer import SolvedLayer, prune_layer
 from .permute import permute
@@ -96,19 +97,19 @@ def _prune_wave(
 ) -> list[SolvedLayer]:
     """Prune layers that do not hang on one another, shared out over the processes."""
     ranks = walk.ranks
-    alike = {name: layers for layers in wave for name in layers.names}
-    owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in alike})
+    names = [name for layers in wave for name in layers.names]
+    owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in names})
     solved: dict[str, SolvedLayer] = {}
     with ranks.together():
-        for name in alike:
-            if owners[name] == ranks.rank:
-                module, gain = todo[name], gains.get(name)
-                solved[name] = prune_layer(name, module, alike[name], config, walk.meter, gain)
+        for layers in wave:
+            problem = Problem(layers.statistics.gram, config.damping)
+            for name in (name for name in layers.names if owners[name] == ranks.rank):
+                solved[name] = prune_layer(name, todo[name], layers, problem, config, walk.meter, gains.get(name))
     with walk.exchange():
-        for name in alike:
+        for name in names:
             ranks.copy_from(owners[name], dense_weight(todo[name]))
         solved = ranks.merge(solved)
-    return [solved[name] for name in alike]
+    return [solved[name] for name in names]
 
 
 def _pack(walk: Walk, solved: Sequence[SolvedLayer], block: nn.Module, prefix: str, index: int) -> list[LayerReport]:

@@ -17,7 +17,7 @@ from ..measure import Meter
 from ..nn import dense_weight
 from ..packing import pack_mask, unpack_mask
 from ..pattern import NMPattern
-from ..update import relative_error
+from ..update import Problem, relative_error
 from .inputs import LayersAlike
 from .report import LayerReport
 from .solve import solve_layer
@@ -68,18 +68,19 @@ def prune_layer(
     name: str,
     module: nn.Module,
     alike: LayersAlike,
+    problem: Problem,
     config: EGGSConfig,
     meter: Meter,
     permutation_gain: float | None,
 ) -> SolvedLayer:
-    """Prune the layer called `name` in place, on the statistics of its inputs.
+    """Prune the layer called `name` in place, on the statistics of its inputs and the problem that they are.
 
     Raises:
         NumericalError: no finite weights were found.
     """
     stored, statistics, pattern = dense_weight(module), alike.statistics, config.pattern
     weight = stored.to(torch.float32)
-    found = solve_layer(name, weight, statistics.gram, config, meter)
+    found = solve_layer(name, weight, problem, config, meter)
     with meter.stage("update"):
         pruned = found.weight.to(stored.dtype)
         if not bool(torch.isfinite(pruned).all()):

@@ -13,7 +13,7 @@ from ..errors import NumericalError
 from ..importance import importance_score
 from ..masks import diagonal_mask, expander_mask, swap_mask
 from ..measure import Meter
-from ..update import admm, masked_refit, sparsegpt
+from ..update import Problem, admm, masked_refit, sparsegpt
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,19 @@ class Solution:
     damping: float | None = None
 
 
-def solve_layer(name: str, weight: Tensor, gram: Tensor, config: EGGSConfig, meter: Meter) -> Solution:
+def solve_layer(name: str, weight: Tensor, problem: Problem, config: EGGSConfig, meter: Meter) -> Solution:
     """Find mask and new weight of the layer called `name`.
 
-    weight (out, in), float32; gram XXᵀ (in, in) of the layer's calibration inputs, float32; both finite. Where the Gram
-    matrix cannot be factorised with `config.damping`, or what comes out is not finite, the damping is raised tenfold.
+    weight (out, in), float32, and the problem of its calibration inputs, both finite. Where the Gram matrix cannot be
+    factorised with the problem's damping, or what comes out is not finite, the damping is raised tenfold.
 
     Raises:
         NumericalError: a damping of 1 is not enough either.
     """
-    damping = config.damping
+    damping = problem.damping
     while True:
         try:
-            mask, values = _solve(weight, gram, config, damping, meter)
+            mask, values = _solve(weight, problem, config, meter)
             if not bool(torch.isfinite(values).all()):
                 raise NumericalError(f"with damping={damping} the solution holds NaN or infinite values")
         except NumericalError as error:
@@ -53,11 +53,12 @@ def solve_layer(name: str, weight: Tensor, gram: Tensor, config: EGGSConfig, met
             raised = min(1.0, max(10 * damping, _LEAST_DAMPING))
             logger.warning("%s: damping is raised from %g to %g: %s", name, damping, raised, error)
             damping = raised
+            problem = Problem(problem.gram, raised)
         else:
             return Solution(mask, values, damping if damping != config.damping else None)
 
 
-def _solve(weight: Tensor, gram: Tensor, config: EGGSConfig, damping: float, meter: Meter) -> tuple[Tensor, Tensor]:
+def _solve(weight: Tensor, problem: Problem, config: EGGSConfig, meter: Meter) -> tuple[Tensor, Tensor]:
     """Mask and values that come near the weight (out, in) on the calibration inputs."""
     pattern = config.pattern
 
@@ -68,17 +69,17 @@ def _solve(weight: Tensor, gram: Tensor, config: EGGSConfig, damping: float, met
 
     if config.solver == "score":
         with meter.stage("mask"):
-            mask = allowed(importance_score(config.importance, weight, gram.diagonal().sqrt(), config.exponent))
+            mask = allowed(importance_score(config.importance, weight, problem.gram.diagonal().sqrt(), config.exponent))
             if config.swaps:
-                mask = swap_mask(weight, mask, gram, pattern, config.min_degree, config.band, config.swaps)
+                mask = swap_mask(weight, mask, problem.gram, pattern, config.min_degree, config.band, config.swaps)
             values = weight * mask
     else:
         with meter.stage("update"):
             if config.solver == "admm":
-                mask, values = admm(weight, gram, allowed, damping)
+                mask, values = admm(weight, problem, allowed)
             else:
-                mask, values = sparsegpt(weight, gram, pattern, damping, choose=allowed)
+                mask, values = sparsegpt(weight, problem, pattern, choose=allowed)
     if config.weight_update == "refit":
         with meter.stage("update"):
-            values = masked_refit(weight, mask, gram, damping, config.refit_steps, values)
+            values = masked_refit(weight, mask, problem, config.refit_steps, values)
     return mask, values

@@ -2,7 +2,8 @@
 
 from .admm import admm
 from .objective import relative_error
+from .problem import Problem
 from .refit import masked_refit
 from .sparsegpt import sparsegpt
 
-__all__ = ["admm", "masked_refit", "relative_error", "sparsegpt"]
+__all__ = ["Problem", "admm", "masked_refit", "relative_error", "sparsegpt"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .objective import check_problem, damped_gram
+from .problem import Problem
 
 
 def masked_refit(
-    weight: Tensor, mask: Tensor, gram: Tensor, damping: float = 0.01, steps: int = 15, start: Tensor | None = None
+    weight: Tensor, mask: Tensor, problem: Problem, steps: int = 15, start: Tensor | None = None
 ) -> Tensor:
     """Minimise ‖(W − Z)X‖²_F + λ‖W − Z‖²_F over Z supported on the mask, λ = damping · mean(diag XXᵀ).
 
@@ -17,34 +17,32 @@ def masked_refit(
     one product with the Gram matrix. The objective falls with every step.
 
     Args:
-        weight: W (out, in), float32 or float64.
+        weight: W (out, in), in the dtype of the Gram matrix.
         mask: (out, in), boolean.
-        gram: XXᵀ (in, in), summed over the calibration tokens, in the dtype of `weight`.
-        damping: Relative size of λ; also what keeps the problem definite when inputs are dead or dependent.
+        problem: Of its inputs.
         steps: Number of conjugate gradient steps.
         start: Z to begin with (out, in), zero off the mask. Default: W∘mask.
 
     Returns:
-        Z (out, in), zero off the mask. If every input was zero, what it began with. Memory: five buffers of (out, in),
-        one of (in, in).
+        Z (out, in), zero off the mask. If every input was zero, what it began with. Memory: five buffers of (out,
+        in).
 
     Raises:
         ShapeError: the shapes do not belong together.
     """
-    check_problem(weight, gram, mask)
+    problem.check(weight, mask)
     solution = weight * mask if start is None else start.clone()
-    if not bool(gram.diagonal().any()):
+    if not bool(problem.gram.diagonal().any()):
         return solution
-    damped = damped_gram(gram, damping)
     kind = torch.finfo(weight.dtype)
-    scale = damped.diagonal().clamp_min(kind.tiny)  # a dead input, without damping
+    scale = problem.diagonal.clamp_min(kind.tiny)  # a dead input, without damping
 
-    residual = ((weight - solution) @ damped).mul_(mask)
+    residual = problem.times(weight - solution).mul_(mask)
     direction = residual / scale
     energy = (residual * direction).sum(1, keepdim=True)
     solved = energy * kind.eps**2
     for _ in range(steps):
-        curved = (direction @ damped).mul_(mask)
+        curved = problem.times(direction).mul_(mask)
         curvature = (direction * curved).sum(1, keepdim=True)
         # A row stays where it is once its residual is rounding, or where its curvature is: along directions that few
         # tokens have seen, a small damping is lost in the sum, and a step would go anywhere.

@@ -10,16 +10,13 @@ from torch import Tensor
 from ..errors import ConfigError, NumericalError, ShapeError
 from ..masks import topn_mask
 from ..pattern import NMPattern
-from .objective import check_problem
-
-_SMALL = 128  # columns of the triangles that are solved as a whole
+from .problem import Problem
 
 
 def sparsegpt(
     weight: Tensor,
-    gram: Tensor,
+    problem: Problem,
     pattern: NMPattern,
-    damping: float = 0.01,
     block_size: int = 128,
     choose: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -33,9 +30,8 @@ def sparsegpt(
 
     Args:
         weight: W (out, in), float32 or float64.
-        gram: XXᵀ (in, in), summed over the calibration tokens.
+        problem: Of its inputs.
         pattern: n kept of every m inputs.
-        damping: Relative size of what is added to the diagonal.
         block_size: Columns after which the rest of the matrix is brought up to date, rounded up to a multiple of m.
             It changes speed and rounding, nothing else.
         choose: From the saliency of a group (out, m), w² / U_jj² up to a factor, to the mask (out, m) of the largest
@@ -46,7 +42,7 @@ def sparsegpt(
     Returns:
         The mask (out, in), boolean, with exactly n in every group, and the new weight (out, in), zero off the mask.
         Memory: one buffer of (out, in), a boolean one and a few of (out, block_size); two of (in, in) in float64 while
-        factorising, one in the dtype of `weight` afterwards.
+        factorising, and one in the dtype of the Gram matrix that the problem keeps.
 
     Raises:
         ShapeError: the shapes do not belong together, or in is not a multiple of m.
@@ -57,11 +53,11 @@ def sparsegpt(
 
     >>> gram = torch.eye(4)
     >>> gram[0, 1] = gram[1, 0] = 1
-    >>> mask, pruned = sparsegpt(torch.tensor([[1.0, 2, 3, 0.5]]), gram, NMPattern(2, 4), damping=1e-6)
+    >>> mask, pruned = sparsegpt(torch.tensor([[1.0, 2, 3, 0.5]]), Problem(gram, 1e-6), NMPattern(2, 4))
     >>> mask.int(), pruned.round(decimals=4)
     (tensor([[0, 1, 1, 0]], dtype=torch.int32), tensor([[0., 3., 3., 0.]]))
     """
-    check_problem(weight, gram)
+    problem.check(weight)
     m, columns = pattern.m, weight.shape[1]
     if columns % m:
         raise ShapeError(f"weight has in={columns}, which is not a multiple of m={m}")
@@ -71,8 +67,8 @@ def sparsegpt(
         raise NumericalError("weight holds NaN or infinite values; look for them in the checkpoint")
 
     choose = choose or (lambda saliency: topn_mask(saliency, pattern))
-    factor = _inverse_factor(gram, damping).to(weight.dtype)
-    pruned = weight.masked_fill(gram.diagonal() == 0, 0)
+    factor = problem.inverse_factor.to(weight.dtype)
+    pruned = weight.masked_fill(problem.gram.diagonal() == 0, 0)
     mask = torch.zeros_like(weight, dtype=torch.bool)
     width = -(-block_size // m) * m
     for start in range(0, columns, width):
@@ -94,39 +90,3 @@ def sparsegpt(
         pruned[:, start:stop] = block.t() * mask[:, start:stop]
         pruned[:, stop:].addmm_(errors.t(), factor[start:stop, stop:], alpha=-1)
     return mask, pruned
-
-
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U, upper triangular with UᵀU = H⁻¹, in float64; gram XXᵀ (in, in).
-
-    With rows and columns turned round, H = LLᵀ; L⁻¹ turned round is U.
-    """
-    # float64: with a small damping H is nearly singular, and both steps lose as many digits as the root of its
-    # condition number has. float32 has 7: it fails, or goes on with noise in the place of U.
-    hessian = gram.to(torch.float64).flip(0, 1)
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    try:
-        lower = torch.linalg.cholesky(hessian)
-    except torch.linalg.LinAlgError as error:
-        raise NumericalError(
-            f"gram cannot be factorised with damping={damping}: some inputs depend on others up to rounding; raise "
-            "`damping`, and if that does not help look for NaN or infinite values in the statistics"
-        ) from error
-    del hessian, diagonal  # two buffers at a time
-    _invert_lower(lower)
-    return lower.flip(0, 1)
-
-
-def _invert_lower(matrix: Tensor) -> None:
-    """Replace a lower triangular matrix by its inverse, half by half, so that nearly all of it is products."""
-    half = len(matrix) // 2
-    if half < _SMALL:
-        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
-        return
-    first, corner, second = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
-    _invert_lower(first)
-    _invert_lower(second)
-    corner.copy_((second @ corner @ first).neg_())

@@ -18,7 +18,7 @@ from optimum_eggs.ops import gather, spread
 from optimum_eggs.packing import pack, unpack, unpack_mask
 from optimum_eggs.packing.pack import kept_positions
 from optimum_eggs.pattern import NMPattern
-from optimum_eggs.update import admm, masked_refit, relative_error, sparsegpt
+from optimum_eggs.update import Problem, admm, masked_refit, relative_error, sparsegpt
 
 PATTERNS = [NMPattern(2, 4), NMPattern(4, 8), NMPattern(1, 4), NMPattern(5, 16), NMPattern(17, 32)]
 TWO_OF_FOUR = NMPattern(2, 4)
@@ -105,9 +105,9 @@ def test_the_order_of_channels(device):
 def test_the_refit(kind, dtype, rtol, device):
     weight, gram = layer(kind, dtype=dtype)
     mask = random_mask(32, 32, 2, 4)
-    found = masked_refit(weight.to(device), mask.to(device), gram.to(device)).cpu()
+    found = masked_refit(weight.to(device), mask.to(device), Problem(gram.to(device))).cpu()
     assert not found[~mask].any()
-    expected = relative_error(weight, masked_refit(weight, mask, gram), gram)
+    expected = relative_error(weight, masked_refit(weight, mask, Problem(gram)), gram)
     assert relative_error(weight, found, gram) == pytest.approx(expected, rel=rtol, abs=1e-5)
     on_device = relative_error(weight.to(device), found.to(device), gram.to(device))
     assert on_device == pytest.approx(relative_error(weight, found, gram), rel=rtol, abs=1e-5)
@@ -121,25 +121,25 @@ def test_admm(kind, min_degree, device):
     def project(score):
         return expander_mask(score, TWO_OF_FOUR, min_degree, 8)
 
-    mask, values = (each.cpu() for each in admm(weight.to(device), gram.to(device), project))
+    mask, values = (each.cpu() for each in admm(weight.to(device), Problem(gram.to(device)), project))
     assert is_legal(mask, 2, 4)
     assert loop_floor(mask, 8) >= min_degree
     assert not values[~mask].any()
-    error = relative_error(weight, masked_refit(weight, mask, gram), gram)
-    expected, _ = admm(weight, gram, project)
+    error = relative_error(weight, masked_refit(weight, mask, Problem(gram)), gram)
+    expected, _ = admm(weight, Problem(gram), project)
     # A rounding may decide between masks that are nearly as good.
     assert error == pytest.approx(
-        relative_error(weight, masked_refit(weight, expected, gram), gram), rel=0.05, abs=1e-6
+        relative_error(weight, masked_refit(weight, expected, Problem(gram)), gram), rel=0.05, abs=1e-6
     )
 
 
 @pytest.mark.parametrize("kind", HARD)
 def test_sparsegpt(kind, device):
     weight, gram = layer(kind)
-    mask, values = (each.cpu() for each in sparsegpt(weight.to(device), gram.to(device), TWO_OF_FOUR))
+    mask, values = (each.cpu() for each in sparsegpt(weight.to(device), Problem(gram.to(device)), TWO_OF_FOUR))
     assert is_legal(mask, 2, 4)
     assert not values[~mask].any()
-    _, expected = sparsegpt(weight, gram, TWO_OF_FOUR)
+    _, expected = sparsegpt(weight, Problem(gram), TWO_OF_FOUR)
     error = relative_error(weight, values, gram)
     assert error == pytest.approx(relative_error(weight, expected, gram), rel=0.05, abs=1e-6)
 

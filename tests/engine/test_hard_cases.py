@@ -17,7 +17,7 @@ from optimum_eggs.engine.solve import solve_layer
 from optimum_eggs.errors import NumericalError
 from optimum_eggs.masks.certificate import certify
 from optimum_eggs.measure import Meter
-from optimum_eggs.update import relative_error
+from optimum_eggs.update import Problem, relative_error
 
 ROWS, COLUMNS, TOKENS = 32, 24, 100
 PATTERN = EGGSConfig("2:4").pattern
@@ -78,7 +78,7 @@ def solve(x, weight=None, **values):
     weight = gaussian(ROWS, COLUMNS) if weight is None else weight
     config, statistics = EGGSConfig("2:4", **values), statistics_of(x)
     with Meter() as meter:
-        found = solve_layer("a.layer", weight, statistics.gram, config, meter)
+        found = solve_layer("a.layer", weight, Problem(statistics.gram, config.damping), config, meter)
     assert torch.isfinite(found.weight).all()
     assert not found.weight[~found.mask].any()
     floor = (config.band,) if config.min_degree else ()

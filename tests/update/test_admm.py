@@ -7,7 +7,7 @@ from optimum_eggs.errors import ShapeError
 from optimum_eggs.importance import ria
 from optimum_eggs.masks import expander_mask, topn_mask
 from optimum_eggs.pattern import NMPattern
-from optimum_eggs.update import admm, masked_refit
+from optimum_eggs.update import Problem, admm, masked_refit
 
 PATTERNS = [(2, 4), (4, 8), (1, 4), (6, 8), (1, 2)]
 
@@ -68,7 +68,7 @@ def with_a_floor(score):
 def test_it_is_the_published_iteration(kind, project, steps):
     rest = {"nearly sparse": 0.15, "sparse": 0.001}.get(kind)
     weight, gram = layer(kind) if rest is None else nearly_sparse(rest)
-    mask, values = admm(weight, gram, project, iterations=steps)
+    mask, values = admm(weight, Problem(gram), project, iterations=steps)
     expected_mask, expected, rhos = textbook(weight, gram, project, 0.01, steps)
     assert torch.equal(mask, expected_mask)
     if rest is not None and steps == 300 and project is two_of_four:
@@ -82,7 +82,7 @@ def test_it_is_the_published_iteration(kind, project, steps):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mask_is_legal(kind, n, m):
     weight, gram = layer(kind)
-    mask, values = admm(weight, gram, lambda score: topn_mask(score, NMPattern(n, m)))
+    mask, values = admm(weight, Problem(gram), lambda score: topn_mask(score, NMPattern(n, m)))
     assert is_legal(mask, n, m)
     assert not values[~mask].any()
 
@@ -92,7 +92,7 @@ def test_the_mask_is_legal(kind, n, m):
 def test_the_mask_is_better_than_that_of_a_score(kind, n, m):
     weight, gram = layer(kind)
     pattern = NMPattern(n, m)
-    mask, _ = admm(weight, gram, lambda score: topn_mask(score, pattern))
+    mask, _ = admm(weight, Problem(gram), lambda score: topn_mask(score, pattern))
     scored = topn_mask(ria(weight, gram.diagonal().sqrt()), pattern)
     best, best_of_score = (dense_refit(weight, chosen, gram, 0.01) for chosen in (mask, scored))
     assert refit_objective(weight, best, gram, 0.01) < refit_objective(weight, best_of_score, gram, 0.01)
@@ -103,8 +103,8 @@ def test_a_floor_in_the_projection_is_kept(n, m, band, min_degree):
     weight, gram = layer("correlated")
     weight[:, ::4] *= 1e-3  # inputs that nothing would keep
     pattern = NMPattern(n, m)
-    free, _ = admm(weight, gram, lambda score: topn_mask(score, pattern))
-    kept, _ = admm(weight, gram, lambda score: expander_mask(score, pattern, min_degree, band))
+    free, _ = admm(weight, Problem(gram), lambda score: topn_mask(score, pattern))
+    kept, _ = admm(weight, Problem(gram), lambda score: expander_mask(score, pattern, min_degree, band))
     assert loop_floor(free, band) < min_degree
     assert is_legal(kept, n, m)
     assert loop_floor(kept, band) >= min_degree
@@ -115,7 +115,7 @@ def test_float32_is_as_good(kind):
     errors = {}
     for dtype in (torch.float32, torch.float64):
         weight, gram = layer(kind, dtype=dtype)
-        mask, values = admm(weight, gram, lambda score: topn_mask(score, NMPattern(2, 4)))
+        mask, values = admm(weight, Problem(gram), lambda score: topn_mask(score, NMPattern(2, 4)))
         assert torch.isfinite(values).all()
         exact = dense_refit(weight, mask, gram, 0.01)
         errors[dtype] = refit_objective(weight, exact, gram, 0.01)
@@ -125,16 +125,16 @@ def test_float32_is_as_good(kind):
 
 def test_a_refit_from_its_values_needs_fewer_steps():
     weight, gram = layer("correlated")
-    mask, values = admm(weight, gram, lambda score: topn_mask(score, NMPattern(2, 4)))
-    from_values = masked_refit(weight, mask, gram, steps=3, start=values)
-    from_weight = masked_refit(weight, mask, gram, steps=3)
+    mask, values = admm(weight, Problem(gram), lambda score: topn_mask(score, NMPattern(2, 4)))
+    from_values = masked_refit(weight, mask, Problem(gram), steps=3, start=values)
+    from_weight = masked_refit(weight, mask, Problem(gram), steps=3)
     assert refit_objective(weight, from_values, gram, 0.01) < refit_objective(weight, from_weight, gram, 0.01)
 
 
 def test_inputs_that_are_all_zero_still_give_a_legal_mask():
     weight, gram = layer("no input")
     for damping in (0.01, 0.0):
-        mask, values = admm(weight, gram, lambda score: topn_mask(score, NMPattern(2, 4)), damping)
+        mask, values = admm(weight, Problem(gram, damping), lambda score: topn_mask(score, NMPattern(2, 4)))
         assert is_legal(mask, 2, 4)
         assert torch.isfinite(values).all()
 
@@ -142,4 +142,4 @@ def test_inputs_that_are_all_zero_still_give_a_legal_mask():
 def test_shapes_that_do_not_belong_together_are_refused():
     weight, gram = layer()
     with pytest.raises(ShapeError, match=r"weight \(32, 32\) and gram \(31, 31\) do not belong together"):
-        admm(weight, gram[1:, 1:], lambda score: random_mask(32, COLUMNS, 2, 4))
+        admm(weight, Problem(gram[1:, 1:]), lambda score: random_mask(32, COLUMNS, 2, 4))

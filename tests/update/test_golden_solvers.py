@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optimum_eggs.presets import preset
-from optimum_eggs.update import masked_refit
+from optimum_eggs.update import Problem, masked_refit
 
 _spec = importlib.util.spec_from_file_location("golden", Path(__file__).parents[2] / "benchmarks" / "golden.py")
 golden = sys.modules["golden"] = importlib.util.module_from_spec(_spec)
@@ -45,5 +45,5 @@ def test_in_float64_alps_is_the_published_program_with_its_refit(of):
     mask, values, steps = golden.alps(case, gram)
     assert steps == case.steps
     assert mask.equal(case.mask)
-    values = masked_refit(case.weight.double(), mask, gram, steps=preset("alps")["refit_steps"], start=values)
+    values = masked_refit(case.weight.double(), mask, Problem(gram), steps=preset("alps")["refit_steps"], start=values)
     assert golden.error_of(case, values) == pytest.approx(case.error, rel=1e-9)

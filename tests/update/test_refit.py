@@ -7,7 +7,7 @@ from oracles import damped_gram, dense_refit, gaussian, random_mask, refit_objec
 from problems import COLUMNS, KINDS, inputs
 
 from optimum_eggs.errors import ShapeError
-from optimum_eggs.update import masked_refit, relative_error
+from optimum_eggs.update import Problem, masked_refit, relative_error
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -24,14 +24,16 @@ def test_many_steps_reach_the_least_squares_solution(kind, damping):
     exact = dense_refit(weight, mask, gram, damping)
     # Both solve a system of 16 unknowns a row: backward errors of some rounding errors a term, times the condition.
     allowed = COLUMNS * EPS * float(torch.linalg.cond(damped_gram(gram, damping)))
-    found = masked_refit(weight, mask, gram, damping, steps=100)
+    found = masked_refit(weight, mask, Problem(gram, damping), steps=100)
     assert (found - exact).norm() <= allowed * exact.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_objective_falls_with_every_step(kind):
     weight, mask, gram = problem(kind)
-    values = [refit_objective(weight, masked_refit(weight, mask, gram, steps=k), gram, 0.01) for k in range(25)]
+    values = [
+        refit_objective(weight, masked_refit(weight, mask, Problem(gram), steps=k), gram, 0.01) for k in range(25)
+    ]
     assert values[1] < values[0]
     # Once solved, the objective stands still up to the rounding of a sum of COLUMNS² terms, which cancel by the ratio
     # of the largest eigenvalue to the value reached.
@@ -41,13 +43,13 @@ def test_the_objective_falls_with_every_step(kind):
 
 def test_no_steps_are_the_masked_weight():
     weight, mask, gram = problem()
-    assert torch.equal(masked_refit(weight, mask, gram, steps=0), weight * mask)
+    assert torch.equal(masked_refit(weight, mask, Problem(gram), steps=0), weight * mask)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "no input"])
 def test_it_is_zero_off_the_mask(kind):
     weight, mask, gram = problem(kind)
-    found = masked_refit(weight, mask, gram)
+    found = masked_refit(weight, mask, Problem(gram))
     assert not found[~mask].any()
     assert (found[mask] != 0).all()
 
@@ -57,7 +59,7 @@ def test_it_is_zero_off_the_mask(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_finite_and_better_than_no_update(kind, steps, dtype):
     weight, mask, gram = problem(kind, dtype)
-    found = masked_refit(weight, mask, gram, steps=steps)
+    found = masked_refit(weight, mask, Problem(gram), steps=steps)
     assert torch.isfinite(found).all()
     assert refit_objective(weight, found, gram, 0.01) < refit_objective(weight, weight * mask, gram, 0.01)
 
@@ -68,7 +70,7 @@ def test_damping_below_the_rounding_of_float32_does_no_harm(kind, damping):
     # The curvature along a direction that the inputs do not see is then rounding, and may be negative.
     for seed in range(20):
         weight, (_, mask, gram) = gaussian(6, COLUMNS, seed=seed), problem(kind, torch.float32)
-        found = masked_refit(weight, mask, gram, damping, steps=50)
+        found = masked_refit(weight, mask, Problem(gram, damping), steps=50)
         assert torch.isfinite(found).all()
         assert refit_objective(weight, found, gram, damping) < refit_objective(weight, weight * mask, gram, damping)
 
@@ -77,31 +79,31 @@ def test_no_damping_still_updates():
     weight, mask, gram = problem()
     exact = dense_refit(weight, mask, gram, damping=0)
     allowed = COLUMNS * EPS * float(torch.linalg.cond(gram))
-    assert (masked_refit(weight, mask, gram, damping=0, steps=100) - exact).norm() <= allowed * exact.norm()
+    assert (masked_refit(weight, mask, Problem(gram, 0), steps=100) - exact).norm() <= allowed * exact.norm()
 
 
 def test_the_unit_of_an_input_makes_no_difference():
     # What the preconditioner is for. Powers of two scale without rounding, and this damping is rounded away.
     weight, mask, gram = problem("correlated")
     unit = 2.0 ** torch.randint(-8, 9, (COLUMNS,), generator=torch.Generator().manual_seed(0))
-    found = masked_refit(weight, mask, gram, damping=1e-30, steps=5)
+    found = masked_refit(weight, mask, Problem(gram, 1e-30), steps=5)
     assert not torch.equal(found, weight * mask)
-    scaled = masked_refit(weight / unit, mask, gram * unit * unit[:, None], damping=1e-30, steps=5)
+    scaled = masked_refit(weight / unit, mask, Problem(gram * unit * unit[:, None], 1e-30), steps=5)
     assert torch.equal(scaled * unit, found)
 
 
 def test_inputs_that_are_all_zero_leave_the_masked_weight():
     weight, mask, gram = problem("no input")
-    assert torch.equal(masked_refit(weight, mask, gram), weight * mask)
+    assert torch.equal(masked_refit(weight, mask, Problem(gram)), weight * mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_of_zeros_stay_zero_and_do_not_disturb_others(dtype):
     weight, mask, gram = problem(dtype=dtype)
     weight[2] = 0
-    found = masked_refit(weight, mask, gram, steps=100)
+    found = masked_refit(weight, mask, Problem(gram), steps=100)
     assert not found[2].any()
-    alone = masked_refit(weight[3:4], mask[3:4], gram, steps=100)
+    alone = masked_refit(weight[3:4], mask[3:4], Problem(gram), steps=100)
     # The same sums, maybe in another order: COLUMNS roundings a sum, times the condition.
     allowed = COLUMNS * torch.finfo(dtype).eps * float(torch.linalg.cond(damped_gram(gram, 0.01)))
     assert (found[3:4] - alone).norm() <= allowed * alone.norm()
@@ -109,13 +111,13 @@ def test_rows_of_zeros_stay_zero_and_do_not_disturb_others(dtype):
 
 def test_a_mask_that_keeps_every_weight_that_is_not_zero_changes_nothing():
     weight, mask, gram = problem()
-    assert torch.equal(masked_refit(weight * mask, mask, gram), weight * mask)
+    assert torch.equal(masked_refit(weight * mask, mask, Problem(gram)), weight * mask)
 
 
 def test_what_is_given_is_left_alone():
     given = problem()
     before = [tensor.clone() for tensor in given]
-    masked_refit(*given)
+    masked_refit(given[0], given[1], Problem(given[2]))
     assert all(torch.equal(*pair) for pair in zip(given, before, strict=True))
 
 
@@ -131,7 +133,9 @@ def test_the_relative_error_is_that_of_the_outputs(kind):
 
 def test_the_update_lowers_the_relative_error():
     weight, mask, gram = problem("correlated")
-    assert relative_error(weight, masked_refit(weight, mask, gram), gram) < relative_error(weight, weight * mask, gram)
+    assert relative_error(weight, masked_refit(weight, mask, Problem(gram)), gram) < relative_error(
+        weight, weight * mask, gram
+    )
 
 
 def test_the_relative_error_is_one_of_nothing_kept_and_zero_of_everything():
@@ -149,7 +153,7 @@ def test_the_relative_error_is_never_negative():
     # A ratio of squares; here the loss is below the rounding of float32.
     _, mask, gram = problem("few tokens", torch.float32)
     errors = [
-        relative_error(row[None], masked_refit(row[None], mask[:1], gram, damping=1e-4, steps=50), gram)
+        relative_error(row[None], masked_refit(row[None], mask[:1], Problem(gram, 1e-4), steps=50), gram)
         for row in gaussian(100, COLUMNS, seed=3)
     ]
     assert min(errors) >= 0
@@ -162,7 +166,7 @@ def test_shapes_that_do_not_fit_are_refused(mask, gram):
     with pytest.raises(
         ShapeError, match=r"do not belong together; weight and mask must be \(out, in\), gram \(in, in\)"
     ):
-        masked_refit(torch.ones(6, COLUMNS), torch.ones(mask, dtype=torch.bool), torch.ones(gram))
+        masked_refit(torch.ones(6, COLUMNS), torch.ones(mask, dtype=torch.bool), Problem(torch.ones(gram)))
 
 
 def test_the_relative_error_never_hides_a_nan():

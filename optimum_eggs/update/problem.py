@@ -1,0 +1,123 @@
+"""The least-squares problem that all rows of all layers that read the same inputs have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import NumericalError, ShapeError
+
+_SMALL = 128  # columns of the triangles that are solved as a whole
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Minimise ‖(W − Z)X‖²_F + λ‖W − Z‖²_F over Z, for the rows of any W; λ = damping · mean(diag XXᵀ).
+
+    Every row is a problem of its own, so a solver may be given some of a layer's rows. What is found about X serves all
+    layers that read it. Factorisations are made in float64, whatever the dtype of the Gram matrix: with a small damping
+    it is nearly singular, and they lose as many digits as the root of its condition number has.
+
+    Args:
+        gram: XXᵀ (in, in), summed over the calibration tokens, float32 or float64: the dtype that solvers work in.
+        damping: Relative size of λ; what keeps the problem definite when inputs are dead or dependent.
+    """
+
+    gram: Tensor
+    damping: float = 0.01
+
+    def check(self, weight: Tensor, mask: Tensor | None = None) -> None:
+        """Raise unless weight (out, in) and mask (out, in) belong to these inputs.
+
+        Raises:
+            ShapeError: they do not.
+        """
+        of_mask = "" if mask is None else f", mask {tuple(mask.shape)}"
+        fits = (
+            weight.dim() == 2
+            and self.gram.shape == (weight.shape[1],) * 2
+            and (mask is None or mask.shape == weight.shape)
+        )
+        if not fits:
+            raise ShapeError(
+                f"weight {tuple(weight.shape)} and gram {tuple(self.gram.shape)}{of_mask} do not belong together; "
+                "weight and mask must be (out, in), gram (in, in)"
+            )
+
+    @property
+    def shift(self) -> Tensor:
+        """λ, a scalar."""
+        return self.damping * self.gram.diagonal().mean()
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Of XXᵀ + λI, (in,)."""
+        return self.gram.diagonal() + self.shift
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Of rows (out, in) and XXᵀ + λI, the product: a new tensor (out, in)."""
+        return (rows @ self.gram).addcmul_(rows, self.shift)
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """U (in, in), upper triangular with UᵀU = H⁻¹, in the dtype of the Gram matrix.
+
+        H = XXᵀ + λI as SparseGPT has it: an input that was always zero counts with H_jj = 1 before damping.
+
+        Raises:
+            NumericalError: H cannot be factorised.
+        """
+        # With rows and columns turned round, H = LLᵀ; L⁻¹ turned round is U.
+        hessian = self.gram.to(torch.float64).flip(0, 1)
+        diagonal = hessian.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal += self.damping * diagonal.mean()
+        lower = self._cholesky(hessian)
+        del hessian, diagonal  # two buffers at a time
+        _invert_lower(lower)
+        return lower.flip(0, 1).to(self.gram.dtype)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """√diag(XXᵀ + λI) (in,), 1 for a dead input without damping."""
+        scale = self.diagonal.sqrt()
+        return torch.where(scale > 0, scale, 1)
+
+    def penalised(self, penalty: float) -> Tensor:
+        """L (in, in), float64, lower triangular with LLᵀ = H + ρI, H = XXᵀ + λI scaled to a unit diagonal.
+
+        Raises:
+            NumericalError: H + ρI cannot be factorised.
+        """
+        scale = self.scale.double()
+        scaled = self.gram.double()
+        scaled = scaled.clone() if scaled is self.gram else scaled
+        scaled.diagonal().add_(self.shift.double())
+        scaled.div_(scale).div_(scale[:, None]).diagonal().add_(penalty)
+        return self._cholesky(scaled)
+
+    def _cholesky(self, matrix: Tensor) -> Tensor:
+        """The lower factor, (in, in)."""
+        try:
+            return torch.linalg.cholesky(matrix)
+        except torch.linalg.LinAlgError as error:
+            raise NumericalError(
+                f"gram cannot be factorised with damping={self.damping}: some inputs depend on others up to rounding; "
+                "raise `damping`, and if that does not help look for NaN or infinite values in the statistics"
+            ) from error
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """Replace a lower triangular matrix by its inverse, half by half, so that nearly all of it is products."""
+    half = len(matrix) // 2
+    if half < _SMALL:
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        return
+    first, corner, second = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    _invert_lower(first)
+    _invert_lower(second)
+    corner.copy_((second @ corner @ first).neg_())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,14 @@ from .errors import ConfigError, DistributedError, EGGSError, first_line
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)
+
+
+class ToldError(Exception):
+    """`error` went wrong in another process, while this one was waiting for it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,16 @@ class Ranks:
         """What of it this process does."""
         return [name for name, owner in self.deal(costs).items() if owner == self.rank]
 
+    def rows(self, rows: int, band: int) -> list[slice]:
+        """The rows of a layer that each process solves: whole bands, of which the last takes the remainder.
+
+        >>> Ranks(0, 2).rows(50, 16), Ranks(0, 3).rows(20, 16)
+        ([slice(0, 32, None), slice(32, 50, None)], [slice(0, 0, None), slice(0, 0, None), slice(0, 20, None)])
+        """
+        whole = max(1, rows // band)
+        cuts = [whole * rank // self.size * band for rank in range(self.size)] + [rows]
+        return [slice(start, stop) for start, stop in pairwise(cuts)]
+
     def add(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all processes. Its bits are the same in all of them."""
         for tensor in tensors if self.size > 1 else ():
@@ -104,6 +123,25 @@ class Ranks:
         """The entries of all processes' mappings."""
         return {key: value for part in self.gather(dict(parts)) for key, value in part.items()}
 
+    def agree(self, value: T) -> list[T]:
+        """As `gather`; but if another process tells of an error instead, that is raised here too."""
+        found = self.gather(value)
+        for error in found:
+            if isinstance(error, Exception):
+                raise ToldError(error)
+        return found
+
+    def tell(self, error: Exception) -> None:
+        """Tell the others, where they `agree`, of what went wrong here."""
+        if self.size > 1:
+            self.gather(self._sendable(error))
+
+    def _sendable(self, error: Exception) -> Exception:
+        """An error that survives being sent."""
+        if isinstance(error, EGGSError | OSError):
+            return error
+        return DistributedError(f"process {self.rank}: {type(error).__name__}: {error}")
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Raise what any process raises within in all of them: that of the first one that failed."""
@@ -117,9 +155,7 @@ class Ranks:
                 raise
             error = found
         if self.size > 1:
-            sent = error
-            if error is not None and not isinstance(error, EGGSError | OSError):  # it may not survive being sent
-                sent = DistributedError(f"process {self.rank}: {type(error).__name__}: {error}")
+            sent = None if error is None else self._sendable(error)
             failed = [found for found in self.gather(sent) if found is not None]
             if error is not None:
                 raise error

@@ -14,6 +14,7 @@ from ..masks.certificate import Certificate, certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
 from ..nn.experts import SplitExperts
+from ..ranks import ALONE
 from ..update import Problem
 from .inputs import LayersAlike, layers_with_inputs
 from .layer import SolvedLayer, prune_layer
@@ -95,20 +96,31 @@ def _prune_wave(
     gains: Mapping[str, float],
     config: EGGSConfig,
 ) -> list[SolvedLayer]:
-    """Prune layers that do not hang on one another, shared out over the processes."""
-    ranks = walk.ranks
+    """Prune layers that do not hang on one another, shared out over the processes.
+
+    Layers that read the same tensor are shared by their rows. Several tensors, as experts have them, are dealt out, or
+    every process would factorise every Gram matrix.
+    """
+    meter, ranks = walk.meter, walk.ranks
     names = [name for layers in wave for name in layers.names]
-    owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in names})
+    owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in names}) if len(wave) > 1 else None
     solved: dict[str, SolvedLayer] = {}
     with ranks.together():
         for layers in wave:
             problem = Problem(layers.statistics.gram, config.damping)
-            for name in (name for name in layers.names if owners[name] == ranks.rank):
-                solved[name] = prune_layer(name, todo[name], layers, problem, config, walk.meter, gains.get(name))
+            for name in layers.names:
+                if owners is None or owners[name] == ranks.rank:
+                    sharing = ranks if owners is None else ALONE
+                    module, gain = todo[name], gains.get(name)
+                    solved[name] = prune_layer(name, module, layers, problem, config, meter, gain, sharing)
     with walk.exchange():
         for name in names:
-            ranks.copy_from(owners[name], dense_weight(todo[name]))
-        solved = ranks.merge(solved)
+            if owners is None:
+                solved[name].exchange(dense_weight(todo[name]), ranks)
+            else:
+                ranks.copy_from(owners[name], dense_weight(todo[name]))
+        if owners is not None:
+            solved = ranks.merge(solved)
     return [solved[name] for name in names]
 
 

@@ -16,16 +16,23 @@ from ..masks.certificate import Certificate
 from ..measure import Meter
 from ..nn import dense_weight
 from ..packing import pack_mask, unpack_mask
+from ..packing.layout import meta_width
 from ..pattern import NMPattern
-from ..update import Problem, relative_error
+from ..ranks import ALONE, Ranks
+from ..update import Problem
+from ..update.objective import energies, ratio
 from .inputs import LayersAlike
 from .report import LayerReport
-from .solve import solve_layer
+from .solve import rows_together, solve_layer
 
 
 @dataclass
 class SolvedLayer:
-    """What is known of a layer that is pruned but not packed yet: its module holds the dense weight, zeros in place."""
+    """What is known of a layer that is pruned but not packed yet: its module holds the dense weight, zeros in place.
+
+    `rows` are those that each process solves. Until they `exchange` them, `mask_bits` (out, in/8) holds the process's
+    own, and `energy`, of `update.objective.energies`, is that of these.
+    """
 
     name: str
     in_features: int
@@ -33,7 +40,8 @@ class SolvedLayer:
     mask_bits: Tensor
     min_degree: int
     band: int
-    relative_error: float
+    rows: list[slice]
+    energy: Tensor
     tokens: int
     permutation_gain: float | None
     scores_alone: Shortfall | None
@@ -44,6 +52,12 @@ class SolvedLayer:
         """Boolean (out, in)."""
         return unpack_mask(self.mask_bits, self.in_features)
 
+    def exchange(self, weight: Tensor, ranks: Ranks) -> None:
+        """Get from the other processes what they solved of the layer; weight (out, in) is its module's."""
+        ranks.add(self.energy)
+        for rank, part in enumerate(self.rows):
+            ranks.copy_from(rank, weight[part], self.mask_bits[part])
+
     def report(self, block: int, certificate: Certificate) -> LayerReport:
         """The layer's part of the report, once it is packed."""
         return LayerReport(
@@ -52,7 +66,7 @@ class SolvedLayer:
             len(self.mask_bits),
             self.in_features,
             str(self.pattern),
-            self.relative_error,
+            ratio(self.energy),
             self.tokens,
             certificate,
             self.min_degree,
@@ -72,15 +86,20 @@ def prune_layer(
     config: EGGSConfig,
     meter: Meter,
     permutation_gain: float | None,
+    ranks: Ranks = ALONE,
 ) -> SolvedLayer:
     """Prune the layer called `name` in place, on the statistics of its inputs and the problem that they are.
+
+    Several `ranks` solve whole bands of its rows each, and then `exchange` them.
 
     Raises:
         NumericalError: no finite weights were found.
     """
     stored, statistics, pattern = dense_weight(module), alike.statistics, config.pattern
     weight = stored.to(torch.float32)
-    found = solve_layer(name, weight, problem, config, meter)
+    rows = ranks.rows(len(weight), rows_together(config))
+    own = rows[ranks.rank]
+    found = solve_layer(name, weight, problem, config, meter, own, ranks)
     with meter.stage("update"):
         pruned = found.weight.to(stored.dtype)
         if not bool(torch.isfinite(pruned).all()):
@@ -89,18 +108,21 @@ def prune_layer(
                 "model in a wider dtype"
             )
     with meter.stage("report"):
-        error = relative_error(weight, pruned.to(torch.float32), statistics.gram)
+        energy = energies(weight[own], pruned.to(torch.float32), statistics.gram)
         scores_alone = _scores_alone(weight, statistics, config)
     # Written in place, so that the rest of the block runs on it; packed when the block is done.
-    stored.copy_(pruned)
+    stored[own] = pruned
+    mask_bits = torch.zeros(len(weight), meta_width(weight.shape[1]), dtype=torch.uint8)
+    mask_bits[own] = pack_mask(found.mask).cpu()
     return SolvedLayer(
         name,
         weight.shape[1],
         pattern,
-        pack_mask(found.mask).cpu(),
+        mask_bits,
         config.min_degree,
         config.band,
-        error,
+        rows,
+        energy.cpu(),
         statistics.tokens,
         permutation_gain,
         scores_alone,

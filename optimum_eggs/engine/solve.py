@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import EGGSConfig
-from ..errors import NumericalError
+from ..errors import DistributedError, NumericalError
 from ..importance import importance_score
 from ..masks import diagonal_mask, expander_mask, swap_mask
 from ..measure import Meter
+from ..ranks import ALONE, Ranks, ToldError
 from ..update import Problem, admm, masked_refit, sparsegpt
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ _LEAST_DAMPING = 1e-6  # what a damping of 0 is raised to: float32 rounds at 1e-
 
 @dataclass(frozen=True)
 class Solution:
-    """A layer solved: mask (out, in), weight (out, in) that is zero off the mask.
+    """Rows of a layer solved: mask (out, in), weight (out, in) that is zero off the mask.
 
     `damping` is that which it took, where it had to be raised.
     """
@@ -32,11 +34,20 @@ class Solution:
     damping: float | None = None
 
 
-def solve_layer(name: str, weight: Tensor, problem: Problem, config: EGGSConfig, meter: Meter) -> Solution:
-    """Find mask and new weight of the layer called `name`.
+def solve_layer(
+    name: str,
+    weight: Tensor,
+    problem: Problem,
+    config: EGGSConfig,
+    meter: Meter,
+    own: slice = slice(None),
+    ranks: Ranks = ALONE,
+) -> Solution:
+    """Find mask and new weight of the layer called `name`, or of the rows of it that are this process's `own`.
 
-    weight (out, in), float32, and the problem of its calibration inputs, both finite. Where the Gram matrix cannot be
-    factorised with the problem's damping, or what comes out is not finite, the damping is raised tenfold.
+    weight (out, in), float32, and the problem of its calibration inputs, both finite; the same in all `ranks`. Where
+    the Gram matrix cannot be factorised with the problem's damping, or what comes out is not finite in any of them, the
+    damping is raised tenfold.
 
     Raises:
         NumericalError: a damping of 1 is not enough either.
@@ -44,22 +55,38 @@ def solve_layer(name: str, weight: Tensor, problem: Problem, config: EGGSConfig,
     damping = problem.damping
     while True:
         try:
-            mask, values = _solve(weight, problem, config, meter)
+            mask, values = _solve(weight, problem, config, meter, own, ranks)
             if not bool(torch.isfinite(values).all()):
                 raise NumericalError(f"with damping={damping} the solution holds NaN or infinite values")
-        except NumericalError as error:
-            if damping >= 1:
-                raise NumericalError(f"{name}: {error}; add the layer to `ignore`") from error
-            raised = min(1.0, max(10 * damping, _LEAST_DAMPING))
-            logger.warning("%s: damping is raised from %g to %g: %s", name, damping, raised, error)
-            damping = raised
-            problem = Problem(problem.gram, raised)
+            ranks.agree(None)
+        except DistributedError:
+            raise
+        except ToldError as told:
+            error = told.error
+        except Exception as found:  # whatever it is, the others must not wait for ever
+            ranks.tell(found)
+            error = found
         else:
             return Solution(mask, values, damping if damping != config.damping else None)
+        if not isinstance(error, NumericalError):
+            raise error
+        if damping >= 1:
+            raise NumericalError(f"{name}: {error}; add the layer to `ignore`") from error
+        raised = min(1.0, max(10 * damping, _LEAST_DAMPING))
+        logger.warning("%s: damping is raised from %g to %g: %s", name, damping, raised, error)
+        damping = raised
+        problem = Problem(problem.gram, raised)
 
 
-def _solve(weight: Tensor, problem: Problem, config: EGGSConfig, meter: Meter) -> tuple[Tensor, Tensor]:
-    """Mask and values that come near the weight (out, in) on the calibration inputs."""
+def rows_together(config: EGGSConfig) -> int:
+    """Rows of a layer that only one process can solve: those of a band, or of tiles."""
+    return math.lcm(config.band, config.pattern.m) if config.selection == "diagonal" else config.band
+
+
+def _solve(
+    weight: Tensor, problem: Problem, config: EGGSConfig, meter: Meter, own: slice, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Mask and values of some rows that come near the weight (out, in) on the calibration inputs."""
     pattern = config.pattern
 
     def allowed(score: Tensor) -> Tensor:
@@ -69,14 +96,17 @@ def _solve(weight: Tensor, problem: Problem, config: EGGSConfig, meter: Meter) -
 
     if config.solver == "score":
         with meter.stage("mask"):
-            mask = allowed(importance_score(config.importance, weight, problem.gram.diagonal().sqrt(), config.exponent))
+            score = importance_score(config.importance, weight, problem.gram.diagonal().sqrt(), config.exponent)
+            weight = weight[own]
+            mask = allowed(score[own])
             if config.swaps:
                 mask = swap_mask(weight, mask, problem.gram, pattern, config.min_degree, config.band, config.swaps)
             values = weight * mask
     else:
+        weight = weight[own]
         with meter.stage("update"):
             if config.solver == "admm":
-                mask, values = admm(weight, problem, allowed)
+                mask, values = admm(weight, problem, allowed, total=lambda count: sum(ranks.agree(count)))
             else:
                 mask, values = sparsegpt(weight, problem, pattern, choose=allowed)
     if config.weight_update == "refit":

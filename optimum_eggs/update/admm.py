@@ -19,7 +19,11 @@ _SETTLED, _AT_LEAST = 3e-4, 30
 
 
 def admm(
-    weight: Tensor, problem: Problem, project: Callable[[Tensor], Tensor], iterations: int = 300
+    weight: Tensor,
+    problem: Problem,
+    project: Callable[[Tensor], Tensor],
+    iterations: int = 300,
+    total: Callable[[int], int] = int,
 ) -> tuple[Tensor, Tensor]:
     """Minimise ‖(W − Z)X‖²_F + λ‖W − Z‖²_F over Z and its mask (ALPS: Meng et al., NeurIPS 2024, arXiv 2406.07831).
 
@@ -41,6 +45,8 @@ def admm(
         project: From a score (out, in) to the mask (out, in) of the largest total score that is allowed. It is called
             once at the start, once in every step, and once at the end.
         iterations: The most steps that are done.
+        total: The sum of a number over everyone who solves rows of the same layer: they all go by the same ρ, and
+            get what one would get who solved them all.
 
     Returns:
         The mask (out, in) and Z (out, in), zero off the mask. Memory: eight buffers of (out, in), one of (in, in), and
@@ -55,7 +61,7 @@ def admm(
     penalty, grown = _FIRST_PENALTY, False
     solve = _solver(problem, penalty, len(weight))
     reference = project(scaled.square())
-    kept = max(1, int(reference.sum()))
+    kept = max(1, total(int(reference.sum())))
     start = scaled * reference
     smooth, split, dual = scaled, start, torch.zeros_like(scaled)
     for step in range(1, iterations + 1):
@@ -68,7 +74,7 @@ def admm(
         dual.add_(smooth - split, alpha=penalty)
         if step % _EVERY:
             continue
-        changed = int((mask != reference).sum()) / kept
+        changed = total(int((mask != reference).sum())) / kept
         reference = mask
         if changed > _STUCK or (changed and grown):
             grown = True

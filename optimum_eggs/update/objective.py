@@ -11,8 +11,18 @@ def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
     0 when the layer's output was zero and still is.
     """
+    return ratio(energies(weight, pruned, gram))
+
+
+def energies(weight: Tensor, pruned: Tensor, gram: Tensor) -> Tensor:
+    """‖(W − Z)X‖²_F and ‖WX‖²_F, float64 (2,): those of a layer are the sums of those of its rows."""
     difference = weight - pruned
     # A sum of squares that is nearly zero may round below it. NaN stays NaN.
     lost = ((difference @ gram) * difference).sum(dtype=torch.float64).clamp_min(0)
-    whole = ((weight @ gram) * weight).sum(dtype=torch.float64)
-    return float(lost / whole) if bool(whole > 0) else float(lost)
+    return torch.stack([lost, ((weight @ gram) * weight).sum(dtype=torch.float64)])
+
+
+def ratio(energy: Tensor) -> float:
+    """What is lost over the whole, of `energies`; what is lost, where the whole is zero."""
+    lost, whole = energy.tolist()
+    return lost / whole if whole > 0 else lost

@@ -21,11 +21,20 @@ _PATIENCE = timedelta(days=30)
 
 
 class ToldError(Exception):
-    """`error` went wrong in another process, while this one was waiting for it."""
+    """`error` went wrong in another process while this one was waiting for it; they may try again together."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+class LeftError(ToldError):
+    """`error` ended what was done `together`, in another process."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -124,17 +133,34 @@ class Ranks:
         return {key: value for part in self.gather(dict(parts)) for key, value in part.items()}
 
     def agree(self, value: T) -> list[T]:
-        """As `gather`; but if another process tells of an error instead, that is raised here too."""
-        found = self.gather(value)
-        for error in found:
-            if isinstance(error, Exception):
-                raise ToldError(error)
+        """As `gather`, within `together`; but what another process tells of instead is raised here.
+
+        Raises:
+            ToldError: another process tells of an error.
+            LeftError: another process has ended with one.
+        """
+        found = self._unless_left(value)
+        for each in found:
+            if isinstance(each, _Told):
+                raise ToldError(each.error)
         return found
 
     def tell(self, error: Exception) -> None:
-        """Tell the others, where they `agree`, of what went wrong here."""
+        """Tell the others, where they `agree`, of what went wrong here.
+
+        Raises:
+            LeftError: another process has ended with an error.
+        """
         if self.size > 1:
-            self.gather(self._sendable(error))
+            self._unless_left(_Told(self._sendable(error)))
+
+    def _unless_left(self, value: Any) -> list[Any]:
+        """As `gather`, unless the others have left what is done `together`."""
+        found = self.gather(value)
+        for each in found:
+            if isinstance(each, Exception):
+                raise LeftError(each)
+        return found
 
     def _sendable(self, error: Exception) -> Exception:
         """An error that survives being sent."""
@@ -150,6 +176,8 @@ class Ranks:
             yield
         except DistributedError:
             raise  # there is no one to tell
+        except LeftError as left:
+            raise left.error from None  # the others know
         except Exception as found:  # whatever it is, the others must not wait for ever
             if self.size == 1:
                 raise

@@ -14,7 +14,7 @@ from ..errors import DistributedError, NumericalError
 from ..importance import importance_score
 from ..masks import diagonal_mask, expander_mask, swap_mask
 from ..measure import Meter
-from ..ranks import ALONE, Ranks, ToldError
+from ..ranks import ALONE, LeftError, Ranks, ToldError
 from ..update import Problem, admm, masked_refit, sparsegpt
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ def solve_layer(
             if not bool(torch.isfinite(values).all()):
                 raise NumericalError(f"with damping={damping} the solution holds NaN or infinite values")
             ranks.agree(None)
-        except DistributedError:
-            raise
+        except (DistributedError, LeftError):
+            raise  # there is no trying again
         except ToldError as told:
             error = told.error
         except Exception as found:  # whatever it is, the others must not wait for ever

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import strict_json
 from .. import validation as check
 from ..calibration.context import check_context, check_vocabulary, context_length
-from ..calibration.documents import described, documents, refuse_twice
+from ..calibration.documents import columns_of, described, documents, refuse_twice, shown
 from ..calibration.windows import token_stream, windows_digest
 from ..config import QUANT_METHOD
 from ..engine.report import read_report, without_measurements
@@ -294,14 +294,19 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     Of every text as much is read as all steps of all processes together need.
 
     Raises:
-        CalibrationError: the texts together hold fewer than four windows.
+        CalibrationError: a text holds not one window, or the texts together fewer than four.
     """
     assert settings.seq_len is not None
     most = settings.steps * settings.batch_size * processes
     needed = most * settings.seq_len * 2
     rows = []
-    for source in settings.train:
-        ids = token_stream(documents(source, "train", settings.text_column, argument="train"), tokenizer, needed)
+    for source, column in zip(settings.train, columns_of(settings.train, settings.text_column), strict=True):
+        ids = token_stream(documents(source, "train", column, argument="train"), tokenizer, needed)
+        if len(ids) < settings.seq_len:
+            raise CalibrationError(
+                f"train={shown(source)} has {len(ids)} tokens, and one window of seq_len={settings.seq_len} needs "
+                f"{settings.seq_len}; give more text, a smaller seq_len, or leave it out"
+            )
         rows.append(ids[: len(ids) // settings.seq_len * settings.seq_len].view(-1, settings.seq_len))
     windows = torch.cat(rows)
     if len(windows) < 4:

@@ -351,17 +351,6 @@ def test_a_file_that_is_no_text(tokenizer, tmp_path):
         draw(tmp_path / "x.bin", tokenizer)
 
 
-def test_a_file_in_a_folder_that_may_not_be_searched(tokenizer, monkeypatch):
-    def is_file(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "is_file", is_file)
-    with pytest.raises(
-        CalibrationError, match=r"'closed/x.txt' cannot be looked at: .*denied.*; check the path and its"
-    ):
-        draw("closed/x.txt", tokenizer)
-
-
 def test_a_column_that_is_not_there(tokenizer):
     with pytest.raises(CalibrationError, match=r"has no column 'text', only \['body'\]; pass text_column="):
         draw(datasets.Dataset.from_dict({"body": TEXTS}), tokenizer)

@@ -280,7 +280,7 @@ def test_a_model_or_a_text_that_is_not_there(dense_folder, text_file, tmp_path):
     assert "there is no such file" in done.stderr
     (tmp_path / "empty.txt").write_text("")
     done = within("prune", dense_folder, tmp_path / "out", "--calibration", tmp_path / "empty.txt", *SMALL, code=2)
-    assert "the text has 0 tokens" in done.stderr
+    assert "is empty, or holds nothing but white space; give a file with text in it" in done.stderr
     assert not (tmp_path / "out").exists()
     done = within("evaluate", "some/id", "--text", text_file, code=2)
     assert "some/id: there is no such folder" in done.stderr

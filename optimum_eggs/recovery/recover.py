@@ -23,7 +23,7 @@ from ..calibration.context import check_context, check_vocabulary, context_lengt
 from ..calibration.documents import described, documents, refuse_twice
 from ..calibration.windows import token_stream, windows_digest
 from ..config import QUANT_METHOD
-from ..engine.report import read_report, without_measurements
+from ..engine.report import read_report, used_texts, without_measurements
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
 from ..files import REPORT_NAME, likeness
@@ -230,7 +230,7 @@ def recover(
         report = RecoveryReport(
             asdict(settings) | public, steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
         )
-        earlier = pruned.get("recovery", {}).get("texts", [])
+        earlier = used_texts(pruned)["trained"]
         report.kept, report.texts = ("before", earlier) if worse else ("after", [*earlier, *texts])
         for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
             parameter.data = parameter.data.to(stored)

@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from ..speed import check_models, read_bandwidth, time_layer, time_models
     from .recording import may_record, recorded
 
-    found = inspect_checkpoint(args.model)
+    with others_on_stderr():
+        found = inspect_checkpoint(args.model)
     found.check("`inspect` lists all")
     shapes: dict[tuple[int, int, str], int] = {}
     for layer in found.layers:

@@ -79,7 +79,7 @@ def report_page(folder: str | Path, figures: str | Path | None = None, *, with_s
     if with_spectra:
         _measure_spectra(folder, report)
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
-    plain = {"text.parse_math": False}  # names are shown as they are, and may hold dollar signs
+    plain: dict[Any, Any] = {"text.parse_math": False}  # names are shown as they are, and may hold dollar signs
     ink: dict[Any, Any] = dict.fromkeys(coloured, _INK) | {"svg.fonttype": "none"} | plain
     drawn: dict[str, str] = {}
     for name in PICTURES:

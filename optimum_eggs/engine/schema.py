@@ -218,9 +218,7 @@ _PARTS: dict[str, Check] = {
         {"pattern": _PATTERN, "layers_pruned": _COUNT, "parameters_pruned": _COUNT, "starved_inputs": _COUNT},
         {"zeros_kept": _COUNT, "layers_by_weights_alone": _COUNT},
     ),
-    "config": _object(
-        {}, {"calibration": _SOURCE, "preset": _maybe(_TEXT), "min_expert_tokens": _maybe(_COUNT)}
-    ),
+    "config": _object({}, {"calibration": _SOURCE, "preset": _maybe(_TEXT), "min_expert_tokens": _maybe(_COUNT)}),
     "layers": _list(_LAYER, least=1),
     "calibration": _or_empty(  # of a model that was packed as it was
         _object({"windows": _COUNT, "seq_len": _COUNT, "sha256": _TEXT}, {"texts": _TEXTS})

@@ -155,6 +155,7 @@ def works_or_says_why(folder, found, text, what):
             "12",
             "evaluations[0].metrics.perplexity is '12', where a report",
         ),
+        (("recovery", "perplexity_after"), 1e308, "recovery.perplexity_after is 1e+308, where a report has a number"),
         (("layers",), [], "layers is [], where a report has a list that is not empty"),
         (("layers", 0, "certificate"), GONE, "layers[0] lacks certificate"),
         (("layers", 0, "pattern"), "2-4", "layers[0].pattern is '2-4', where a report has a pattern such as '2:4'"),

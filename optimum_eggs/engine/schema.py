@@ -5,13 +5,13 @@ What is not named here is written for people, and may be anything. What earlier 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import ConfigError, shorten
 from ..pattern import NMPattern
 
+_MOST = 1e306  # an axis for more cannot be drawn; perplexities are no more than exp(700)
 Check = Callable[[Any, str], str | None]
 """From a value and its place in the report: what is wrong with it, as a message, or None."""
 
@@ -20,7 +20,7 @@ def problem(report: Any) -> str | None:
     """The first thing in a report that is not of its kind, as a message without the file's name; None if all is.
 
     >>> problem({"evaluations": [{"dataset": "c4", "conditions": "", "metrics": {"perplexity": "abc"}}]})
-    "evaluations[0].metrics.perplexity is 'abc', where a report has a finite number"
+    "evaluations[0].metrics.perplexity is 'abc', where a report has a number"
     >>> problem({"evaluations": [{}]}), problem([])
     ('evaluations[0] lacks dataset', 'holds [], no report')
     """
@@ -95,7 +95,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and abs(value) <= sys.float_info.max
+    return known and abs(value) <= _MOST
 
 
 def _is_pattern(value: Any) -> bool:
@@ -123,7 +123,7 @@ def _is_integer(value: Any) -> bool:
 
 _OBJECT = _kind("an object", lambda value: isinstance(value, dict))
 _TEXT = _kind("a text", _is_text)
-_NUMBER = _kind("a finite number", _is_number)
+_NUMBER = _kind("a number", _is_number)
 _ERROR = _kind("a number that is not negative", lambda value: _is_number(value) and value >= 0)
 _INTEGER = _kind("an integer", _is_integer)
 _COUNT = _kind("an integer that is not negative", lambda value: _is_integer(value) and value >= 0)

@@ -13,7 +13,7 @@ from optimum.quantization_base import OptimumQuantizer
 from . import validation as check
 from .config import EGGSConfig
 from .engine import PruneReport, calibrate_and_prune, pack_model
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, with_article
 from .files import REPORT_NAME
 from .folders import new_folder
 from .hf.attach import attach_quantizer
@@ -102,7 +102,9 @@ class EGGSPruner(OptimumQuantizer):
         if config is None or isinstance(config, str):
             config = EGGSConfig(config)
         if not isinstance(config, EGGSConfig):
-            raise ConfigError(f"config={config!r} is a {type(config).__name__}; pass an EGGSConfig or a pattern")
+            raise ConfigError(
+                f"config={config!r} is {with_article(type(config).__name__)}; pass an EGGSConfig or a pattern"
+            )
         untouched = _weight_versions(self.model)
         try:
             report = calibrate_and_prune(self.model, config.tokenizer or self.tokenizer, config, calibration, progress)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from .printing import others_on_stderr
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `push`."""
@@ -25,14 +27,15 @@ def run(args: argparse.Namespace) -> int:
     """Push, and print where it is."""
     from ..sharing import push_folder
 
-    info = push_folder(
-        args.model,
-        args.repo_id,
-        private=args.private,
-        token=args.token,
-        revision=args.revision,
-        create_pr=args.create_pr,
-    )
+    with others_on_stderr():
+        info = push_folder(
+            args.model,
+            args.repo_id,
+            private=args.private,
+            token=args.token,
+            revision=args.revision,
+            create_pr=args.create_pr,
+        )
     if args.json:
         print(json.dumps({"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}))
     else:

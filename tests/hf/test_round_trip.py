@@ -10,6 +10,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import CheckpointError, ConfigError
+from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
 
 IDS = tiny.make_windows(2, 12)
@@ -131,6 +132,21 @@ def test_without_this_package_loading_fails_loudly(packed_folder, python, tmp_pa
 def test_a_configuration_that_contradicts_a_packed_checkpoint_is_refused(packed_folder, given, message):
     with pytest.raises(ConfigError, match=message):
         AutoModelForCausalLM.from_pretrained(packed_folder, quantization_config=given)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, LlamaForCausalLM, AutoModel])
+def test_a_configuration_of_none_is_none_given(kind, packed_folder, dense_folder):
+    plain, model = (kind.from_pretrained(packed_folder, **given) for given in ({}, {"quantization_config": None}))
+    assert model.config.quantization_config == plain.config.quantization_config
+    assert packed_layers(model).keys() == packed_layers(plain).keys()
+    assert packed_layers(model)
+    assert not packed_layers(kind.from_pretrained(dense_folder, quantization_config=None))
+
+
+def test_a_configuration_read_by_itself_has_that_of_the_packing_taken_out(packed_folder):
+    config = AutoConfig.from_pretrained(packed_folder, quantization_config=None)
+    assert config.quantization_config is None
+    assert type(AutoModelForCausalLM.from_config(config).model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("given", ["default", "same", "stored"])

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from .access import absolute, closed, is_there, no_utf8
 from .errors import EGGSError, ModelError, OutputError, first_line, led_by, more
 from .files import REPORT_NAME, changed_files, listed_files, seal, sync
 from .locks import LOCK_NAME, OWNER_NAME, locked
@@ -41,11 +42,14 @@ def check_folder(folder: str | Path, option: str = "") -> None:
         option: What it was given by, for the message, such as `"--against"`.
 
     Raises:
-        ModelError: there is none, or it is a file.
+        ModelError: there is none, it is a file, may not be read, or has a name that is no UTF-8.
     """
     path, named = Path(folder), f"{option} {folder}".strip() or "''"
-    if not str(folder) or not path.exists():
+    if not str(folder) or not is_there(path):
         raise ModelError(f"{named}: there is no such {'file' if path.suffix == '.gguf' else 'folder'}; check the path")
+    why = closed(path) or no_utf8(absolute(path))
+    if why:
+        raise ModelError(f"{named}: {why}")
     if not path.is_dir():
         raise ModelError(f"{named}: is a file; name the folder of a saved model")
 
@@ -75,6 +79,9 @@ def check_output(folder: str | Path, overwrite: bool = False, *, sources: Sequen
         if path.is_symlink() and not path.exists():
             raise OutputError(f"{path}: is a link to {path.readlink()}, which is not there; remove it, or name another")
         path = path.resolve()
+        why = no_utf8(path)
+        if why:
+            raise OutputError(f"{path}: {why}, or name another folder")
         _check_sources(path, sources)
         if path.exists() and not path.is_dir():
             what = "a file" if path.is_file() else "a device" if _is_device(path) else "no folder"
@@ -193,7 +200,7 @@ def _order_of_moving(entry: Path) -> tuple[bool, bool, str]:
 
 def _check_sources(path: Path, sources: Sequence[Any]) -> None:
     for source in sources:
-        if not isinstance(source, str | Path) or not str(source) or not Path(source).exists():
+        if not isinstance(source, str | Path) or not str(source) or not is_there(source) or closed(Path(source)):
             continue
         read = Path(source).resolve()
         if path.exists() and (path.samefile(read) or (read.is_file() and path.samefile(read.parent))):

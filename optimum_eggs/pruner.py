@@ -17,7 +17,8 @@ from .errors import ConfigError, ModelError, with_article
 from .files import REPORT_NAME
 from .folders import new_folder
 from .hf.attach import attach_quantizer
-from .hf.loading import hub_options, load_model, load_tokenizer, own_memory, parse_dtype
+from .hf.loading import hub_options, load_config, load_model, load_tokenizer, own_memory, parse_dtype
+from .names import hub_id
 from .pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class EGGSPruner(OptimumQuantizer):
         """
         if not isinstance(model_or_path, str | Path):
             return cls(model_or_path, tokenizer)
+        if hub_id(str(model_or_path)):  # one that is nowhere is missed as a model, and not as a tokenizer
+            load_config(model_or_path, gguf_file=gguf_file, **hub_options(kwargs))
         if tokenizer is None:
             tokenizer = load_tokenizer(model_or_path, gguf_file=gguf_file, **hub_options(kwargs))
         model = load_model(model_or_path, gguf_file=gguf_file, dtype=dtype, **kwargs)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..access import no_utf8
 from ..errors import CalibrationError, ConfigError, first_line, shorten, without
 from ..files import sha256
 from ..names import TEXT_ENDINGS, public_names
@@ -310,7 +311,9 @@ def _is_file_name(source: str | Path) -> bool:
         raise UnusableError(": a single string is the name of a file or of a data set; pass a text as [text]")
     if _URL.match(str(source)):
         raise UnusableError(": a URL is not read; download it, and name the file")
-    path = Path(source)
+    path, why = Path(source), no_utf8(source)
+    if why:
+        raise UnusableError(f": {why}")
     kind = what_is_at(path)
     if source in (SAMPLE, *NAMED_DATASETS):
         if kind == "file":

@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from .. import strict_json
+from ..access import no_file
 from ..calibration.documents import NAMED_DATASETS, DatasetName, dataset_id
 from ..errors import CheckpointError, OutputError
 from ..files import REPORT_NAME, write_durably
@@ -203,6 +204,9 @@ def read_report(folder: str | Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is no JSON, or holds no report.
     """
     path = Path(folder) / REPORT_NAME
+    why = no_file(path)
+    if why:
+        raise CheckpointError(f"{path}: {why}")
     if not path.is_file():
         return {}
     try:

@@ -175,12 +175,10 @@ def prune_checkpoint(
                     put_card(own, made)
                     write_card(made, path.name)
                     check_output(path, overwrite)  # something may have been put there meanwhile
-                    put_in_place(made, path, work)
-                    shutil.rmtree(work, ignore_errors=True)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{len(keeper)} of {len(source)} blocks are finished; the same command goes on behind them"
-            ) from None
+                    put_in_place(made, path, work, clear=True)
+        except KeyboardInterrupt as error:
+            finished = f"{len(keeper)} of {len(source)} blocks are finished; the same command goes on behind them"
+            raise KeyboardInterrupt(str(error) or finished) from None
     return report
 
 

@@ -497,6 +497,24 @@ def test_a_report_of_another_kind_is_not_pushed(held, packed_folder):
         push_folder(packed_folder, "me/tiny")
 
 
+PACK = """
+import sys
+from optimum_eggs.cli.main import main
+sys.exit(main(["pack", *sys.argv[1:]]))
+"""
+
+
+def test_what_is_missing_of_a_name_that_is_nowhere_is_the_model(hub, client, tmp_path):
+    for offline, why in (
+        (False, "no such model on the Hub, or the token"),
+        (True, "the model is neither in the cache"),
+    ):
+        done = client(PACK, "me/none", tmp_path / "out", offline=offline, check=False)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: me/none: there is no such folder, and {why}")
+
+
 LOAD = """
 import sys, time, logging
 time.sleep = lambda seconds: None

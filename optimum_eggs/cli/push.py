@@ -9,7 +9,6 @@ from pathlib import Path
 from ..access import closed, no_utf8
 from ..errors import ModelError
 from .arguments import check_model
-
 from .printing import others_on_stderr
 
 

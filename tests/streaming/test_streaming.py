@@ -187,7 +187,7 @@ def test_a_run_that_is_interrupted_goes_on(kind, blocks, deep, whole, text_file,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("function", ["save_file", "revert_weight_conversion"])
+@pytest.mark.parametrize("function", ["save_file", "load_file"])
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_full_disk_names_the_remedy_and_the_run_goes_on(
     function, call, deep, whole, text_file, tmp_path, monkeypatch

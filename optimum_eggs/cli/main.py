@@ -94,7 +94,7 @@ def _with_flag(message: str, args: argparse.Namespace) -> str:
         for each in value if isinstance(value, list) else [value]:
             start = f"{key}={each!r}"
             rest = message.removeprefix(start)
-            if rest != message and rest[:1] in (" ", ":", ";", ",") and flag not in rest:
+            if rest != message and rest[:1] in (" ", ":", ";", ",") and f"({flag})" not in rest:
                 return f"{start} ({flag}){rest}"
     return message
 

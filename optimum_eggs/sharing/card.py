@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
+from ..access import no_file
 from ..calibration.documents import DatasetName, dataset_id
 from ..config import EGGSConfig
 from ..engine.report import read_report, text_uses
@@ -300,8 +301,11 @@ def read_card(file: Path) -> str:
     """The text of a README.md.
 
     Raises:
-        ModelError: it is no UTF-8.
+        ModelError: it is no UTF-8, or may not be read.
     """
+    why = no_file(file)
+    if why:
+        raise ModelError(f"{file}: {why}")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

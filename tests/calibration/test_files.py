@@ -154,11 +154,16 @@ def test_a_parquet_file_without_rows_has_none(tokenizer, here):
 
 
 def test_a_damaged_file_of_rows_is_one_line_on_stderr(forks, packed_folder, here):
-    for name, content in (("a.jsonl", '{"text": "b\n'), ("a.csv", "a,b\n1,2\n3,4,5\n"), ("a.parquet", "a text")):
+    files = {"a.jsonl": '{"text": "b\n', "a.csv": "a,b\n1,2\n3,4,5\n", "a.parquet": "a text"}
+    for name, content in files.items():
         write(name, content)
-        done = forks.run("-m", "optimum_eggs", "evaluate", packed_folder, "--text", name, cwd=here)
-        (line,) = done.stderr.splitlines()
-        assert (done.returncode, done.stdout) == (2, "")
+    script = (
+        "import sys; from optimum_eggs.cli.main import main\n"
+        "for name in sys.argv[2:]: assert main(['evaluate', sys.argv[1], '--text', name]) == 2"
+    )
+    done = forks.run("-c", script, packed_folder, *files, cwd=here)
+    assert (done.returncode, done.stdout) == (0, "")
+    for name, line in zip(files, done.stderr.splitlines(), strict=True):
         assert line.startswith(f"error: text='{name}' (--text) cannot be read as ")
 
 

@@ -322,7 +322,7 @@ def test_named_data_sets_are_asked_for_by_their_hub_id(monkeypatch, tokenizer):
         (3.5, r"calibration=3.5 is of no kind known here"),
         ("wikitext2:wikitext-103-raw-v1", r"name another by its id, 'Salesforce/wikitext:wikitext-103-raw-v1'"),
         ("no/such/file.txt", r"calibration='no/such/file.txt': there is no such file; check the path"),
-        ("no/such/\ud800.txt", r"there is no such file; check the path"),
+        ("no/such/\ud800.txt", r"the path is not UTF-8, as safetensors, tokenizers and reports need it; rename"),
         ("one\ntwo", r"a single string is the name of a file"),
         ("words " * 100, r"a single string is the name of a file"),
         (torch.zeros(2, 2), r"token ids of dtype torch.float32"),

@@ -207,3 +207,24 @@ def test_a_state_dict_that_is_passed_is_what_is_saved(packed_folder, tmp_path):
     model.save_pretrained(tmp_path)  # once, and not from then on
     again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.items())
+
+
+@pytest.mark.parametrize("change", ["a block taken out", "a layer made dense", "all layers made dense"])
+def test_a_model_whose_layers_were_changed_by_hand_is_saved_as_it_is(change, packed_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    listed = dict(model.config.quantization_config.pruned_modules)
+    if change == "a block taken out":
+        del model.model.layers[1]
+        model.config.num_hidden_layers = 1
+        model.config.layer_types = None
+    else:
+        first = ["model.layers.0.mlp.up_proj"]
+        for name in first if change == "a layer made dense" else list(listed):
+            model.set_submodule(name, model.get_submodule(name).to_linear())
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert model.config.quantization_config.pruned_modules == listed
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert packed_layers(again).keys() == packed_layers(model).keys()
+    assert torch.equal(logits(again), expected)
+    assert inspect_checkpoint(tmp_path / "saved").ok == bool(packed_layers(model))

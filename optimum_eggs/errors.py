@@ -27,6 +27,15 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def with_article(name: str) -> str:
+    """The name of a class with what goes before it.
+
+    >>> with_article("Embedding"), with_article("Linear")
+    ('an Embedding', 'a Linear')
+    """
+    return f"{'an' if name[:1].lower() in set('aeio') else 'a'} {name}"
+
+
 def more(items: Sized, shown: int) -> str:
     """What to put behind the first items of a list.
 

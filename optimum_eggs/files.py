@@ -126,6 +126,6 @@ def _is_inside(name: str) -> bool:
 def _read(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -16,8 +16,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from .access import absolute, closed, is_there, no_utf8
 from .errors import EGGSError, ModelError, OutputError, first_line, led_by, more
 from .files import REPORT_NAME, changed_files, listed_files, seal, sync
+from .interrupts import held_back
 from .locks import LOCK_NAME, OWNER_NAME, locked
 
 _UNFINISHED, _MADE, _OLD = "unfinished", "made", "old"
@@ -31,6 +33,8 @@ _SAID_OF_NO_SPACE = (  # by writers whose errors are no OSError: those in Rust, 
     "unexpected pos",
     "iostream error",
 )
+PUT_IN_PLACE: list[Path] = []
+"""The outputs that this process has put in place, in that order."""
 
 
 def check_folder(folder: str | Path, option: str = "") -> None:
@@ -41,11 +45,14 @@ def check_folder(folder: str | Path, option: str = "") -> None:
         option: What it was given by, for the message, such as `"--against"`.
 
     Raises:
-        ModelError: there is none, or it is a file.
+        ModelError: there is none, it is a file, may not be read, or has a name that is no UTF-8.
     """
     path, named = Path(folder), f"{option} {folder}".strip() or "''"
-    if not str(folder) or not path.exists():
+    if not str(folder) or not is_there(path):
         raise ModelError(f"{named}: there is no such {'file' if path.suffix == '.gguf' else 'folder'}; check the path")
+    why = closed(path) or no_utf8(absolute(path))
+    if why:
+        raise ModelError(f"{named}: {why}")
     if not path.is_dir():
         raise ModelError(f"{named}: is a file; name the folder of a saved model")
 
@@ -75,6 +82,9 @@ def check_output(folder: str | Path, overwrite: bool = False, *, sources: Sequen
         if path.is_symlink() and not path.exists():
             raise OutputError(f"{path}: is a link to {path.readlink()}, which is not there; remove it, or name another")
         path = path.resolve()
+        why = no_utf8(path)
+        if why:
+            raise OutputError(f"{path}: {why}, or name another folder")
         _check_sources(path, sources)
         if path.exists() and not path.is_dir():
             what = "a file" if path.is_file() else "a device" if _is_device(path) else "no folder"
@@ -157,8 +167,18 @@ def written(path: Path, remedy: str) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({first_line(error)}); {remedy}") from error
 
 
-def put_in_place(made: Path, path: Path, work: Path) -> None:
-    """Make the finished folder `made`, in `work`, be the output `path`: all of it is listed, readable and on disk."""
+def put_in_place(made: Path, path: Path, work: Path, clear: bool = False) -> None:
+    """Make the finished folder `made`, in `work`, be the output `path`: all of it is listed, readable and on disk.
+
+    Args:
+        made: All that is to be in the output.
+        path: Absolute path of the output.
+        work: Hidden folder of the output.
+        clear: Remove `work` too, with all that runs have left in it.
+
+    Raises:
+        KeyboardInterrupt: if it comes when the output is in place, with that in its message.
+    """
     seal(made)
     mode = stat.S_IMODE((made / REPORT_NAME).stat().st_mode)  # as any file that is made here; weights are made private
     for file in made.rglob("*"):
@@ -166,24 +186,44 @@ def put_in_place(made: Path, path: Path, work: Path) -> None:
             file.chmod(mode)
         sync(file)
     sync(made)
+    before = len(PUT_IN_PLACE)
+    try:
+        with held_back():
+            _exchange(made, path, work)
+            PUT_IN_PLACE.append(path)
+            shutil.rmtree(work if clear else work / _OLD, ignore_errors=True)
+            sync(path if work.parent == path else path.parent)
+    except KeyboardInterrupt:
+        if PUT_IN_PLACE[before:]:
+            raise KeyboardInterrupt(f"{path} is whole and in place") from None
+        raise
+
+
+def _exchange(made: Path, path: Path, work: Path) -> None:
+    """Put the finished folder in place of what is there; where that fails, all is as it was."""
     if not path.is_dir():
         made.rename(path)
     elif work.parent == path:
-        for entry in sorted(made.iterdir(), key=_order_of_moving):
-            _remove(path / entry.name)
-            entry.rename(path / entry.name)
+        names = [entry.name for entry in sorted(made.iterdir(), key=_order_of_moving)]
+        try:
+            for name in names:
+                _remove(path / name)
+                (made / name).rename(path / name)
+        except BaseException:
+            for name in reversed(names):
+                _remove(path / name)
+            raise
     else:
         old = work / _OLD
         shutil.rmtree(old, ignore_errors=True)
         _refuse_filled(path)
-        path.rename(old)
         try:
+            path.rename(old)
             made.rename(path)
         except BaseException:
-            old.rename(path)
+            if old.is_dir() and not path.exists():
+                old.rename(path)
             raise
-        shutil.rmtree(old)
-    sync(path.parent if path.parent != work else path)
 
 
 def _order_of_moving(entry: Path) -> tuple[bool, bool, str]:
@@ -193,7 +233,7 @@ def _order_of_moving(entry: Path) -> tuple[bool, bool, str]:
 
 def _check_sources(path: Path, sources: Sequence[Any]) -> None:
     for source in sources:
-        if not isinstance(source, str | Path) or not str(source) or not Path(source).exists():
+        if not isinstance(source, str | Path) or not str(source) or not is_there(source) or closed(Path(source)):
             continue
         read = Path(source).resolve()
         if path.exists() and (path.samefile(read) or (read.is_file() and path.samefile(read.parent))):

@@ -70,6 +70,15 @@ class Inspection:
         """Whether nothing is wrong."""
         return not self.violations
 
+    def check(self, remedy: str) -> None:
+        """Raise if anything is wrong, with what to do about it.
+
+        Raises:
+            CheckpointError: the first violation.
+        """
+        for first in self.violations:
+            raise CheckpointError(f"{self.folder}: {first.where}: {first.rule}: {first.detail}; {remedy}")
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         layers = [asdict(layer) | {"certificate": layer.certificate.to_dict()} for layer in self.layers]
@@ -101,19 +110,19 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
         found.config = read_config(folder)
         patterns = pruned_patterns(found.config)
     except CheckpointError as error:
-        found.violations.append(Violation("config.json", "config", str(error)))
+        found.violations.append(Violation("config.json", "config", _detail(error, folder, "config.json")))
         return found
     try:
         files = weight_files(folder)
     except CheckpointError as error:
-        found.violations.append(Violation("weights", "file", str(error)))
+        found.violations.append(Violation("weights", "file", _detail(error, folder)))
         return found
     entries: dict[str, TensorEntry] = {}
     for file in files:
         try:
             entries |= read_headers([file])
         except CheckpointError as error:
-            found.violations.append(Violation(file.name, "file", str(error)))
+            found.violations.append(Violation(file.name, "file", _detail(error, folder, file.name)))
     if found.violations:
         return found
     keys = stored_names(entries, patterns)
@@ -133,11 +142,19 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
     try:
         read_report(folder)
     except CheckpointError as error:
-        found.violations.append(Violation(REPORT_NAME, "report", str(error)))
+        found.violations.append(Violation(REPORT_NAME, "report", _detail(error, folder, REPORT_NAME)))
     for changed in changed_files(Path(folder)):
         detail = "its bytes are not those that were saved, by the digest in report.json; save or download it again"
         found.violations.append(Violation(changed, "digest", detail))
     return found
+
+
+def _detail(error: CheckpointError, folder: str | Path, file: str = "") -> str:
+    """What an error says, without the names of the folder and of the file, which the violation has."""
+    said = str(error)
+    for name in (Path(folder) / file, folder, file):
+        said = said.removeprefix(f"{name}: ")
+    return said
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -27,3 +27,15 @@ def said_once() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_new)
+
+
+@contextmanager
+def silent(library: str) -> Iterator[None]:
+    """Within, a library logs nothing, as where its notes only repeat the error that it raises."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .access import is_there
+
 TEXT_ENDINGS = {"txt", "text", "raw", "md", "rst", "json", "jsonl", "csv", "tsv", "parquet", "html", "xml", "py", "gz"}
 """Endings of names with one slash that tell a file from something on the Hub."""
 
@@ -21,7 +23,7 @@ def hub_id(name: Any) -> str | None:
     """
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or name.startswith(".") or name.endswith(".gguf"):
         return None
-    return None if Path(name).exists() else name
+    return None if is_there(name) else name
 
 
 def public_name(source: Any) -> Any:
@@ -60,7 +62,7 @@ def _is_path(source: Any) -> bool:
     if not isinstance(source, str | Path):
         return False
     path = Path(source)
-    return path.exists() or path.is_absolute() or str(source).startswith((".", "~"))
+    return is_there(path) or path.is_absolute() or str(source).startswith((".", "~"))
 
 
 def _tail(path: Path, parts: int) -> str:

@@ -13,11 +13,12 @@ from optimum.quantization_base import OptimumQuantizer
 from . import validation as check
 from .config import EGGSConfig
 from .engine import PruneReport, calibrate_and_prune, pack_model
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, with_article
 from .files import REPORT_NAME
 from .folders import new_folder
 from .hf.attach import attach_quantizer
-from .hf.loading import hub_options, load_model, load_tokenizer, own_memory, parse_dtype
+from .hf.loading import hub_options, load_config, load_model, load_tokenizer, own_memory, parse_dtype
+from .names import hub_id
 from .pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class EGGSPruner(OptimumQuantizer):
         """
         if not isinstance(model_or_path, str | Path):
             return cls(model_or_path, tokenizer)
+        if hub_id(str(model_or_path)):  # one that is nowhere is missed as a model, and not as a tokenizer
+            load_config(model_or_path, gguf_file=gguf_file, **hub_options(kwargs))
         if tokenizer is None:
             tokenizer = load_tokenizer(model_or_path, gguf_file=gguf_file, **hub_options(kwargs))
         model = load_model(model_or_path, gguf_file=gguf_file, dtype=dtype, **kwargs)
@@ -102,7 +105,9 @@ class EGGSPruner(OptimumQuantizer):
         if config is None or isinstance(config, str):
             config = EGGSConfig(config)
         if not isinstance(config, EGGSConfig):
-            raise ConfigError(f"config={config!r} is a {type(config).__name__}; pass an EGGSConfig or a pattern")
+            raise ConfigError(
+                f"config={config!r} is {with_article(type(config).__name__)}; pass an EGGSConfig or a pattern"
+            )
         untouched = _weight_versions(self.model)
         try:
             report = calibrate_and_prune(self.model, config.tokenizer or self.tokenizer, config, calibration, progress)

@@ -34,13 +34,24 @@ def loads(text: str) -> Any:
     """What JSON holds.
 
     Raises:
-        ValueError: it is no JSON; NaN and infinity are none.
+        ValueError: it is no JSON; NaN and infinity are none, nor is a number that no float holds.
+
+    >>> loads('{"perplexity": [1e999]}')
+    Traceback (most recent call last):
+    ValueError: 1e999 is no number
     """
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no number")
 
-    return json.loads(text, parse_constant=refuse)
+    def number(digits: str) -> float:
+        found = float(digits)
+        return found if math.isfinite(found) else refuse(digits)
+
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def _not_finite(value: Any, where: str = "") -> str | None:

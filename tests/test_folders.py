@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from optimum_eggs import folders
 from optimum_eggs.errors import OutputError
 from optimum_eggs.files import add_to_list, changed_files, listed_files
-from optimum_eggs.folders import check_output, claimed, new_folder
+from optimum_eggs.folders import PUT_IN_PLACE, check_output, claimed, new_folder
 from optimum_eggs.locks import locked
 
 
@@ -88,34 +89,127 @@ def test_an_empty_folder_is_filled_and_not_replaced(here, tmp_path, monkeypatch)
     assert names(tmp_path) == ["out"]
 
 
-def test_filling_goes_on_where_it_was_cut(tmp_path, monkeypatch):
+FILL = """
+import os, sys
+from pathlib import Path
+from optimum_eggs.folders import new_folder
+out, moved, rename = Path(sys.argv[1]), [], Path.rename
+
+def cut(self, target):
+    moved.append(target.name)
+    if len(moved) == 3:
+        os._exit(9)  # it is killed, and does not clean up
+    return rename(self, target)
+
+Path.rename = cut
+with new_folder(out) as made:
+    for name in ("config.json", "a", "z"):
+        (made / name).touch()
+"""
+
+
+def fill(out, overwrite=False):
+    with new_folder(out, overwrite) as made:
+        for name in ("config.json", "a", "z"):
+            (made / name).touch()
+
+
+def test_filling_goes_on_where_it_was_cut(forks, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
+    assert forks.run("-c", FILL, out).returncode == 9
+    assert names(out) == [".unfinished", "a", "report.json"]
+    fill(out)
+    assert names(out) == ["a", "config.json", "report.json", "z"]
 
-    def fill():
-        with new_folder(out) as made:
-            for name in ("config.json", "a", "z"):
-                (made / name).touch()
 
-    moved = []
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_filling_that_fails_is_undone(error, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
     rename = Path.rename
 
-    def cut(self, target):
-        if target.parent == out:
-            moved.append(target.name)
-            if len(moved) == 3:
-                raise KeyboardInterrupt
+    def fails(self, target):
+        if target.name == "config.json":
+            raise error
         return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", cut)
-        patch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)  # it is killed, and does not clean up
-        with pytest.raises(KeyboardInterrupt):
-            fill()
-    assert moved == ["report.json", "a", "z"]
-    assert names(out) == [".unfinished", "a", "report.json"]
-    fill()
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises((KeyboardInterrupt, OutputError)) as raised:
+            fill(out)
+    assert "in place" not in str(raised.value)
+    assert names(out) == []
+    fill(out)
     assert names(out) == ["a", "config.json", "report.json", "z"]
+
+
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)  # until Python has heard it
+
+
+@pytest.mark.parametrize(
+    ("there", "moved"),
+    [("nothing", "made"), ("an empty folder", "a"), ("a model", "out"), ("a model", "made"), ("a model", "old")],
+)
+def test_an_interrupt_of_the_exchange_waits_for_its_end_and_says_so(there, moved, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    if there == "a model":
+        saved_model(out)
+    elif there == "an empty folder":
+        out.mkdir()
+    came = []
+
+    def interrupting(act):
+        def acts(path, *arguments, **options):
+            now = Path(path).name == moved and Path(path).exists() and not came
+            done = act(path, *arguments, **options)
+            if now:
+                came.append(path)
+                interrupt()
+            return done
+
+        return acts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupting(Path.rename))
+        patch.setattr(folders.shutil, "rmtree", interrupting(folders.shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(str(out))} is whole and in place$"):
+            fill(out, overwrite=True)
+    assert came
+    assert names(out) == ["a", "config.json", "report.json", "z"]
+    assert names(tmp_path) == ["out"]
+    assert PUT_IN_PLACE[-1] == out
+    fill(out, overwrite=True)
+
+
+def test_a_second_interrupt_is_heard_at_once_and_what_is_left_is_in_nobodys_way(tmp_path, monkeypatch):
+    out = saved_model(tmp_path / "out")
+    rmtree = folders.shutil.rmtree
+
+    def interrupted(path, **options):
+        if Path(path).name == "old" and Path(path).exists():
+            interrupt()
+            interrupt()
+        return rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"out is whole and in place$"):
+            fill(out, overwrite=True)
+    assert names(tmp_path) == [".out.unfinished", "out"]
+    fill(out, overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_interrupt_before_the_exchange_puts_nothing_in_place(tmp_path, monkeypatch):
+    out = saved_model(tmp_path / "out")
+    monkeypatch.setattr(folders, "seal", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        fill(out, overwrite=True)
+    assert names(out) == ["config.json", "figures", "report.json"]
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_link_to_a_folder_is_followed(tmp_path):

@@ -11,7 +11,7 @@ import optimum_eggs
 
 PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
-    ["dtypes", "errors", "imports", "logs", "version"],
+    ["access", "dtypes", "errors", "imports", "interrupts", "logs", "version"],
     ["pattern", "measure", "ranks", "strict_json", "locks"],
     ["files"],
     ["importance", "packing", "presets", "folders", "runs", "names", "validation"],

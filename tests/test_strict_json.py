@@ -3,8 +3,9 @@ import json
 import pytest
 
 from optimum_eggs import strict_json
-from optimum_eggs.engine.report import PruneReport, update_report
+from optimum_eggs.engine.report import LayerReport, PruneReport, update_report
 from optimum_eggs.errors import NumericalError
+from optimum_eggs.masks.certificate import Certificate
 
 NAN, INF = float("nan"), float("inf")
 
@@ -24,7 +25,9 @@ def test_only_json_is_read(text):
 
 
 def test_a_report_is_left_as_it_was(tmp_path):
-    report = PruneReport({"n": 2, "m": 4}, [], [], {"windows": 1}, measurements={"seconds": 1.0})
+    layer = LayerReport("up", 0, 16, 8, "2:4", 0.5, 9, Certificate(True, 4, 8.0, 9, 0.25, 0, {16: 4}))
+    windows = {"windows": 1, "seq_len": 9, "sha256": "0"}
+    report = PruneReport({"n": 2, "m": 4}, [layer], [], windows, measurements={"seconds": 1.0})
     report.save(tmp_path / "report.json")
     before = (tmp_path / "report.json").read_text()
     with pytest.raises(NumericalError, match=r"evaluations.0.metrics.perplexity is NaN"):

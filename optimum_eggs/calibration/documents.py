@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..access import no_utf8
 from ..errors import CalibrationError, ConfigError, first_line, shorten, without
 from ..files import sha256
 from ..names import TEXT_ENDINGS, public_names
+from .files import (
+    ROWS_ENDINGS,
+    TO_UTF8,
+    UnusableError,
+    check_file,
+    is_blank,
+    read_rows,
+    read_text,
+    rows_kind,
+    what_is_at,
+)
 
 SAMPLE = "sample"
 SOURCES = (
@@ -23,16 +32,9 @@ SOURCES = (
 
 _SAMPLE_FILE = Path(__file__).with_name("sample.txt.gz")
 _LONGEST_NAME = 255  # bytes that file systems allow a file's name
-_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "json": ("json", {}),
-    "jsonl": ("json", {}),
-    "csv": ("csv", {"keep_default_na": False}),  # else a cell of "NA" or of nothing is no text
-    "tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    "parquet": ("parquet", {}),
-}
-"""Endings of files that hold rows -> which of `datasets.Dataset`'s readers takes them, and how."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _TOKEN_COLUMN = "input_ids"  # what tokenizers call their output
+_NAME_COLUMN = "text_column= (--text-column)"
 
 NAMED_DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
@@ -92,17 +94,17 @@ def documents(
 
     Args:
         source: Path of a text file (one document) or of a file of rows (`.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet`),
-            `"sample"`, name of a data set, a list of texts, or a data set.
+            either of them gzipped (`.gz`) or not; `"sample"`, name of a data set, a list of texts, or a data set.
         split: Split of a data set from the Hub. Default: `"train"`.
-        text_column: Column of a data set or of a file of rows. Default: `"input_ids"` where there is one, else
-            `"text"`; of a file that has neither, its one column of texts.
+        text_column: Column of a data set or of a file of rows; plain text has none. Default: `"input_ids"` where
+            there is one, else `"text"`; of a file that has neither, its one column of texts.
         config_name: Configuration of a data set from the Hub whose name says none.
         revision: Likewise its branch, tag or commit.
         token: For a data set on the Hub that is private or gated.
         argument: What the caller calls the source, for messages.
 
     Raises:
-        CalibrationError: the source is of an unknown kind, cannot be read, or lacks the column.
+        CalibrationError: the source is of an unknown kind, cannot be read, is blank, or lacks the column.
     """
     called = f"{argument}={shown(source)}"
     try:
@@ -110,6 +112,7 @@ def documents(
             if _is_file_name(source):
                 return _read(Path(source), text_column, called)
             if source == SAMPLE:
+                _refuse_column(text_column)
                 return [gzip.decompress(_SAMPLE_FILE.read_bytes()).decode("utf-8")]
             found = _load_dataset(str(source), split or "train", config_name, revision, token)
             return Column.of(found, text_column, called)
@@ -117,12 +120,14 @@ def documents(
         if hasattr(source, "column_names"):
             return Column.of(source, text_column, f"{argument}={type(source).__name__}")
         if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
+            if source and all(map(is_blank, source)):
+                raise UnusableError(" holds no character that can be seen; pass texts that are not blank")
             return source
-        raise _UnusableError(
+        raise UnusableError(
             " is of no kind known here; pass a text file, the name of a data set, a list of texts, token ids, a "
             "datasets.Dataset, or a mapping of names to shares"
         )
-    except _UnusableError as error:
+    except UnusableError as error:
         raise CalibrationError(f"{called}{error}") from error.__cause__
 
 
@@ -135,12 +140,8 @@ def check_name(source: Any, argument: str) -> None:
     if isinstance(source, str | Path):
         try:
             _is_file_name(source)
-        except _UnusableError as error:
+        except UnusableError as error:
             raise CalibrationError(f"{argument}={shown(source)}{error}") from error.__cause__
-
-
-class _UnusableError(Exception):
-    """Why a source cannot be used: what is said behind its name."""
 
 
 def refuse_splits(source: Any, argument: str) -> None:
@@ -210,7 +211,7 @@ class Column:
     def __init__(self, dataset: Any, column: str, name: str) -> None:
         columns = dataset.column_names
         if columns is not None and column not in columns:
-            raise CalibrationError(f"{name}: has no column {column!r}, only {list(columns)}; pass text_column=")
+            raise CalibrationError(f"{name}: has no column {column!r}, only {list(columns)}; pass {_NAME_COLUMN}")
         self.dataset, self.column, self.name = dataset, column, name
         self.holds_ids = column == _TOKEN_COLUMN
 
@@ -220,14 +221,40 @@ class Column:
         return cls(dataset, column or (_TOKEN_COLUMN if is_tokenised(dataset) else "text"), name)
 
     def __iter__(self) -> Iterator[Any]:
-        for row in self.dataset:
-            yield self._ids(row) if self.holds_ids else self._text(row)
+        return map(self._ids, self.dataset) if self.holds_ids else self._texts()
+
+    def _texts(self) -> Iterator[str]:
+        """The texts, the first of them once it is known that not all are blank."""
+        texts = map(self._text, self._rows())
+        first: list[str] = []
+        for text in texts:
+            first.append(text)
+            if not is_blank(text):
+                break
+        else:
+            what = (
+                f"column {self.column!r} is blank in all of its rows ({len(first)})" if first else "there are no rows"
+            )
+            raise CalibrationError(f"{self.name}: {what}; give some text, or name another column with {_NAME_COLUMN}")
+        yield from first
+        yield from texts
+
+    def _rows(self) -> Iterator[Any]:
+        try:
+            yield from self.dataset
+        except UnicodeDecodeError as error:
+            raise CalibrationError(f"{self.name}: a text in it is not UTF-8 ({error}); {TO_UTF8}") from error
 
     def _text(self, row: Any) -> str:
         text = row[self.column]
+        if text is None:
+            raise CalibrationError(
+                f"{self.name}: column {self.column!r} holds null where a text is wanted; leave such rows out, or "
+                f"name another column with {_NAME_COLUMN}"
+            )
         if not isinstance(text, str):
             raise CalibrationError(
-                f"{self.name}: column {self.column!r} holds {type(text).__name__}, not text; pass text_column="
+                f"{self.name}: column {self.column!r} holds {type(text).__name__}, not text; pass {_NAME_COLUMN}"
             )
         return text
 
@@ -235,7 +262,7 @@ class Column:
         ids = _plain(row[self.column])
         if not isinstance(ids, list) or not all(isinstance(item, int) for item in ids):
             raise CalibrationError(
-                f"{self.name}: column {self.column!r} holds no lists of token ids; pass text_column="
+                f"{self.name}: column {self.column!r} holds no lists of token ids; pass {_NAME_COLUMN}"
             )
         mask = row.get("attention_mask")
         return ids if mask is None else [item for item, seen in zip(ids, _plain(mask), strict=True) if seen]
@@ -275,35 +302,31 @@ def _is_a_text(source: str | Path) -> bool:
 
 def _is_file_name(source: str | Path) -> bool:
     if source == "":
-        raise _UnusableError(f" is empty; name {SOURCES}")
+        raise UnusableError(f" is empty; name {SOURCES}")
     if source == "-":
-        raise _UnusableError(
+        raise UnusableError(
             ": standard input is not read, since a run must find the same text again; save it to a file"
         )
     if _is_a_text(source):
-        raise _UnusableError(": a single string is the name of a file or of a data set; pass a text as [text]")
+        raise UnusableError(": a single string is the name of a file or of a data set; pass a text as [text]")
     if _URL.match(str(source)):
-        raise _UnusableError(": a URL is not read; download it, and name the file")
-    path = Path(source)
-    try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:  # such as a folder on the way that may not be searched
-        raise _UnusableError(
-            f" cannot be looked at: {first_line(error)}; check the path and its permissions"
-        ) from error
+        raise UnusableError(": a URL is not read; download it, and name the file")
+    path, why = Path(source), no_utf8(source)
+    if why:
+        raise UnusableError(f": {why}")
+    kind = what_is_at(path)
     if source in (SAMPLE, *NAMED_DATASETS):
-        if is_file:
-            raise _UnusableError(
+        if kind == "file":
+            raise UnusableError(
                 f" is a name known here and that of a file in this folder; write './{source}' for the file, or rename "
                 "it"
             )
         return False
-    if is_file:
+    if kind is not None:
+        check_file(path, kind)
         return True
-    if is_folder:
-        raise _UnusableError(" is a folder; pass a text file in it, or a data set's name")
     if isinstance(source, Path) or _is_named_like_a_file(source):
-        raise _UnusableError(": there is no such file; check the path")
+        raise UnusableError(": there is no such file; check the path")
     return False
 
 
@@ -321,58 +344,65 @@ def _read(path: Path, text_column: str | None, called: str) -> Sequence[str] | C
     """The text of a file, or the column of texts of one that holds rows."""
     kind = rows_kind(path)
     if kind is not None:
-        rows = _read_rows(path, *_ROWS[kind])
-        return Column.of(rows, text_column or _text_column(rows, called), called)
-    try:
-        return [path.read_text(encoding="utf-8")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise _UnusableError(f" cannot be read as UTF-8 text: {error}") from error
+        rows = read_rows(path, kind)
+        return Column(rows, _text_column(rows, kind, text_column, called), called)
+    _refuse_column(text_column)
+    return [read_text(path)]
 
 
-def rows_kind(path: Path) -> str | None:
-    """Which kind of rows a file holds, by its ending; None for plain text.
+def _refuse_column(text_column: str | None) -> None:
+    """Raise if a column of plain text is asked for."""
+    if text_column is not None:
+        raise UnusableError(
+            f" is plain text, without a column {text_column!r}; leave out {_NAME_COLUMN}, or give a file of rows "
+            f"({ROWS_ENDINGS})"
+        )
 
-    >>> rows_kind(Path("a.jsonl")), rows_kind(Path("a.csv.gz")), rows_kind(Path("a.txt.gz"))
-    ('jsonl', 'csv', None)
+
+def columns_of(sources: Iterable[Any], text_column: str | None) -> list[str | None]:
+    """The column to ask each of several sources for: those that are plain text have none, where others have it.
+
+    Where none has columns at all, each is asked for it, and so refuses it.
     """
-    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    kind = name.suffix[1:].lower()
-    return kind if kind in _ROWS else None
+    having = [not _is_plain(source) for source in sources]
+    return [text_column if has or not any(having) else None for has in having]
 
 
-def _read_rows(path: Path, reader: str, options: Mapping[str, Any]) -> Any:
-    import datasets
-
-    if not path.stat().st_size:
-        raise _UnusableError(" is empty; give a file with rows")
-    read = getattr(datasets.Dataset, f"from_{reader}")
+def _is_plain(source: Any) -> bool:
+    """Whether a source is the text shipped here, or a file that is not of rows."""
+    if not isinstance(source, str | Path):
+        return False
     try:
-        with tempfile.TemporaryDirectory() as cache:  # the user's own may be read-only, and is not for every text
-            if path.suffix.lower() == ".gz":
-                plain = Path(cache) / "rows"
-                with gzip.open(path) as packed, plain.open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked)
-            else:
-                plain = path
-            # What is read is mapped from a file of the cache, which stays until it is let go, though it has no name.
-            return read(glob.escape(str(plain)), cache_dir=cache, **options)
-    except Exception as error:  # pyarrow, pandas and datasets raise some ten kinds; each means the same here
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # datasets says less
-        raise _UnusableError(
-            f" cannot be read as {rows_kind(path)}: {first_line(cause)}; mend it, or give it an "
-            "ending such as .txt if it is plain text"
-        ) from error
+        is_file = _is_file_name(source)
+    except UnusableError:  # said when it is read
+        return False
+    return source == SAMPLE or (is_file and rows_kind(Path(source)) is None)
 
 
-def _text_column(rows: Any, called: str) -> str | None:
-    """The one column of texts, where a file of rows has neither token ids nor a column of the usual name."""
-    if is_tokenised(rows) or "text" in rows.column_names:
-        return None
-    texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
-    if len(texts) == 1:
-        return texts[0]
-    which = f"has the columns of texts {texts}" if texts else f"has no column of texts, only {rows.column_names}"
-    raise CalibrationError(f"{called} {which}; name one with text_column= (--text-column)")
+def _text_column(rows: Any, kind: str, asked: str | None, called: str) -> str:
+    """The column asked for, or of token ids, or of the usual name, or the one of texts, of a file of rows."""
+    names = rows.column_names
+    usual = [name for name in (_TOKEN_COLUMN, "text") if name in names]
+    texts = [
+        name for name, type_ in rows.features.items() if getattr(type_, "dtype", None) in ("string", "large_string")
+    ]
+    if asked is None and (usual or len(texts) == 1):
+        return (usual or texts)[0]
+    if asked is not None:
+        if asked in names:
+            return asked
+        which = f"has no column {asked!r}, only {_listed(names)}"
+    else:
+        which = (
+            f"has the columns of texts {_listed(texts)}" if texts else f"has no column of texts, only {_listed(names)}"
+        )
+    header = ", as its first line calls them" if kind in ("csv", "tsv") else ""
+    raise CalibrationError(f"{called} {which}{header}; name one with {_NAME_COLUMN}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names of columns in a message, each in short: a first line that is no header may be long."""
+    return f"[{', '.join(map(shorten, names))}]"
 
 
 def _load_dataset(name: str, split: str, config_name: str | None, revision: str | None, token: str | None) -> Any:
@@ -381,7 +411,7 @@ def _load_dataset(name: str, split: str, config_name: str | None, revision: str 
     asked = DatasetName.parse(name)
     wanted_name = asked.config_name or config_name
     if wanted_name and asked.path in NAMED_DATASETS:
-        raise _UnusableError(
+        raise UnusableError(
             f" with the configuration {wanted_name!r}: {asked.path!r} stands for one part of a data set; name another "
             f"by its id, '{NAMED_DATASETS[asked.path]['path']}:{wanted_name}'"
         )
@@ -393,7 +423,8 @@ def _load_dataset(name: str, split: str, config_name: str | None, revision: str 
     try:
         return datasets.load_dataset(**given, split=split)
     except Exception as error:  # the client raises some twenty kinds; each means the same here
-        raise _UnusableError(
-            f" with split={split!r} is no file, and could not be loaded as a data set: "
-            f"{without(token, first_line(error))}; pass the path of a text file, or check the name and the connection"
+        said = without(token, first_line(error)).rstrip(".")
+        raise UnusableError(
+            f" with split={split!r} is no file, and could not be loaded as a data set: {said}; pass the path of a text "
+            "file, or check the name and the connection"
         ) from without(token, error)

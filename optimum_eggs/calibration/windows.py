@@ -8,13 +8,24 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, shorten
-from .documents import SOURCES, Column, check_name, documents, is_tokenised, refuse_splits, refuse_twice
+from .documents import (
+    SOURCES,
+    Column,
+    check_name,
+    columns_of,
+    documents,
+    is_tokenised,
+    refuse_splits,
+    refuse_twice,
+    shown,
+)
 from .pieces import PIECE, token_pieces
 
 if TYPE_CHECKING:
@@ -79,10 +90,18 @@ def token_windows(
     """
     check_calibration(source)
     if isinstance(source, Mapping):
+        columns = dict(zip(source, columns_of(source, loading.pop("text_column", None)), strict=True))
 
         def draw(name: Any, count: int) -> Windows:
             return token_windows(
-                name, tokenizer, num_samples=count, seq_len=seq_len, sampling=sampling, seed=seed, **loading
+                name,
+                tokenizer,
+                num_samples=count,
+                seq_len=seq_len,
+                sampling=sampling,
+                seed=seed,
+                text_column=columns[name],
+                **loading,
             )
 
         return _mixed(source, num_samples, seed, draw)
@@ -91,9 +110,10 @@ def token_windows(
     if ids is None:
         needed = num_samples * seq_len
         ids = _read(documents(source, **loading), tokenizer, needed, sampling, generator)
+    called = f"calibration={shown(source)}" if isinstance(source, str | Path) else "calibration: the text"
     if ids.dim() == 2:
-        return _choose(ids, num_samples, seq_len, sampling, generator)
-    return _cut(ids, num_samples, seq_len, sampling, generator)
+        return _choose(ids, num_samples, seq_len, sampling, generator, called)
+    return _cut(ids, num_samples, seq_len, sampling, generator, called)
 
 
 def token_stream(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None, pool: int | None = None) -> Tensor:
@@ -273,10 +293,12 @@ def _up_to(rows: Iterable[list[int]], pool: int | None) -> Iterator[list[int]]:
             return
 
 
-def _choose(rows: Tensor, num_samples: int, seq_len: int, sampling: str, generator: torch.Generator) -> Windows:
+def _choose(
+    rows: Tensor, num_samples: int, seq_len: int, sampling: str, generator: torch.Generator, called: str
+) -> Windows:
     """Windows from rows of ids: the rows themselves if they are seq_len long, else cut from their concatenation."""
     if rows.shape[1] != seq_len:
-        return _cut(rows.flatten(), num_samples, seq_len, sampling, generator)
+        return _cut(rows.flatten(), num_samples, seq_len, sampling, generator, called)
     if len(rows) < num_samples:
         raise CalibrationError(
             f"calibration: {len(rows)} windows of {seq_len} tokens given, and num_samples={num_samples} are needed; "
@@ -292,29 +314,32 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _cut(ids: Tensor, num_samples: int, seq_len: int, sampling: str, generator: torch.Generator) -> Windows:
+def _cut(
+    ids: Tensor, num_samples: int, seq_len: int, sampling: str, generator: torch.Generator, called: str
+) -> Windows:
     """Windows from a stream of ids (tokens,)."""
     needed = num_samples * seq_len
     if len(ids) < needed:
-        return _overlapping(ids, num_samples, seq_len)
+        return _overlapping(ids, num_samples, seq_len, called)
     if sampling == "sequential":
         return Windows(ids[:needed].view(num_samples, seq_len))
     starts = torch.randint(len(ids) - seq_len + 1, (num_samples,), generator=generator)
     return Windows(ids.unfold(0, seq_len, 1)[starts])
 
 
-def _overlapping(ids: Tensor, num_samples: int, seq_len: int) -> Windows:
+def _overlapping(ids: Tensor, num_samples: int, seq_len: int, called: str) -> Windows:
     """Windows from fewer tokens than they have together, with starts spread evenly."""
     needed = num_samples * seq_len
     least = min(needed, max(2 * seq_len, -(-needed // _LEAST), seq_len + num_samples - 1))
     if len(ids) < least:
         fewer = "" if least == needed else f", or {least} at the least for windows that overlap"
         raise CalibrationError(
-            f"calibration: the text has {len(ids)} tokens, and num_samples={num_samples} windows of seq_len={seq_len} "
+            f"{called} has {len(ids)} tokens, and num_samples={num_samples} windows of seq_len={seq_len} "
             f"need {needed}{fewer}; give more text, or lower num_samples or seq_len"
         )
     logger.warning(
-        "calibration: the text has %d tokens, and num_samples=%d windows of seq_len=%d need %d; the windows overlap",
+        "%s has %d tokens, and num_samples=%d windows of seq_len=%d need %d; the windows overlap",
+        called,
         len(ids),
         num_samples,
         seq_len,

@@ -56,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..engine.report import update_report
-    from ..errors import CheckpointError
     from ..hf.loading import parse_dtype, stored_dtype
     from ..inspection import inspect_checkpoint
     from ..measure import processor
@@ -65,10 +64,9 @@ def run(args: argparse.Namespace) -> int:
     from ..speed import check_models, read_bandwidth, time_layer, time_models
     from .recording import may_record, recorded
 
-    found = inspect_checkpoint(args.model)
-    if not found.ok:
-        first = found.violations[0]
-        raise CheckpointError(f"{args.model}: {first.where}: {first.rule}: {first.detail}; `inspect` lists all")
+    with others_on_stderr():
+        found = inspect_checkpoint(args.model)
+    found.check("`inspect` lists all")
     shapes: dict[tuple[int, int, str], int] = {}
     for layer in found.layers:
         shape = (layer.out_features, layer.in_features, layer.pattern)

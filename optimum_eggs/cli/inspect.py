@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .. import strict_json
-from .printing import say
+from .printing import others_on_stderr, say
 
 if TYPE_CHECKING:
     from ..masks.spectra import Spectra
@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Inspect and print; 2 if anything is wrong."""
     from ..inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(args.model, with_spectra=args.spectra)
+    with others_on_stderr():
+        found = inspect_checkpoint(args.model, with_spectra=args.spectra)
     if args.json:
         print(strict_json.dumps(found.to_dict()))
     elif found.layers:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import partialmethod
 
 from ..errors import EGGSError, first_line, is_out_of_memory
+from ..folders import PUT_IN_PLACE
+from ..interrupts import held_back
 from ..logs import said_once
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
 from .arguments import check_model
@@ -35,6 +37,9 @@ _SUBCOMMANDS = {  # docstrings would be gone in a Python without them (-OO)
 _SAVE_MEMORY = ("batch_size", "seq_len", "num_samples", "memory_budget", "prompt", "batch")
 """Options that take less memory if they are smaller."""
 
+_WRITE_ELSEWHERE = ("evaluate", "benchmark", "report", "push")
+"""What these write is no folder of its own, so after an interrupt it is not known whether they have."""
+
 
 def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:
     """The parser of `eggs` and its subcommands."""
@@ -52,6 +57,7 @@ def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:
 @with_stderr()
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_eggs") -> int:
     """Run a subcommand. Returns the exit code: 0, 1 without enough memory, 2 for bad input, 130 when interrupted."""
+    args, before = argparse.Namespace(subcommand=None), len(PUT_IN_PLACE)
     try:
         args = build_parser(prog).parse_args(arguments)
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
@@ -70,7 +76,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
         say(f"error: there is not enough memory ({first_line(error)}); {remedy}")
         return 1
     except KeyboardInterrupt as error:
-        say(f"interrupted; {str(error) or 'nothing was written'}")
+        known = [f"{path} is whole and in place" for path in PUT_IN_PLACE[before:]] or [str(error)]
+        if not any(known) and args.subcommand not in _WRITE_ELSEWHERE:
+            known = ["nothing was written"]
+        say("; ".join(["interrupted", *filter(None, known)]))
         return 130
 
 
@@ -85,13 +94,15 @@ def _with_flag(message: str, args: argparse.Namespace) -> str:
         for each in value if isinstance(value, list) else [value]:
             start = f"{key}={each!r}"
             rest = message.removeprefix(start)
-            if rest != message and rest[:1] in (" ", ":", ";", ",") and flag not in rest:
+            if rest != message and rest[:1] in (" ", ":", ";", ",") and f"({flag})" not in rest:
                 return f"{start} ({flag}){rest}"
     return message
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' progress bars and notes from a stderr that is no terminal."""
+    """Import the libraries, and keep their progress bars and notes from a stderr that is no terminal."""
+    with held_back():  # torch's own C++ aborts on an interrupt within
+        import torch  # noqa: F401
     from huggingface_hub.utils import logging as hub_logging
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+
+from ..access import closed, no_utf8
+from ..errors import ModelError
+from .arguments import check_model
+from .printing import others_on_stderr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,18 +27,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="access token (default: the one you are logged in with)")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse a DIR that is no folder, or with a file in it that cannot be read: all but the hidden ones are pushed."""
+    check_model(args)
+    folder = Path(args.model)
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        why = None if hidden else closed(path) or no_utf8(path)
+        if why:
+            raise ModelError(f"{path}: {why}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Push, and print where it is."""
     from ..sharing import push_folder
 
-    info = push_folder(
-        args.model,
-        args.repo_id,
-        private=args.private,
-        token=args.token,
-        revision=args.revision,
-        create_pr=args.create_pr,
-    )
+    with others_on_stderr():
+        info = push_folder(
+            args.model,
+            args.repo_id,
+            private=args.private,
+            token=args.token,
+            revision=args.revision,
+            create_pr=args.create_pr,
+        )
     if args.json:
         print(json.dumps({"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}))
     else:

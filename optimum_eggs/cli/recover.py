@@ -8,7 +8,7 @@ from .. import strict_json
 from ..folders import check_folder
 from ..validation import NUMPY_SEEDS
 from .arguments import add_trust, check_source, integer, number
-from .printing import others_on_stderr, say
+from .printing import others_on_stderr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,9 +97,8 @@ def run(args: argparse.Namespace) -> int:
                 overwrite=args.overwrite,
                 trust_remote_code=args.trust_remote_code,
             )
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last checkpoint")
-        return 130
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(error) or "the same command goes on from the last checkpoint") from None
     if not PartialState().is_main_process:
         return 0
     if args.json:

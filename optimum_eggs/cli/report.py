@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .printing import others_on_stderr
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `report`."""
@@ -34,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     taken = {(folder / name).resolve() for name in listed_files(folder) if name != "report.html"}
     if output.resolve() in taken:
         raise OutputError(f"{output}: is a file of the model; name another file with --output")
-    page = report_page(folder, folder / "figures" if args.figures else None, with_spectra=args.spectra)
+    with others_on_stderr():
+        page = report_page(folder, folder / "figures" if args.figures else None, with_spectra=args.spectra)
     pictures = [folder / "figures" / f"{name}.png" for name in PICTURES] if args.figures else []
     try:
         output.write_text(page, encoding="utf-8")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..calibration import BlockList, find_block_list
 from ..config import EGGSConfig
-from ..errors import ConfigError, ModelError, NumericalError, ShapeError, more
+from ..errors import ConfigError, ModelError, NumericalError, ShapeError, more, with_article
 from ..masks.expander import check_floor
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.experts import keep_names, split_experts
@@ -215,7 +215,9 @@ def _other_matrices(name: str, module: nn.Module, inside: bool) -> list[DenseLay
     return [
         DenseLayer(
             f"{name}.{key}",
-            "holds experts as one 3-D parameter" if experts and value.dim() == 3 else f"a {kind}, not a linear",
+            "holds experts as one 3-D parameter"
+            if experts and value.dim() == 3
+            else f"{with_article(kind)}, not a linear",
             value.numel(),
         )
         for key, value in module.named_parameters(recurse=False)

@@ -12,35 +12,17 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from .. import strict_json
+from ..access import no_file
 from ..calibration.documents import NAMED_DATASETS, DatasetName, dataset_id
-from ..errors import CheckpointError, OutputError, shorten
+from ..errors import CheckpointError, OutputError
 from ..files import REPORT_NAME, write_durably
 from ..masks.certificate import Certificate
 from ..masks.shortfall import Shortfall
+from .schema import problem
 from .tune import BlockTuning
 
 REPORT_VERSION = 1
 _MEASURED = ("evaluations", "tasks", "benchmark", "recovery")  # parts that other commands than `prune` put in
-_PRUNED = ("summary", "config", "layers", "calibration")  # and those that every pruning does
-_FIELDS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "summary": (dict, ("pattern",)),
-    "config": (dict, ()),
-    "calibration": (dict, ()),
-    "layers": (list, ("name", "out_features", "certificate")),
-    "evaluations": (list, ("metrics",)),
-    "tasks": (list, ("task", "metrics")),
-    "base_model": (dict, ()),
-    "tuning": (list, ()),
-    "left_dense": (list, ("name",)),
-    "measurements": (dict, ()),
-    "files": (dict, ()),
-    "benchmark": (dict, ("models",)),
-    "recovery": (
-        dict,
-        ("settings", "steps", "windows", "windows_held_out", "perplexity_before", "perplexity_after"),
-    ),
-}
-"""Parts of a report -> their type, and the fields of each of their entries that the card and others rely on."""
 _SAVE_AGAIN = "save the model again, or move the file away"
 
 
@@ -222,6 +204,9 @@ def read_report(folder: str | Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is no JSON, or holds no report.
     """
     path = Path(folder) / REPORT_NAME
+    why = no_file(path)
+    if why:
+        raise CheckpointError(f"{path}: {why}")
     if not path.is_file():
         return {}
     try:
@@ -230,30 +215,10 @@ def read_report(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error}); see to its permissions") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is no JSON ({error}); {_SAVE_AGAIN}") from error
-    problem = _problem(found)
-    if problem:
-        raise CheckpointError(f"{path}: {problem}; {_SAVE_AGAIN}")
+    wrong = problem(found)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong}; {_SAVE_AGAIN}")
     return found
-
-
-def _problem(found: Any) -> str | None:
-    """What of a report is not as others rely on."""
-    if not isinstance(found, dict):
-        return f"holds {shorten(found)}, no report"
-    for key, (kind, fields) in _FIELDS.items():
-        part = found.get(key)
-        if part is None:
-            if "layers" in found and key in _PRUNED:
-                return f"{key} is missing"
-            continue
-        if not isinstance(part, kind):
-            return f"{key} is {shorten(part)}, where a report has a {kind.__name__}"
-        entries: Any = part if kind is list else [part]
-        for entry in entries:
-            lacking = [name for name in fields if not isinstance(entry, dict) or name not in entry]
-            if lacking:
-                return f"{key} holds {shorten(entry)}, which lacks {lacking[0]}"
-    return None
 
 
 def text_uses(report: dict[str, Any], text: Mapping[str, Any]) -> list[str]:
@@ -266,18 +231,22 @@ def text_uses(report: dict[str, Any], text: Mapping[str, Any]) -> list[str]:
         report: Of a saved model.
         text: `name`, `split` and `sha256`, as [`described`][optimum_eggs.calibration.documents.described].
     """
+    return [what for what, texts in used_texts(report).items() if any(_is_same_text(text, other) for other in texts)]
+
+
+def used_texts(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What the values of a saved model were "calibrated" and "trained" on, by its report, as `described`."""
     calibration, recovery = report.get("calibration") or {}, report.get("recovery") or {}
     source, train = (report.get("config") or {}).get("calibration"), recovery.get("settings", {}).get("train")
-    used = {
-        "calibrated": calibration.get("texts", _by_name([source] if isinstance(source, str) else source or [])),
-        "trained": recovery.get("texts", _by_name(train or [])),
+    return {
+        "calibrated": calibration.get("texts", _by_name(source)),
+        "trained": recovery.get("texts", _by_name(train)),
     }
-    return [what for what, texts in used.items() if any(_is_same_text(text, other) for other in texts)]
 
 
-def _by_name(names: Iterable[str]) -> list[dict[str, Any]]:
+def _by_name(names: str | Iterable[str] | None) -> list[dict[str, Any]]:
     """Texts of the reports of earlier releases, which give no more than names."""
-    return [{"name": name} for name in names]
+    return [{"name": name} for name in ([names] if isinstance(names, str) else names or [])]
 
 
 def _is_same_text(text: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

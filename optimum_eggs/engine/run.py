@@ -11,7 +11,7 @@ from torch import nn
 
 from ..calibration import Windows, token_windows
 from ..calibration.context import check_reads_text, context_length
-from ..calibration.documents import described
+from ..calibration.documents import DatasetName, described
 from ..config import EGGSConfig
 from ..names import hub_id, public_name
 from ..presets import SEQ_LEN
@@ -64,7 +64,18 @@ def calibration_windows(source: Any, tokenizer: Any, config: EGGSConfig) -> Wind
         revision=config.dataset_revision,
         token=config.token,
     )
-    return replace(drawn, texts=described(source if isinstance(source, Mapping) else [source], config.split))
+    texts = described(source if isinstance(source, Mapping) else [source], config.split)
+    return replace(drawn, texts=[_in_full(text, config) for text in texts])
+
+
+def _in_full(text: dict[str, Any], config: EGGSConfig) -> dict[str, Any]:
+    """A text with its data set's configuration and revision in its name, also where they were given apart from it."""
+    if text["split"] is None:  # no data set on the Hub
+        return text
+    asked = DatasetName.parse(text["name"])
+    config_name, revision = asked.config_name or config.dataset_config_name, asked.revision or config.dataset_revision
+    name = f"{asked.path}{f':{config_name}' if config_name else ''}{f'@{revision}' if revision else ''}"
+    return text | {"name": name}
 
 
 def name_sources(report: PruneReport, source: Any, windows: Windows, model: Any) -> None:

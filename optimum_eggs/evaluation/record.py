@@ -35,10 +35,10 @@ def record(result: EvaluationResult, folder: str | Path | None = None) -> bool:
     if result.model.perplexity is not None:
         entry = _perplexity_entry(result, dense)
         same = ("dataset", "split", "tokens_sha256", "conditions")
-        parts["evaluations"] = _replaced(before.get("evaluations", []), [entry], same)
+        parts["evaluations"] = _replaced(before.get("evaluations") or [], [entry], same)
     if result.model.tasks:
         entries = [_task_entry(result, dense, index) for index in range(len(result.model.tasks))]
-        parts["tasks"] = _replaced(before.get("tasks", []), entries, ("task", "version", "conditions"))
+        parts["tasks"] = _replaced(before.get("tasks") or [], entries, ("task", "version", "conditions"))
     return update_report(folder, **parts)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import EGGSConfig
 from ..errors import ModelError
 from ..nn import NMLinear
-from ..nn.experts import SplitExperts, join_experts
+from ..nn.experts import SplitExperts, join_experts, keep_names
 from .loading import parse_dtype
 from .offload import follow, is_offloaded, onloaded
 
@@ -49,8 +49,10 @@ def take_over(model: PreTrainedModel) -> None:
     """Replace what transformers does otherwise for a packed model than for a dense one, until it is dense again.
 
     `model.push_to_hub` ends with this package's card, where transformers would write its template over it; `half` and
-    `float` cast, which transformers refuses for every quantized model.
+    `float` cast, which transformers refuses for every quantized model; and files name the layers as the model does,
+    which the format asks for, where transformers has other names for some architectures.
     """
+    keep_names(model)
     own: dict[str, Any] = {"push_to_hub": _push_to_hub, "half": nn.Module.half, "float": nn.Module.float}
     vars(model).update({name: partial(function, model) for name, function in own.items()})
 
@@ -59,7 +61,7 @@ def give_back(model: PreTrainedModel) -> None:
     """Undo [`take_over`], and the mark that the configurations of a packed model have."""
     from transformers import PreTrainedModel
 
-    for name in ("push_to_hub", "half", "float"):
+    for name in ("push_to_hub", "half", "float", "_weight_conversions"):
         vars(model).pop(name, None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

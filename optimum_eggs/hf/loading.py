@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
+from ..access import closed, is_there, no_file, no_utf8
 from ..dtypes import DTYPES
 from ..errors import (
     CheckpointError,
@@ -28,6 +29,7 @@ from ..errors import (
 from ..folders import check_folder
 from ..logs import said_once
 from ..names import hub_id
+from ..packing.checkpoint import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,9 +68,30 @@ def parse_dtype(name: str | torch.dtype | None) -> str | torch.dtype:
 def split_gguf(model_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """A path that is a GGUF file itself, as (folder, file)."""
     path = Path(model_id)
-    if gguf_file is None and path.suffix == ".gguf" and path.is_file():
+    if gguf_file is None and path.suffix == ".gguf" and not closed(path) and path.is_file():
         return str(path.parent), path.name
     return str(model_id), gguf_file
+
+
+def _gguf_option(source: str, gguf_file: str | None, subfolder: str | None) -> dict[str, str]:
+    """The argument of `from_pretrained` for a GGUF file.
+
+    Raises:
+        ModelError: the model is a folder here, and the file is not in it, or cannot be read.
+    """
+    if gguf_file is None:
+        return {}
+    folder = Path(source, subfolder or "")
+    if not closed(folder) and folder.is_dir():
+        file = folder / gguf_file
+        why = (no_file(file) or no_utf8(file)) if gguf_file else None
+        if why is None and not (gguf_file and is_there(file)):
+            there = sorted(each.name for each in folder.glob("*.gguf"))
+            remedy = f"name one of {there}" if there else "no GGUF file is in it; leave it out for its safetensors"
+            why = f"there is no such file in {folder}; {remedy}"
+        if why:
+            raise ModelError(f"gguf_file={gguf_file!r}: {why}")
+    return {"gguf_file": gguf_file}
 
 
 def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,16 +112,20 @@ def stored_dtype(folder: str | Path, trust_remote_code: bool = False) -> torch.d
     return load_config(folder, trust_remote_code).dtype or torch.float32
 
 
-def load_config(model_id: str | Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of a saved model.
+def load_config(
+    model_id: str | Path, trust_remote_code: bool = False, *, gguf_file: str | None = None, **kwargs: Any
+) -> Any:
+    """The configuration of a saved model; arguments as of [`load_model`].
 
     Raises:
         ModelError: there is no such model.
     """
     from transformers import AutoConfig
 
-    with translated(str(model_id), "model"):
-        return AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+    source, gguf_file = split_gguf(model_id, gguf_file)
+    extra = _gguf_option(source, gguf_file, kwargs.get("subfolder"))
+    with translated(source, "model", kwargs.get("token"), kwargs.get("subfolder")):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **extra, **kwargs)
 
 
 def load_model(
@@ -124,7 +151,7 @@ def load_model(
     import transformers
 
     source, gguf_file = split_gguf(model_id, gguf_file)
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    extra = _gguf_option(source, gguf_file, kwargs.get("subfolder"))
     kwargs = {"trust_remote_code": False, **kwargs}  # where nothing is said, transformers would ask on the terminal
     hub = hub_options(kwargs)
     with translated(source, "model", kwargs.get("token"), kwargs.get("subfolder")):
@@ -208,7 +235,7 @@ def load_tokenizer(model_id: str | Path, *, gguf_file: str | None = None, **kwar
     from transformers import AutoTokenizer
 
     source, gguf_file = split_gguf(model_id, gguf_file)
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    extra = _gguf_option(source, gguf_file, kwargs.get("subfolder"))
     kwargs = {"trust_remote_code": False, **kwargs}
     with translated(source, "tokenizer", kwargs.get("token"), kwargs.get("subfolder")):
         return AutoTokenizer.from_pretrained(source, **extra, **kwargs)
@@ -228,10 +255,9 @@ def translated(source: str, what: str, token: str | bool | None = None, subfolde
     shown = f"{source}/{subfolder}" if subfolder else source
     path = Path(shown)
     on_the_hub = hub_id(source) is not None
-    if not on_the_hub and (not source or not path.is_dir()):
-        check_folder(shown)
-    if path.is_dir() and not any(path.glob("*.gguf")) and not (path / "config.json").is_file():
-        raise ModelError(f"{shown}: there is no config.json in it; pass the folder of a saved model")
+    if not on_the_hub:
+        check_folder(shown if source else "")
+        _check_files(path, what)
     try:
         with said_once():
             yield
@@ -253,6 +279,9 @@ def translated(source: str, what: str, token: str | bool | None = None, subfolde
                 f"{source}: the {what} comes with code of its own, which is not run unasked; read it, and pass "
                 "trust_remote_code=True (--trust-remote-code)"
             ) from error
+        why = None if on_the_hub else _unreadable(path, what, error)
+        if why:
+            raise ModelError(why) from error
         said, cause = without(token, first_line(error)), without(token, error)
         if sys.flags.optimize > 1 and "docstring" in said:
             raise ModelError(
@@ -275,3 +304,30 @@ def translated(source: str, what: str, token: str | bool | None = None, subfolde
         if without(token, error) is None:
             raise ModelError(f"{source}: cannot load the {what}: {without(token, first_line(error))}") from None
         raise
+
+
+def _check_files(folder: Path, what: str) -> None:
+    """Raise if the configuration of a saved model is missing, or it or a weight file of its may not be read.
+
+    Raises:
+        ModelError: one is, or may not.
+    """
+    weights = (folder / WEIGHTS_NAME, *sorted(folder.glob("model-*.safetensors"))) if what == "model" else ()
+    found = [(file, closed(file)) for file in weights]
+    for file, why in [(folder / "config.json", no_file(folder / "config.json")), *found]:
+        if why:
+            raise ModelError(f"{file}: {why}")
+    if not any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: there is no config.json in it; pass the folder of a saved model")
+
+
+def _unreadable(folder: Path, what: str, error: Exception) -> str | None:
+    """The file of a saved model that an error is about, and why it cannot be read, if it is for that."""
+    said = " ".join(str(each) for each in led_by(error))
+    for file in sorted(folder.glob("*.*")):
+        # of a tokenizer without its file, transformers says what kinds there are, and names none
+        if file.name in said or (what == "tokenizer" and file.name.startswith(("tokenizer", "vocab", "merges"))):
+            why = no_file(file)
+            if why:
+                return f"{file}: {why}"
+    return None

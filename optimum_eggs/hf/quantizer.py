@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -23,7 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..config import QUANT_METHOD, EGGSConfig
-from ..errors import CheckpointError, ConfigError, ModelError, shorten
+from ..errors import CheckpointError, ConfigError, ModelError, shorten, with_article
 from ..names import hub_id
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..nn.dense import is_conv1d
@@ -46,6 +47,7 @@ class EGGSHfQuantizer(HfQuantizer):
 
     Attributes:
         report: The report of the pruning, after a dense model was pruned on load.
+        file: One of the files that the weights were loaded from; None for a state dict.
         to_save: The state dict to save in place of the model's own, while that is being done.
     """
 
@@ -57,7 +59,7 @@ class EGGSHfQuantizer(HfQuantizer):
         self.report: PruneReport | None = None
         self.to_save: dict[str, torch.Tensor] | None = None
         self._loading: PreTrainedModel | None = None
-        self._file: str | None = None  # one of those that the weights are in
+        self.file: str | None = None
 
     def update_device_map(self, device_map: Any) -> Any:
         """Refuse to prune a model of which a part would stay on disk."""
@@ -72,10 +74,10 @@ class EGGSHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         _check_not_split(model, self.pre_quantized)
-        self._file = next(iter(checkpoint_files or []), None)
+        self.file = next(iter(checkpoint_files or []), None)
         if not self.pre_quantized:
             if hub_id(model.config._name_or_path):
-                set_commit(model, self._file)
+                set_commit(model, self.file)
             return
         pruned = self.quantization_config.pruned_modules
         if not pruned:
@@ -104,7 +106,7 @@ class EGGSHfQuantizer(HfQuantizer):
         _check_not_split(model, self.pre_quantized)  # older versions of transformers split it after the first look
         if self.pre_quantized:
             for name, layer in packed_layers(model).items():
-                if self._file is None:
+                if self.file is None:
                     _check_filled(name, layer)
                 # A layer that is offloaded to disk has been checked by its shapes alone.
                 if "meta" not in (layer.weight.device.type, layer.weight_meta.device.type):
@@ -119,7 +121,7 @@ class EGGSHfQuantizer(HfQuantizer):
 
         check_reads_text(model)  # before a tokenizer is looked for
         config = self.quantization_config
-        tokenizer = config.tokenizer or _own_tokenizer(model, config, self._file)
+        tokenizer = config.tokenizer or _own_tokenizer(model, config, self.file)
         own_memory(model)
         report = calibrate_and_prune(model, tokenizer, config)
         attach_quantizer(model, EGGSConfig.from_dict(report.config), report)
@@ -237,7 +239,9 @@ def _swap_in(
         )
     dense = modules[name]
     if not is_dense_linear(dense):
-        raise CheckpointError(f"{name}: config.json lists it as pruned, and it is a {type(dense).__name__}, no linear")
+        raise CheckpointError(
+            f"{name}: config.json lists it as pruned, and it is {with_article(type(dense).__name__)}, no linear"
+        )
     weight = dense_weight(dense)
     if weight.shape[1] % pattern.m:
         raise CheckpointError(
@@ -277,8 +281,8 @@ def _check_agrees(given: Any, stored: EGGSConfig) -> None:
     leave = "leave quantization_config out to load the model as it is"
     if not isinstance(given, EGGSConfig):
         raise ConfigError(
-            f"quantization_config is a {type(given).__name__}, and the model is packed at {stored.pattern}; {leave}, "
-            "or make it dense first with `optimum-cli eggs export`"
+            f"quantization_config is {with_article(type(given).__name__)}, and the model is packed at "
+            f"{stored.pattern}; {leave}, or make it dense first with `optimum-cli eggs export`"
         )
     if given.pattern != stored.pattern:
         raise ConfigError(
@@ -294,7 +298,7 @@ def _check_agrees(given: Any, stored: EGGSConfig) -> None:
             )
 
 
-def _wrap(kind: Any) -> None:
+def _wrap_merging(kind: Any) -> None:
     """Have transformers refuse a configuration that contradicts a packed model's; it would only warn, and drop it."""
     merge = kind.merge_quantization_configs.__func__
     if getattr(merge, "knows_packed_models", False):
@@ -316,7 +320,30 @@ def _wrap(kind: Any) -> None:
     kind.merge_quantization_configs = classmethod(merge_quantization_configs)
 
 
-_wrap(AutoHfQuantizer)
+def _wrap_reading(kind: Any) -> None:
+    """Have `quantization_config=None` mean nothing for a packed model, as `from_pretrained` of its own class does.
+
+    The auto classes read the model's configuration with it, which it then takes the place of: the packed weights would
+    be taken for dense ones. A configuration that is read by itself has it taken out as before.
+    """
+    read = kind.from_dict.__func__
+    if getattr(read, "knows_packed_models", False):
+        return
+
+    @functools.wraps(read)
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        stored = config_dict.get("quantization_config")
+        packed = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
+        if packed and kwargs.get("return_unused_kwargs") and kwargs.get("quantization_config", stored) is None:
+            del kwargs["quantization_config"]
+        return read(cls, config_dict, **kwargs)
+
+    from_dict.knows_packed_models = True  # type: ignore[attr-defined]
+    kind.from_dict = classmethod(from_dict)
+
+
+_wrap_merging(AutoHfQuantizer)
+_wrap_reading(PreTrainedConfig)
 # transformers refuses to register a name twice, as a module that is run again would.
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(QUANT_METHOD)(EGGSConfig)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
@@ -27,6 +27,18 @@ def _saved_instead(quantizer: EGGSHfQuantizer, state_dict: Any) -> Iterator[None
         yield
     finally:
         quantizer.to_save = None
+
+
+@contextmanager
+def _listed_as_it_is(model: PreTrainedModel) -> Iterator[None]:
+    """List the layers that are packed now: some may have been taken out or made dense since the model was made."""
+    config = model.config.quantization_config
+    stored = config.pruned_modules
+    config.pruned_modules = {name: str(layer.pattern) for name, layer in packed_layers(model).items()}
+    try:
+        yield
+    finally:
+        config.pruned_modules = stored
 
 
 @contextmanager
@@ -53,12 +65,13 @@ def _wrap(kind: Any) -> None:
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         quantizer = getattr(self, "hf_quantizer", None)
-        if isinstance(quantizer, EGGSHfQuantizer):
-            given = signature.bind(self, *args, **kwargs).arguments.get("state_dict")
-            context = _saved_instead(quantizer, given)
-        else:
-            context = _called_dense(self)
-        with context:
+        with ExitStack() as stack:
+            if isinstance(quantizer, EGGSHfQuantizer):
+                given = signature.bind(self, *args, **kwargs).arguments.get("state_dict")
+                stack.enter_context(_saved_instead(quantizer, given))
+                if packed_layers(self):
+                    stack.enter_context(_listed_as_it_is(self))
+            stack.enter_context(_called_dense(self))
             save(self, *args, **kwargs)
 
     save_pretrained.knows_packed_models = True  # type: ignore[attr-defined]

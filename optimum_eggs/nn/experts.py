@@ -129,9 +129,10 @@ def join_experts(model: nn.Module, join: Callable[[SplitExperts], nn.Module] = S
 
 
 def keep_names(model: nn.Module) -> None:
-    """Have transformers save and load the weights of `model`, whose experts are split, by the names that they have.
+    """Have transformers save the weights of `model` by the names that they have.
 
-    For fused experts it has conversions from and to one tensor for each expert, which would take split ones for those.
+    It has others for some architectures, and for fused experts conversions from and to one tensor for each expert,
+    which would take split ones for those.
     """
     model._weight_conversions = []  # type: ignore[assignment]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.utils.flop_counter import register_flop_formula
 
 from ..packing import meta_width, unpack
@@ -15,7 +14,7 @@ from ..pattern import NMPattern
 from . import native, semi_structured, triton
 from .layout import gather, spread
 from .select import choose
-from .watch import forward_derivatives, nothing_watches
+from .watch import nothing_watches, wants_torch_alone
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
@@ -46,7 +45,7 @@ def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | Non
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if nothing_watches(x, weight, bias):
         return _run(x, weight, weight_meta, bias, n, m)
-    if _is_foreign():
+    if wants_torch_alone():
         return _by_torch(x, weight, weight_meta, bias, n, m)
     return torch.ops.optimum_eggs.nm_linear(x, weight, weight_meta, bias, n, m)
 
@@ -72,20 +71,12 @@ def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n:
     return _by_panels(choice.isa, x, weight, weight_meta, bias)
 
 
-def _is_foreign() -> bool:
-    """Whether what watches the call takes torch's own operations alone: all derivatives but backward ones, and ONNX."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
-        return True
-    levels = get_interpreter_stack() or []  # of torch.func's transforms
-    return forward_derivatives() or any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
-
-
 def _by_torch(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
     """Y by operations of torch alone, whose shapes do not hang on the bits."""
     power = 2 ** torch.arange(8, dtype=torch.int32, device=weight_meta.device)
-    bits = weight_meta.unsqueeze(-1).int() // power % 2  # plain numbers: ONNX knows more about them than about bits
+    # Plain numbers: ONNX knows more about them than about bits. The remainder first: the older of its exporters works
+    # out ahead what a division of constants gives, which here takes 32 times the bytes of the bits.
+    bits = weight_meta.unsqueeze(-1).int() % (2 * power) // power
     kept = bits.flatten(1)[:, : weight.shape[1] // n * m]
     place = (kept.cumsum(1) - 1).clamp(min=0)  # of each kept position among its row's values
     dense = torch.where(kept == 1, weight.gather(1, place), 0.0)

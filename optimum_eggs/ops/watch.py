@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 
@@ -31,3 +32,18 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
 def forward_derivatives() -> bool:
     """Whether tensors may carry tangents: derivatives that are computed forward, beside the values."""
     return forward_ad._current_level >= 0
+
+
+def wants_torch_alone() -> bool:
+    """Whether what watches takes torch's own operations alone: all derivatives but backward ones, and ONNX."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+        return True
+    levels = get_interpreter_stack() or []  # of torch.func's transforms
+    return forward_derivatives() or any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
+
+
+def transforms() -> bool:
+    """Whether a transform of torch.func is at work, `vmap` included."""
+    return torch._C._are_functorch_transforms_active()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import strict_json
+from ..access import no_file
 from ..errors import CheckpointError, ConfigError
 from ..pattern import NMPattern
 from .layout import FORMAT_VERSION, meta_width
@@ -37,9 +38,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The `quantization_config` of a packed checkpoint's config.json.
 
     Raises:
-        CheckpointError: no folder, no config, or it is not of a packed checkpoint of a version known here.
+        CheckpointError: no folder, no config or none that can be read, or it is not of a packed checkpoint of a version
+            known here.
     """
     path = Path(folder) / "config.json"
+    why = no_file(path)
+    if why:
+        raise CheckpointError(f"{path}: {why}")
     if not path.is_file():
         raise CheckpointError(f"{folder}: there is no config.json in it; pass the folder of a saved model")
     try:
@@ -76,11 +81,12 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint folder: the one file or, without it, those of the index, as transformers.
 
     Raises:
-        CheckpointError: there are none, the index is damaged or names a file that is not in the folder.
+        CheckpointError: there are none, one cannot be read, the index is damaged or names a file that is not there.
     """
     folder = Path(folder)
     index = folder / INDEX_NAME
     if index.is_file() and not (folder / WEIGHTS_NAME).is_file():
+        _check_readable(index)
         try:
             names = sorted({Path(name).name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
@@ -89,19 +95,27 @@ def weight_files(folder: str | Path) -> list[Path]:
     else:
         files = [folder / WEIGHTS_NAME]
     for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: is missing; {_PRUNE_AGAIN}")
+        _check_readable(file)
     return files
+
+
+def _check_readable(file: Path) -> None:
+    why = no_file(file)
+    if why:
+        raise CheckpointError(f"{file}: {why}")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is missing; {_PRUNE_AGAIN}")
 
 
 def read_headers(files: Sequence[str | Path]) -> dict[str, TensorEntry]:
     """Every tensor of the files by name, from their headers alone.
 
     Raises:
-        CheckpointError: a file is truncated or no safetensors file.
+        CheckpointError: a file is missing or cannot be read, is truncated or no safetensors file.
     """
     entries: dict[str, TensorEntry] = {}
     for file in files:
+        _check_readable(Path(file))
         try:
             with safe_open(str(file), framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping

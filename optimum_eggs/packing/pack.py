@@ -69,7 +69,9 @@ def kept_positions(meta: Tensor, in_features: int, pattern: NMPattern) -> Tensor
     tensor([[1, 2, 4, 7]])
     """
     mask = unpack_mask(meta, in_features).unflatten(1, (-1, pattern.m))
-    within = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : pattern.n]
+    places = torch.arange(pattern.m, dtype=torch.int32, device=meta.device)
+    # Those kept come first, in their order. No stable sort: ONNX has none.
+    within = (mask.int() * pattern.m - places).topk(pattern.n).indices
     first = torch.arange(0, in_features, pattern.m, device=meta.device)
     return (within + first[:, None]).flatten(1)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import gather, spread
+from ..ops.watch import transforms, wants_torch_alone
 from ..pattern import NMPattern
 
 _CHUNK = 1 << 22  # numbers of the dense product that exist at a time
@@ -17,7 +18,8 @@ def masked_low_rank(down: Tensor, up: Tensor, weight_meta: Tensor, pattern: NMPa
     """The values that up · down takes at the kept positions, packed.
 
     The dense product (out, in) never exists: rows are computed, and in the backward pass computed again, a few million
-    numbers at a time. What is kept for the backward pass is the arguments.
+    numbers at a time. What is kept for the backward pass is the arguments. Only under `torch.func`, in forward-mode
+    differentiation and in ONNX does the whole product exist.
 
     Args:
         down: A (r, in).
@@ -33,6 +35,8 @@ def masked_low_rank(down: Tensor, up: Tensor, weight_meta: Tensor, pattern: NMPa
     tensor([[ 2.,  3.],
             [10., 40.]])
     """
+    if transforms() or wants_torch_alone():
+        return gather(up @ down, weight_meta, pattern)
     return _MaskedLowRank.apply(down, up, weight_meta, pattern)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,10 @@ from torch import Tensor
 from .. import strict_json
 from .. import validation as check
 from ..calibration.context import check_context, check_vocabulary, context_length
-from ..calibration.documents import described, documents, refuse_twice
+from ..calibration.documents import columns_of, described, documents, refuse_twice, shown
 from ..calibration.windows import token_stream, windows_digest
 from ..config import QUANT_METHOD
-from ..engine.report import read_report, without_measurements
+from ..engine.report import read_report, used_texts, without_measurements
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
 from ..files import REPORT_NAME, likeness
@@ -230,7 +231,7 @@ def recover(
         report = RecoveryReport(
             asdict(settings) | public, steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
         )
-        earlier = pruned.get("recovery", {}).get("texts", [])
+        earlier = used_texts(pruned)["trained"]
         report.kept, report.texts = ("before", earlier) if worse else ("after", [*earlier, *texts])
         for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
             parameter.data = parameter.data.to(stored)
@@ -294,14 +295,19 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     Of every text as much is read as all steps of all processes together need.
 
     Raises:
-        CalibrationError: the texts together hold fewer than four windows.
+        CalibrationError: a text holds not one window, or the texts together fewer than four.
     """
     assert settings.seq_len is not None
     most = settings.steps * settings.batch_size * processes
     needed = most * settings.seq_len * 2
     rows = []
-    for source in settings.train:
-        ids = token_stream(documents(source, "train", settings.text_column, argument="train"), tokenizer, needed)
+    for source, column in zip(settings.train, columns_of(settings.train, settings.text_column), strict=True):
+        ids = token_stream(documents(source, "train", column, argument="train"), tokenizer, needed)
+        if len(ids) < settings.seq_len:
+            raise CalibrationError(
+                f"train={shown(source)} has {len(ids)} tokens, and one window of seq_len={settings.seq_len} needs "
+                f"{settings.seq_len}; give more text, a smaller seq_len, or leave it out"
+            )
         rows.append(ids[: len(ids) // settings.seq_len * settings.seq_len].view(-1, settings.seq_len))
     windows = torch.cat(rows)
     if len(windows) < 4:
@@ -422,10 +428,11 @@ def _train(
         from peft import LoraConfig, get_peft_model
 
         names = list(packed_layers(model))
-        wrapped = get_peft_model(
-            model,
-            LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=names, task_type="CAUSAL_LM"),
-        )
+        lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=names, task_type="CAUSAL_LM")
+        with warnings.catch_warnings():
+            # PEFT asks the model by a name that newer versions of transformers warn of
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped = get_peft_model(model, lora)
         if settings.gradient_checkpointing:
             wrapped.enable_input_require_grads()
     else:
@@ -434,8 +441,11 @@ def _train(
         for layer in packed_layers(model).values():
             layer.weight.requires_grad_(True)
     every = max(1, settings.steps // settings.evaluations)
-    # not where it is off: newer versions of transformers warn of that name
-    saving_memory: dict[str, Any] = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
+    names_of_it = ("activation_checkpointing", "gradient_checkpointing")  # newer versions of transformers, and older
+    known = {each.name for each in fields(TrainingArguments)}
+    saving_memory: dict[str, Any] = {
+        next(name for name in names_of_it if name in known): settings.gradient_checkpointing
+    }
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,

@@ -85,7 +85,8 @@ def least_degrees(report: Report) -> Figure | None:
         lambda layer: 100 * layer["scores_alone"]["input_degree_min"] / layer["out_features"],
     )
     axes.set_ylim(bottom=0)
-    floors = {(layer["min_degree"], layer["band"]) for layer in report["layers"] if "min_degree" in layer}
+    known = [layer for layer in report["layers"] if {"min_degree", "band"} <= layer.keys()]
+    floors = {(layer["min_degree"], layer["band"]) for layer in known}
     if len(floors) == 1:
         degree, band = floors.pop()
         if degree:
@@ -109,7 +110,8 @@ def spread_of_degrees(report: Report) -> Figure | None:
 
 def spectra_of(layer: dict[str, Any]) -> dict[str, float] | None:
     """The spectra of a layer, if they are known; older reports have them in the certificate."""
-    return layer.get("spectra") or (layer["certificate"] if "sigma2_weighted" in layer["certificate"] else None)
+    certificate = layer["certificate"]
+    return layer.get("spectra") or (certificate if {"sigma2", "sigma2_weighted"} <= certificate.keys() else None)
 
 
 def gaps(report: Report) -> Figure | None:
@@ -143,7 +145,7 @@ def tuning(report: Report) -> Figure | None:
 def perplexities(report: Report) -> Figure | None:
     """Perplexity of the model, and of the dense one, on every text it was judged on."""
     bars = []
-    entries = report.get("evaluations", [])
+    entries = report.get("evaluations") or []
     for entry in entries:
         if "perplexity" in entry["metrics"]:
             again = sum(other["dataset"] == entry["dataset"] for other in entries) > 1
@@ -162,7 +164,7 @@ def perplexities(report: Report) -> Figure | None:
 def tasks(report: Report) -> Figure | None:
     """The score of the model, and of the dense one, in every task; of metrics that lie between 0 and 1."""
     bars, spread = [], []
-    for entry in report.get("tasks", []):
+    for entry in report.get("tasks") or []:
         for name, score in entry["metrics"].items():
             both = [("dense", COLOURS[6], entry.get("dense", {}).get(name)), ("this model", COLOURS[0], score)]
             if all(found is None or 0 <= found["value"] <= 1 for _, _, found in both):
@@ -175,14 +177,14 @@ def tasks(report: Report) -> Figure | None:
 
 def seconds(report: Report) -> Figure | None:
     """What each stage of pruning took."""
-    stages = report.get("measurements", {}).get("stages", {})
+    stages = (report.get("measurements") or {}).get("stages", {})
     bars = [(name, stage["seconds"], COLOURS[0]) for name, stage in stages.items()]
     return _bars("Time of each stage of pruning", "seconds", bars, ".1f")
 
 
 def memory(report: Report) -> Figure | None:
     """Peak resident memory in each stage of pruning."""
-    stages = report.get("measurements", {}).get("stages", {})
+    stages = (report.get("measurements") or {}).get("stages", {})
     bars = [(name, stage["peak_rss"] / 1e6, COLOURS[2]) for name, stage in stages.items()]
     return _bars("Peak memory in each stage of pruning", "resident memory, MB", bars, ",.0f")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.report import read_report
 from ..errors import CheckpointError, ConfigError, ModelError, OutputError
+from ..files import REPORT_NAME
 from ..folders import check_folder
 from ..inspection import inspect_checkpoint
 from .figures import FIGURES, spectra_of
@@ -78,7 +79,8 @@ def report_page(folder: str | Path, figures: str | Path | None = None, *, with_s
     if with_spectra:
         _measure_spectra(folder, report)
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
-    ink: dict[Any, Any] = dict.fromkeys(coloured, _INK) | {"svg.fonttype": "none"}
+    plain: dict[Any, Any] = {"text.parse_math": False}  # names are shown as they are, and may hold dollar signs
+    ink: dict[Any, Any] = dict.fromkeys(coloured, _INK) | {"svg.fonttype": "none"} | plain
     drawn: dict[str, str] = {}
     for name in PICTURES:
         with matplotlib.rc_context(ink | {"svg.hashsalt": name}):
@@ -86,7 +88,8 @@ def report_page(folder: str | Path, figures: str | Path | None = None, *, with_s
             if figure is not None:
                 drawn[name] = _svg(figure)
         if figure is not None and figures is not None:
-            _png(_draw(name, folder, report), Path(figures) / f"{name}.png")
+            with matplotlib.rc_context(plain):
+                _png(_draw(name, folder, report), Path(figures) / f"{name}.png")
     pictures = "\n".join(
         f"<figure>{svg}<figcaption>{html.escape(_CAPTIONS[name])}</figcaption></figure>" for name, svg in drawn.items()
     )
@@ -112,12 +115,13 @@ def _measure_spectra(folder: str | Path, report: dict[str, Any]) -> None:
         CheckpointError: the weights are damaged.
     """
     found = inspect_checkpoint(folder, with_spectra=True)
-    if not found.ok:
-        raise CheckpointError(
-            f"{folder}: {found.violations[0].where}: {found.violations[0].detail}; `inspect` lists all"
-        )
+    found.check("`inspect` lists all")
     measured = {layer.name: asdict(layer.spectra) for layer in found.layers if layer.spectra is not None}
     for layer in report["layers"]:
+        if layer["name"] not in measured:
+            raise CheckpointError(
+                f"{Path(folder) / REPORT_NAME}: {layer['name']}: is no packed layer of the model; save it again"
+            )
         layer["spectra"] = measured[layer["name"]]
 
 
@@ -143,7 +147,7 @@ def _png(figure: Figure | None, path: Path) -> None:
 
 
 def _summary(report: dict[str, Any]) -> str:
-    summary, took = report["summary"], report.get("measurements", {})
+    summary, took = report["summary"], report.get("measurements") or {}
     lines = [
         f"{summary['layers_pruned']} layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights; "
         f"{summary['starved_inputs']} starved inputs."
@@ -155,7 +159,7 @@ def _summary(report: dict[str, Any]) -> str:
         lines.append(
             (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
             + f"alibrated on {calibration['windows']} {overlapping}windows of {calibration['seq_len']} tokens"
-            + (f", in {took['seconds']:,.0f} s." if took else ".")
+            + (f", in {took['seconds']:,.0f} s." if "seconds" in took else ".")
         )
     else:
         lines.append("Packed as they were: how their zeros came about is not known.")
@@ -168,10 +172,10 @@ def _summary(report: dict[str, Any]) -> str:
         )
     recovered = report.get("recovery")
     if recovered:
-        settings = recovered["settings"]
+        settings, took = recovered["settings"], recovered.get("measurements", {})
         lines.append(
-            f"Recovered under the mask: {recovered['steps']} steps of <code>{html.escape(settings['method'])}</code>, "
-            f"in {recovered['measurements']['seconds']:,.0f} s."
+            f"Recovered under the mask: {recovered['steps']} steps of <code>{html.escape(settings['method'])}</code>"
+            + (f", in {took['seconds']:,.0f} s." if "seconds" in took else ".")
         )
         if recovered.get("kept") == "before":
             lines.append("That was worse on the windows held out, so the values are those of before.")

@@ -10,8 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..errors import CheckpointError
+from ..files import REPORT_NAME
 from ..packing import unpack_mask
 from ..packing.checkpoint import read_headers, stored_names, weight_files
+from ..packing.layout import meta_width
 from ..pattern import NMPattern
 from .figures import COLOURS
 
@@ -43,7 +46,7 @@ def shown_tile(folder: str | Path, report: dict[str, Any]) -> Tile:
     smallest share.
 
     Raises:
-        CheckpointError: the folder holds no whole safetensors checkpoint.
+        CheckpointError: the folder holds no whole safetensors checkpoint, or another one than the report is of.
     """
     layers = report["layers"]
     known = [layer for layer in layers if layer.get("scores_alone")]
@@ -53,6 +56,8 @@ def shown_tile(folder: str | Path, report: dict[str, Any]) -> Tile:
         alone = torch.tensor([[kept == "1" for kept in line] for line in before["tile"]])
         row, column = before["row"], before["column"]
         mask = _mask(folder, layer)[row : row + len(alone), column : column + alone.shape[1]]
+        if mask.shape != alone.shape:
+            raise _differs(folder, layer, f"the tile of its scores_alone, from {row}, {column} on, lies beyond it")
         return Tile(layer["name"], row, column, mask, alone)
     layer = min(layers, key=lambda layer: layer["certificate"]["input_degree_min"] / layer["out_features"])
     mask = _mask(folder, layer)
@@ -65,9 +70,16 @@ def shown_tile(folder: str | Path, report: dict[str, Any]) -> Tile:
 
 def _mask(folder: str | Path, layer: dict[str, Any]) -> Tensor:
     entries = read_headers(weight_files(folder))
-    stored = stored_names(entries, [layer["name"]])[layer["name"]]
-    with safe_open(entries[f"{stored}.weight_meta"].file, framework="pt") as file:
-        return unpack_mask(file.get_tensor(f"{stored}.weight_meta"), layer["in_features"])
+    key = f"{stored_names(entries, [layer['name']])[layer['name']]}.weight_meta"
+    if key not in entries or entries[key].shape != (layer["out_features"], meta_width(layer["in_features"])):
+        size = f"{layer['out_features']} x {layer['in_features']}"
+        raise _differs(folder, layer, f"the weights hold no packed layer of that name and of {size}")
+    with safe_open(entries[key].file, framework="pt") as file:
+        return unpack_mask(file.get_tensor(key), layer["in_features"])
+
+
+def _differs(folder: str | Path, layer: dict[str, Any], how: str) -> CheckpointError:
+    return CheckpointError(f"{Path(folder) / REPORT_NAME}: {layer['name']}: {how}; save the model again")
 
 
 def draw_tile(tile: Tile) -> Figure:

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
+from ..access import no_file
 from ..calibration.documents import DatasetName, dataset_id
 from ..config import EGGSConfig
 from ..engine.report import read_report, text_uses
@@ -54,8 +55,10 @@ def model_card(
     """
     path = Path(folder)
     report = read_report(path)
-    if not report:
-        raise ModelError(f"{path}: has no {REPORT_NAME}; name the folder of a packed model that EGGSPruner saved")
+    if "layers" not in report:
+        raise ModelError(
+            f"{path}: has no {REPORT_NAME} of a pruned model; name the folder of a packed model that EGGSPruner saved"
+        )
     config = read_config(path)
     repository = repository or path.absolute().name
     data = _metadata(report, repository, base_card)
@@ -111,7 +114,7 @@ def _metadata(report: dict[str, Any], repository: str, base_card: ModelCard | No
 
 def _results(report: dict[str, Any]) -> list[EvalResult]:
     found = []
-    for entry in report.get("evaluations", []):
+    for entry in report.get("evaluations") or []:
         named = DatasetName.parse(entry["dataset"])
         # the Hub allows no other characters here
         kind = re.sub(r"[^\w./-]+", "-", dataset_id(entry["dataset"]) or named.path)
@@ -128,7 +131,7 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
                     metric_value=round(value, 4),
                 )
             )
-    for entry in report.get("tasks", []):
+    for entry in report.get("tasks") or []:
         for metric, score in entry["metrics"].items():
             found.append(
                 EvalResult(
@@ -148,13 +151,14 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
     base = hub_id((report.get("base_model") or {}).get("id"))
     recovered = report.get("recovery")
     what = f"[{base}](https://huggingface.co/{base})" if base else "a dense model"
-    dense = report.get("left_dense", [])
+    dense = report.get("left_dense") or []
     method = [_packed_as_it_was(summary) if as_it_was else _pruned(report)]
     alone = summary.get("layers_by_weights_alone")
     if alone:
+        least = report["config"].get("min_expert_tokens")
         method.append(
-            f"{alone} of the layers are of experts that fewer than {report['config']['min_expert_tokens']} calibration "
-            "tokens reached; they were pruned by their weights alone."
+            f"{alone} of the layers are of experts that {'too few' if least is None else f'fewer than {least}'} "
+            "calibration tokens reached; they were pruned by their weights alone."
         )
     if dense:
         method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{more(dense, 6)}.")
@@ -201,7 +205,7 @@ def _pruned(report: dict[str, Any]) -> str:
 
 
 def _packed_as_it_was(summary: dict[str, Any]) -> str:
-    filled = summary["zeros_kept"]
+    filled = summary.get("zeros_kept")
     return (
         f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, had the zeros "
         "already and were packed without a change of any value. What put the zeros there is not known here."
@@ -244,7 +248,7 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
 
 def _measured(report: dict[str, Any]) -> str:
     lines = ["| what | on | value | dense |", "|---|---|---:|---:|"]
-    for entry in report.get("evaluations", []):
+    for entry in report.get("evaluations") or []:
         text = {"name": entry["dataset"], "split": entry.get("split"), "sha256": entry.get("text_sha256")}
         uses = text_uses(report, text)
         also = f"; the model was also {' and '.join(uses)} on it" if uses else ""
@@ -255,9 +259,10 @@ def _measured(report: dict[str, Any]) -> str:
         for key, label in _COMPARED.items():
             found = entry.get("comparison", {}).get(key)
             if found:
-                span = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
+                ends = found["low"], found["high"]
+                span = "" if None in ends else f" ({ends[0]:.3f} to {ends[1]:.3f})"
                 lines.append(f"| {label} | {where} | {found['value']:.3f}{span} | |")
-    for entry in report.get("tasks", []):
+    for entry in report.get("tasks") or []:
         where = f"{entry['task']} (lm-evaluation-harness, version {entry['version']}), {entry['conditions']}"
         for metric, score in entry["metrics"].items():
             theirs = entry.get("dense", {}).get(metric)
@@ -296,8 +301,11 @@ def read_card(file: Path) -> str:
     """The text of a README.md.
 
     Raises:
-        ModelError: it is no UTF-8.
+        ModelError: it is no UTF-8, or may not be read.
     """
+    why = no_file(file)
+    if why:
+        raise ModelError(f"{file}: {why}")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -14,7 +14,8 @@ from .. import strict_json
 from .. import validation as check
 from ..engine.report import read_report, without_measurements
 from ..files import REPORT_NAME, seal
-from .push import save_and_push
+from ..hf.loading import found_by, set_commit
+from .push import check_reachable, check_repo_id, save_and_push
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,13 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
         repo_id: Where to.
         max_shard_size: As for `save_pretrained`.
         options: As for [`push_folder`].
+
+    Raises:
+        EGGSError: as [`push_folder`].
     """
     shard_size = check.size("max_shard_size", max_shard_size)
-    report, source = _report_of(model, options.get("token"))
+    check_repo_id(repo_id)
+    report, source = _report_of(model, repo_id, options.get("token"))
     if report is None:
         logger.warning(
             "%s: no %s was found where the model comes from, so it gets no card of ours", repo_id, REPORT_NAME
@@ -49,18 +54,28 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
     return save_and_push(save, repo_id, **options)
 
 
-def _report_of(model: Any, token: str | bool | None) -> tuple[dict[str, Any] | None, Path | None]:
-    """The report, and the folder that it and the weights were read from, if they were."""
+def _report_of(model: Any, repo_id: str, token: str | bool | None) -> tuple[dict[str, Any] | None, Path | None]:
+    """The report, and the folder that it and the weights were read from, if they were.
+
+    Raises:
+        CheckpointError: the report is damaged.
+        HubError: it is on the Hub, which does not answer.
+    """
     pruned = getattr(model.hf_quantizer, "report", None)
     if pruned is not None:
         return pruned.to_dict(), None
-    source = model.config._name_or_path or ""  # a state dict came from nowhere
-    path = Path(source) / REPORT_NAME
+    source, file = model.config._name_or_path, getattr(model.hf_quantizer, "file", None)
+    if not source:  # a state dict came from nowhere
+        return None, None
+    path = (Path(source) if file is None else Path(file).parent) / REPORT_NAME
     if not path.is_file():
-        if Path(source).is_dir() or not source:
+        if Path(source).is_dir():
             return None, None
+        check_reachable(repo_id)
+        set_commit(model, file)
+        where: dict[str, Any] = {"revision": getattr(model.config, "_commit_hash", None), **found_by(source, file)}
         try:
-            path = Path(hf_hub_download(source, REPORT_NAME, token=token))
+            path = Path(hf_hub_download(source, REPORT_NAME, token=token, **where))
         except (EntryNotFoundError, HTTPError, OSError, ValueError):
             return None, None
     return read_report(path.parent), path.parent

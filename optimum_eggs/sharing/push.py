@@ -20,10 +20,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, get_session, validate_repo_id
 
 from ..engine.report import read_report
-from ..errors import CheckpointError, ConfigError, EGGSError, HubError, first_line, is_out_of_memory, without
+from ..errors import ConfigError, EGGSError, HubError, first_line, is_out_of_memory, without
+from ..folders import check_folder
 from ..inspection import inspect_checkpoint
 from ..logs import said_once
 from ..names import hub_id
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE = 10  # seconds in which the Hub must begin to answer
 
 
 def push_folder(
@@ -49,7 +52,8 @@ def push_folder(
 ) -> CommitInfo:
     """Check the packed model in `folder`, make its card, and push all of it in one commit. The folder is only read.
 
-    Weights are uploaded first and committed last with everything else, so an upload that fails publishes nothing.
+    Weights are uploaded first and committed last with everything else, so an upload that fails publishes nothing. The
+    report and the card are read first, then the Hub must answer, and only then are the weights read.
 
     Args:
         folder: A packed model with its `report.json`. The card that is pushed is made as by [`write_card`]; if the
@@ -69,15 +73,11 @@ def push_folder(
         HubError: the Hub refused, or could not be reached. Neither its message nor what led to it holds the `token`.
     """
     check_repo_id(repo_id)
-    found = inspect_checkpoint(folder)
-    if not found.ok:
-        first = found.violations[0]
-        raise CheckpointError(
-            f"{folder}: {first.where}: {first.rule}: {first.detail}; it is not pushed until this is mended"
-        )
+    check_folder(folder)
+    model_card(folder, repo_id)
+    check_reachable(repo_id)
+    inspect_checkpoint(folder).check("it is not pushed until this is mended")
     report = read_report(folder)
-    if constants.HF_HUB_OFFLINE:
-        raise HubError(f"{repo_id}: HF_HUB_OFFLINE=1 forbids every request to the Hub; push without it")
     api = HfApi(token=token)
     with said_once(), _refusals(repo_id, token):
         existing = _card_before(Path(folder) / CARD_NAME, repo_id, revision, token)
@@ -110,6 +110,18 @@ def check_repo_id(repo_id: Any) -> None:
             f"repo_id={repo_id!r} is no name of a repository on the Hub; write NAME or USER/NAME, of letters, digits "
             "and single - _ ."
         ) from error
+
+
+def check_reachable(repo_id: str) -> None:
+    """Raise unless the Hub answers, whatever it says: one request, which is not tried again.
+
+    Raises:
+        HubError: it does not, or may not be asked.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{repo_id}: HF_HUB_OFFLINE=1 forbids every request to the Hub; push without it")
+    with _refusals(repo_id, None):
+        get_session().head(f"{constants.ENDPOINT}/api/models/{repo_id}", timeout=_PATIENCE)
 
 
 @contextmanager
@@ -170,6 +182,7 @@ def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) ->
     Returns the address of the pull request, or of the commit.
     """
     check_repo_id(repo_id)
+    check_reachable(repo_id)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
         save(folder)

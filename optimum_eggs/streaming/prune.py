@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from .. import validation as check
@@ -175,12 +174,10 @@ def prune_checkpoint(
                     put_card(own, made)
                     write_card(made, path.name)
                     check_output(path, overwrite)  # something may have been put there meanwhile
-                    put_in_place(made, path, work)
-                    shutil.rmtree(work, ignore_errors=True)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{len(keeper)} of {len(source)} blocks are finished; the same command goes on behind them"
-            ) from None
+                    put_in_place(made, path, work, clear=True)
+        except KeyboardInterrupt as error:
+            finished = f"{len(keeper)} of {len(source)} blocks are finished; the same command goes on behind them"
+            raise KeyboardInterrupt(str(error) or finished) from None
     return report
 
 
@@ -240,10 +237,10 @@ def _assemble(
     buffers = {name for name, _ in source.model.named_buffers()}
 
     def final(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if dtype is not None:
-            cast = {key for key, value in tensors.items() if value.is_floating_point() and key not in buffers}
-            tensors = {key: value.to(dtype) if key in cast else value for key, value in tensors.items()}
-        return revert_weight_conversion(source.model, tensors)
+        if dtype is None:
+            return tensors
+        cast = {key for key, value in tensors.items() if value.is_floating_point() and key not in buffers}
+        return {key: value.to(dtype) if key in cast else value for key, value in tensors.items()}
 
     for block in journal.finished:
         shards.add(final(load_file(journal.folder / block.file)))

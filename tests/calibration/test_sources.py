@@ -80,7 +80,7 @@ def test_the_column_of_a_file_of_rows(tokenizer, tmp_path):
     none = write_rows(tmp_path, "none.jsonl", [{"n": 1}])
     with pytest.raises(CalibrationError, match=r"has no column of texts, only \['n'\]; name one with text_column="):
         documents(none)
-    with pytest.raises(CalibrationError, match=r"train='.*none.jsonl': has no column 'body', only \['n'\]"):
+    with pytest.raises(CalibrationError, match=r"train='.*none.jsonl' has no column 'body', only \['n'\]; name one"):
         documents(none, text_column="body", argument="train")
     rows = [list(range(i, i + 8)) for i in range(10)]
     ids = write_rows(tmp_path, "ids.jsonl", [{"input_ids": row, "text": "unused"} for row in rows])

@@ -280,7 +280,7 @@ def test_a_model_or_a_text_that_is_not_there(dense_folder, text_file, tmp_path):
     assert "there is no such file" in done.stderr
     (tmp_path / "empty.txt").write_text("")
     done = within("prune", dense_folder, tmp_path / "out", "--calibration", tmp_path / "empty.txt", *SMALL, code=2)
-    assert "the text has 0 tokens" in done.stderr
+    assert "is empty, or holds nothing but white space; give a file with text in it" in done.stderr
     assert not (tmp_path / "out").exists()
     done = within("evaluate", "some/id", "--text", text_file, code=2)
     assert "some/id: there is no such folder" in done.stderr
@@ -519,7 +519,13 @@ def test_benchmark_looks_at_everything_first(packed_folder, dense_folder, tmp_pa
     assert "cannot load the model" in within("benchmark", packed_folder, "--against", other, *QUICK, code=2).stderr
     folder = shutil.copytree(packed_folder, tmp_path / "model")
     (folder / "report.json").write_text("[]")
-    assert "report.json: holds [], no report; save" in within("benchmark", folder, *QUICK, code=2).stderr
+    said = "holds [], no report; save the model again, or move the file away; `inspect` lists all"
+    done = within("benchmark", folder, *QUICK, code=2)
+    assert done.stderr == f"error: {folder}: report.json: report: {said}\n"  # each is named once
+    (folder / "config.json").write_text("{")
+    done = within("benchmark", folder, *QUICK, code=2)
+    assert done.stderr.startswith(f"error: {folder}: config.json: config: is not valid JSON (")
+    assert done.stderr.count("config.json") == done.stderr.count(str(folder)) == 1
 
 
 QUICK = ["--batch", 1, 3, "--prompt", 8, "--new-tokens", 2, "--repeats", 1, "--layer-repeats", 1]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from optimum_eggs import folders
 from optimum_eggs.cli import main as command
 
 
@@ -57,6 +60,59 @@ def test_an_interrupt_while_libraries_are_imported_ends_with_130(tmp_path):
     code += "import runpy; runpy.run_module('optimum_eggs', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
+
+
+def test_an_interrupt_while_torch_is_imported_waits_for_its_end(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, sys, time\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "time.sleep(0.1)\n"
+        "print('imported', file=sys.stderr)\n"
+    )
+    code = f"import signal, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[:] = ['eggs', 'inspect', '.']; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs ignore it
+    code += "import runpy; runpy.run_module('optimum_eggs', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "imported\ninterrupted; nothing was written\n")
+
+
+@pytest.mark.parametrize("when", ["within", "after"])
+def test_an_interrupt_when_the_output_is_in_place_says_that(when, packed_folder, tmp_path, monkeypatch, capsys):
+    exchange, run = folders._exchange, command.export.run
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if when == "within":
+        monkeypatch.setattr(
+            folders, "_exchange", lambda *paths: (exchange(*paths), os.kill(os.getpid(), signal.SIGINT))
+        )
+    else:
+        monkeypatch.setattr(command.export, "run", lambda args: (run(args), interrupt()))
+    assert command.main(["export", str(packed_folder), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; {tmp_path / 'out'} is whole and in place"
+    monkeypatch.setattr(command.export, "run", interrupt)  # and of what was there before, nothing
+    assert command.main(["export", str(packed_folder), str(tmp_path / "other")]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+def test_an_interrupted_recovery_says_how_to_go_on(packed_folder, text_file, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimum_eggs.recovery.recover.recover", interrupted)
+    assert command.main(["recover", str(packed_folder), str(tmp_path / "out"), "--train", str(text_file)]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint\n"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "push"])
+def test_nothing_is_claimed_of_what_is_written_elsewhere(name, packed_folder, monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(getattr(command, name), "run", interrupted)
+    assert command.main([name, str(packed_folder), *(["me/model"] if name == "push" else [])]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_an_interrupt_while_the_command_itself_is_imported_too(tmp_path):

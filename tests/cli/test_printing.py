@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from optimum_eggs.cli.main import main
+from optimum_eggs.inspection import Inspection
 
 QUICK = ["--batch", "1", "--prompt", "8", "--new-tokens", "2", "--repeats", "1", "--layer-repeats", "1"]
 
@@ -67,6 +69,37 @@ def test_the_exit_code_and_stderr_are_as_ever(folder, closed_pipe, monkeypatch, 
 def test_a_closed_stdout_costs_nothing(folder, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python has it then
     assert main(["inspect", str(folder)]) == 0
+
+
+def printing(result):
+    """A function that prints, as libraries do, and returns `result`."""
+
+    def called(*arguments, **options):
+        print("a note of a library")
+        return result
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("command", "replaced", "result"),
+    [
+        (["inspect", "{}"], "optimum_eggs.inspection.inspect_checkpoint", Inspection("a")),
+        (["report", "{}"], "optimum_eggs.report.report_page", "<html>"),
+        (
+            ["push", "{}", "me/tiny"],
+            "optimum_eggs.sharing.push_folder",
+            SimpleNamespace(oid="1", commit_url="2", pr_url=None),
+        ),
+    ],
+    ids=["inspect", "report", "push"],
+)
+def test_what_libraries_print_goes_to_stderr(command, replaced, result, folder, monkeypatch, capsys):
+    monkeypatch.setattr(replaced, printing(result))
+    assert main([word.format(folder) for word in command] + ["--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)
+    assert "a note of a library" in printed.err
 
 
 def test_what_was_printed_before_an_error_is_written(folder, monkeypatch, capsys):

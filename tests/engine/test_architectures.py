@@ -6,10 +6,12 @@ import pytest
 import tiny
 import torch
 import transformers as t
+from safetensors.torch import load_file
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import ModelError
 from optimum_eggs.evaluation.perplexity import perplexity
+from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.streaming import prune_checkpoint
 
 IDS = tiny.make_windows(2, 8)
@@ -49,7 +51,7 @@ def config(block_list=None, **changes):
 
 
 def logits(model):
-    decoder = {} if "falcon" in model.config.model_type else {"decoder_input_ids": IDS}
+    decoder = {} if not model.config.is_encoder_decoder else {"decoder_input_ids": IDS}
     with torch.no_grad():
         return model(input_ids=IDS, **decoder).logits
 
@@ -142,3 +144,45 @@ def test_a_model_that_reads_no_text_is_refused_and_can_be_packed(name, block_lis
 def test_an_encoder_decoder_has_no_perplexity(name):
     with pytest.raises(ModelError, match="is an encoder-decoder; perplexity needs a causal model"):
         perplexity(make(name), IDS)
+
+
+@pytest.mark.usefixtures("reference_backend")
+def test_packed_layers_have_their_own_names_in_files_where_transformers_changes_them(tmp_path):
+    torch.manual_seed(0)
+    made = t.AutoModelForCausalLM.from_config(t.ExaoneConfig(**tiny._LLAMA)).eval()
+    made.save_pretrained(tmp_path / "dense")
+    assert "transformer.h.0.mlp.c_proj.weight" in load_file(tmp_path / "dense" / "model.safetensors")
+    model = t.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(model), logits(made))
+    pruner = EGGSPruner(model)
+    pruner.prune(config(), progress=False)
+    expected = logits(model)
+    pruner.save_pretrained(tmp_path / "packed")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "streamed", config(), progress=False)
+    for folder in ("packed", "streamed", "again"):
+        assert "model.layers.0.mlp.down_proj.weight_meta" in load_file(tmp_path / folder / "model.safetensors")
+        assert inspect_checkpoint(tmp_path / folder).ok
+        loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert sum(isinstance(layer, NMLinear) for layer in loaded.modules()) == 14
+        assert torch.equal(logits(loaded), expected)
+        if folder == "packed":
+            loaded.save_pretrained(tmp_path / "again")
+    loaded.dequantize().save_pretrained(tmp_path / "undone")  # as the original again
+    names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("dense", "undone")]
+    assert names[0] == names[1]
+    assert torch.equal(logits(t.AutoModelForCausalLM.from_pretrained(tmp_path / "undone")), expected)
+
+
+def test_a_vision_model_that_was_packed_comes_back(tmp_path):
+    model, image = make("vit"), torch.ones(2, 3, 16, 16)
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.weight.data[:, ::2] = 0
+    pruner = EGGSPruner(model)
+    pruner.pack("2:4", progress=False)
+    with torch.no_grad():
+        expected = model(pixel_values=image).logits
+        pruner.save_pretrained(tmp_path / "packed")
+        assert inspect_checkpoint(tmp_path / "packed").ok
+        again = type(model).from_pretrained(tmp_path / "packed")
+        assert torch.equal(again(pixel_values=image).logits, expected)

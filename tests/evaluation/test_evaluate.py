@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner
+from optimum_eggs.calibration import Windows
 from optimum_eggs.cli.main import main
 from optimum_eggs.engine.report import text_uses
+from optimum_eggs.engine.run import calibration_windows
 from optimum_eggs.errors import CalibrationError, CheckpointError, ConfigError, ModelError, NumericalError
 from optimum_eggs.evaluation import EvaluationResult, compare, evaluate, perplexity, read, record
 from optimum_eggs.evaluation.windows import evaluation_windows
@@ -235,6 +237,23 @@ def test_texts_without_a_digest_are_known_by_name_and_split():
         report = {"recovery": {"texts": [{"name": name, "split": "train[:10%]", "sha256": None}]}}
         assert uses(report, name=other, split="train", sha256=None) == ["trained"]
         assert uses(report, name="Salesforce/wikitext:wikitext-103-v1", split="train", sha256=None) == []
+
+
+def test_a_data_set_is_known_by_its_configuration_where_that_is_given_apart(monkeypatch):
+    monkeypatch.setattr(
+        "optimum_eggs.engine.run.token_windows", lambda *arguments, **options: Windows(torch.zeros(1, 8))
+    )
+
+    def names(source, **apart):
+        return [text["name"] for text in calibration_windows(source, None, EGGSConfig(seq_len=8, **apart)).texts]
+
+    apart = {"dataset_config_name": "en", "dataset_revision": "v2"}
+    assert names("me/data", **apart) == ["me/data:en@v2"]
+    assert names({"me/data:de": 1.0, "sample": 1.0}, **apart) == ["me/data:de@v2", "sample"]
+    assert names(__file__, **apart) == ["test_evaluate.py"]
+    report = {"calibration": {"texts": calibration_windows("me/data", None, EGGSConfig(seq_len=8, **apart)).texts}}
+    for name, uses in (("me/data:en", ["calibrated"]), ("me/data:de", [])):
+        assert text_uses(report, {"name": name, "split": "train", "sha256": None}) == uses
 
 
 def test_a_damaged_file_is_found_before_anything_is_loaded(packed_folder, text_file, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from optimum_eggs import EGGSConfig
 from optimum_eggs.engine import prune_model
 from optimum_eggs.errors import CheckpointError, ConfigError, ModelError
 from optimum_eggs.hf.attach import attach_quantizer, packed_layers
-from optimum_eggs.hf.loading import load_model, translated
+from optimum_eggs.hf.loading import load_model, load_tokenizer, translated
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -97,6 +99,25 @@ def test_damage_is_named(folder, change, message):
     change(folder)
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("put", "what"),
+    [(Path.mkdir, "is a folder, where a file must be"), (partial(Path.symlink_to, target="gone"), "is a link to gone")],
+)
+def test_what_is_in_the_place_of_a_file_is_called_what_it_is(name, put, what, dense_folder, tmp_path):
+    folder = shutil.copytree(dense_folder, tmp_path / "copy")
+    (folder / name).unlink()
+    put(folder / name)
+    with pytest.raises(ModelError, match=f"^{folder / name}: {what}"):
+        (load_tokenizer if name == "tokenizer.json" else load_model)(folder)
+
+
+def test_a_weight_file_that_is_not_needed_may_be_away(dense_folder, tmp_path):
+    folder = shutil.copytree(dense_folder, tmp_path / "copy")
+    (folder / "consolidated.safetensors").symlink_to("gone")  # as in a cache that was cleared in part
+    load_model(folder)
 
 
 @pytest.mark.parametrize(

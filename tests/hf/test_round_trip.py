@@ -10,6 +10,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import CheckpointError, ConfigError
+from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
 
 IDS = tiny.make_windows(2, 12)
@@ -133,6 +134,21 @@ def test_a_configuration_that_contradicts_a_packed_checkpoint_is_refused(packed_
         AutoModelForCausalLM.from_pretrained(packed_folder, quantization_config=given)
 
 
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, LlamaForCausalLM, AutoModel])
+def test_a_configuration_of_none_is_none_given(kind, packed_folder, dense_folder):
+    plain, model = (kind.from_pretrained(packed_folder, **given) for given in ({}, {"quantization_config": None}))
+    assert model.config.quantization_config == plain.config.quantization_config
+    assert packed_layers(model).keys() == packed_layers(plain).keys()
+    assert packed_layers(model)
+    assert not packed_layers(kind.from_pretrained(dense_folder, quantization_config=None))
+
+
+def test_a_configuration_read_by_itself_has_that_of_the_packing_taken_out(packed_folder):
+    config = AutoConfig.from_pretrained(packed_folder, quantization_config=None)
+    assert config.quantization_config is None
+    assert type(AutoModelForCausalLM.from_config(config).model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
 @pytest.mark.parametrize("given", ["default", "same", "stored"])
 def test_a_configuration_that_agrees_with_a_packed_checkpoint_changes_nothing(packed_folder, text_file, given):
     stored = AutoModelForCausalLM.from_pretrained(packed_folder).config.quantization_config
@@ -191,3 +207,24 @@ def test_a_state_dict_that_is_passed_is_what_is_saved(packed_folder, tmp_path):
     model.save_pretrained(tmp_path)  # once, and not from then on
     again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.items())
+
+
+@pytest.mark.parametrize("change", ["a block taken out", "a layer made dense", "all layers made dense"])
+def test_a_model_whose_layers_were_changed_by_hand_is_saved_as_it_is(change, packed_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    listed = dict(model.config.quantization_config.pruned_modules)
+    if change == "a block taken out":
+        del model.model.layers[1]
+        model.config.num_hidden_layers = 1
+        model.config.layer_types = None
+    else:
+        first = ["model.layers.0.mlp.up_proj"]
+        for name in first if change == "a layer made dense" else list(listed):
+            model.set_submodule(name, model.get_submodule(name).to_linear())
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert model.config.quantization_config.pruned_modules == listed
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert packed_layers(again).keys() == packed_layers(model).keys()
+    assert torch.equal(logits(again), expected)
+    assert inspect_checkpoint(tmp_path / "saved").ok == bool(packed_layers(model))

@@ -244,3 +244,15 @@ def test_an_input_that_m_does_not_divide_is_refused():
 def test_a_mask_or_weight_that_does_not_fit_is_refused(mask, weight, message):
     with pytest.raises(ShapeError, match=message):
         NMLinear.from_linear(linear(), TWO_OF_FOUR, mask, weight)
+
+
+def test_a_symbolic_trace_keeps_the_layer_whole():
+    model = nn.Sequential(nn.Linear(16, 16), NMLinear.from_linear(nn.Linear(16, 6), NMPattern(2, 4)), nn.ReLU())
+    graph = torch.fx.symbolic_trace(model)
+    (call,) = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert call.target.__name__ == "nm_linear"
+    x = gaussian(3, 16)
+    assert torch.equal(graph(x), model(x))
+    graph(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert torch.equal(pickle.loads(pickle.dumps(graph))(x), model(x))

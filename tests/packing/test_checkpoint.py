@@ -1,6 +1,8 @@
 """Every way in which a packed folder may be damaged, and the name that each is given."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +269,26 @@ def test_a_folder_without_weights_is_named(checkpoint):
     (checkpoint.write() / WEIGHTS_NAME).unlink()
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS_NAME}: is missing"):
         weight_files(checkpoint.folder)
+
+
+@pytest.mark.parametrize(
+    ("put", "what"),
+    [(Path.mkdir, "is a folder, where a file must be"), (partial(Path.symlink_to, target="gone"), "is a link to gone")],
+)
+def test_what_is_in_the_place_of_a_file_is_called_what_it_is(put, what, checkpoint):
+    folder = checkpoint.write()
+    for name in (WEIGHTS_NAME, "config.json"):
+        (folder / name).unlink()
+        put(folder / name)
+    with pytest.raises(CheckpointError, match=f"config.json: {what}"):
+        read_config(folder)
+    for read in (weight_files, lambda folder: read_headers([folder / WEIGHTS_NAME])):
+        with pytest.raises(CheckpointError, match=f"{WEIGHTS_NAME}: {what}"):
+            read(folder)
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {UP: "first.safetensors"}}))
+    put(folder / "first.safetensors")
+    with pytest.raises(CheckpointError, match=f"first.safetensors: {what}"):
+        weight_files(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])

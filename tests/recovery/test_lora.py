@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,59 @@ def test_the_masked_product_and_its_gradients(shape, monkeypatch):
     packed = masked_low_rank(down, up, layer.weight_meta, layer.pattern)
     torch.testing.assert_close(packed.flatten(), (up @ down)[layer.mask()])
     assert torch.autograd.gradcheck(lambda a, b: masked_low_rank(a, b, layer.weight_meta, layer.pattern), (down, up))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["added to the weight", "beside it"])
+def test_derivatives_of_torch_func_are_those_of_the_dense_layer(dtype):
+    torch.manual_seed(0)
+    base = NMLinear.from_linear(nn.Linear(24, 10), NMPattern(2, 4))
+    config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    layer = get_peft_model(nn.Sequential(base), config).base_model.model[0].to(dtype)
+    down, up = (factor["default"].weight.detach().clone() for factor in (layer.lora_A, layer.lora_B))
+    x = gaussian(5, 24, seed=2, dtype=dtype)
+
+    def own(down, up, x):
+        factors = {"lora_A.default.weight": down, "lora_B.default.weight": up}
+        return torch.func.functional_call(layer, factors, (x,)).tanh()
+
+    def dense(down, up, x):
+        weight = base.dense_weight() + layer.scaling["default"] * base.mask() * (up @ down)
+        return nn.functional.linear(x, weight, base.bias).tanh()
+
+    def loss(run):
+        return lambda *arguments: run(*arguments).square().sum()
+
+    each = (0, 1)
+    for transform in (
+        lambda run: torch.func.grad(loss(run), argnums=each)(down, up, x),
+        lambda run: torch.func.vmap(torch.func.grad(loss(run), argnums=each), (None, None, 0))(down, up, x),
+        lambda run: (torch.func.vmap(run, (None, None, 0))(down, up, x),),
+        lambda run: torch.func.jvp(run, (down, up, x), (down.sin(), up.sin(), x.sin())),
+        lambda run: torch.func.jacrev(run, argnums=each)(down, up, x),
+        lambda run: torch.func.jacfwd(run, argnums=each)(down, up, x),
+        lambda run: torch.func.hessian(loss(run))(down, up, x),
+    ):
+        torch.testing.assert_close(transform(own), transform(dense), rtol=1e-4, atol=1e-4)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.make_dual(down, down.sin())
+        found, expected = (torch.autograd.forward_ad.unpack_dual(run(tangent, up, x)) for run in (own, dense))
+        torch.testing.assert_close(found.tangent, expected.tangent, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["added to the weight", "beside it"])
+def test_onnx_holds_an_adapter_that_is_not_merged(dropout):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    base = NMLinear.from_linear(nn.Linear(24, 10), NMPattern(2, 4))
+    config = LoraConfig(r=3, target_modules=["0"], lora_dropout=dropout, init_lora_weights=False)
+    layer, x = get_peft_model(nn.Sequential(base), config).base_model.model[0].eval(), gaussian(3, 24, seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.onnx.export(layer, (x,), dynamo=True, verbose=False).model_proto
+    (y,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(x))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["added to the weight", "beside it"])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -91,6 +92,15 @@ def test_the_teachers_tokens(dense_folder):
         expected = model(input_ids=windows[1:2]).logits[0].log_softmax(-1).topk(4)
     assert torch.equal(found.ids[1].long(), expected.indices)
     torch.testing.assert_close(found.log_probs[1].float(), expected.values, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_nothing_is_called_by_a_name_of_the_past(gradient_checkpointing, packed_folder, text_file, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        given = settings(text_file, gradient_checkpointing=gradient_checkpointing)
+        assert recover(packed_folder, tmp_path / "out", given).steps == 4
 
 
 @pytest.mark.parametrize("method", ["lora", "values"])
@@ -240,7 +250,9 @@ def test_the_output_is_decided_on_before_the_work(packed_folder, dense_folder, t
 
 def test_what_was_measured_before_is_not_said_of_the_recovered_model(packed_folder, text_file, tmp_path):
     shutil.copytree(packed_folder, tmp_path / "before")
-    update_report(tmp_path / "before", evaluations=[{"metrics": {"perplexity": 1.0}}], benchmark={"models": []})
+    judged = {"dataset": "d", "conditions": "c", "metrics": {"perplexity": 1.0}}
+    speed = {"machine": {"processor": "p", "threads": 1}, "models": [{"decode_speed": 2.0, "prefill_speed": 4.0}]}
+    update_report(tmp_path / "before", evaluations=[judged], benchmark=speed)
     recover(tmp_path / "before", tmp_path / "after", settings(text_file, steps=1))
     report = read_report(tmp_path / "after")
     assert "recovery" in report

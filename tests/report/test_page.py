@@ -94,7 +94,7 @@ def test_what_was_not_measured_is_not_drawn(folder):
         "metrics": {"words": score | {"value": 40}},
     }
     row = {"out_features": 8, "in_features": 4, "tokens": 1, "ratio": 1.5}
-    speeds = [{"decode_speed": 20.0}, {"decode_speed": 10.0}]
+    speeds = [{"decode_speed": speed, "prefill_speed": 9.0} for speed in (20.0, 10.0)]
     machine = {"processor": "a <processor>", "threads": 2}
     benchmark = {"machine": machine, "layers": [row], "models": speeds}
     edit(folder, evaluations=[evaluation], tasks=[task, ungraded], benchmark=benchmark)
@@ -110,7 +110,7 @@ def test_what_was_not_measured_is_not_drawn(folder):
 
 def test_values_that_were_not_kept_are_said_to_be_none(folder):
     numbers = {"steps": 4, "windows": 8, "windows_held_out": 2, "perplexity_before": 5.0, "perplexity_after": 6.5}
-    recovery = numbers | {"settings": {"method": "lora"}, "measurements": {"seconds": 1.0}}
+    recovery = numbers | {"settings": {"method": "lora", "seq_len": 16}, "measurements": {"seconds": 1.0}}
     for kept in ("after", "before"):
         edit(folder, recovery=recovery | {"kept": kept})
         page = report_page(folder)
@@ -126,6 +126,12 @@ def test_a_text_judged_twice_has_bars_that_say_under_which_conditions():
 
     assert bars("2 windows") == ["t: this model"]
     assert bars("2 windows", "4 windows") == ["t, 2 windows: this model", "t, 4 windows: this model"]
+
+
+def test_names_with_dollar_signs_are_shown_as_they_are(folder):
+    entry = {"dataset": r"a$\frac$.txt", "conditions": "2 windows", "metrics": {"perplexity": 12.5}}
+    edit(folder, evaluations=[entry])
+    assert r"a$\frac$.txt: this model" in report_page(folder, folder / "figures")
 
 
 def test_gaps_are_shown_where_they_are_asked_for(folder, capsys):

@@ -217,6 +217,25 @@ print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("me/plain", 
     assert b"The certificate" in hub.files("me/again")["README.md"]
 
 
+def test_a_model_of_a_subfolder_and_of_a_branch_is_pushed_with_its_report(hub, client, packed_folder, tmp_path):
+    shutil.copytree(packed_folder, tmp_path / "all" / "one")
+    code = """
+import json, sys, optimum_eggs
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **json.loads(sys.argv[3]))
+print(model.push_to_hub(sys.argv[2]))
+"""
+    client(code, tmp_path / "all", "me/local", json.dumps({"subfolder": "one"}))
+    assert b"The certificate" in hub.files("me/local")["README.md"]
+    upload = (
+        "import sys, huggingface_hub as h; h.create_repo(sys.argv[2]); h.create_branch(sys.argv[2], branch='other'); "
+    )
+    upload += "h.upload_folder(repo_id=sys.argv[2], folder_path=sys.argv[1], revision='other')"
+    client(upload, tmp_path / "all", "me/all")
+    client(code, "me/all", "me/hub", json.dumps({"subfolder": "one", "revision": "other"}))
+    assert b"The certificate" in hub.files("me/hub")["README.md"]
+
+
 def test_a_model_that_was_pruned_again_is_pushed_with_its_own_report(hub, client, packed_folder, text_file):
     code = """
 import sys
@@ -362,6 +381,58 @@ def test_without_a_network_nothing_is_pushed_and_the_error_says_so(before, messa
     assert hub.repositories == {}
 
 
+NOWHERE = """
+import sys, time
+from huggingface_hub import constants
+constants.ENDPOINT = "http://127.0.0.1:9"
+constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+time.sleep = None  # nothing is tried again
+import optimum_eggs.sharing.push as push
+push.inspect_checkpoint = None  # nor are the weights read
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_before_the_weights_are_read(hub, client, packed_folder):
+    line = refused(client(NOWHERE + PUSH, packed_folder, "me/tiny", check=False))
+    assert line.startswith("error: me/tiny: the Hub cannot be reached ([Errno 111] Connection")
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (None, "has no report.json of a pruned model"),
+        ("{}", "has no report.json of a pruned model"),
+        ("{", "is no JSON"),
+    ],
+)
+def test_a_report_that_is_not_there_or_damaged_is_said_before_the_hub_is_asked(
+    report, message, hub, client, packed_folder
+):
+    (packed_folder / "report.json").unlink()
+    if report is not None:
+        (packed_folder / "report.json").write_text(report)
+    line = refused(client(NOWHERE + PUSH, packed_folder, "me/tiny", check=False))
+    assert message in line
+
+
+def test_a_model_is_not_saved_for_a_hub_that_cannot_be_reached(hub, client, packed_folder):
+    client(PUSH, packed_folder, "me/tiny")
+    code = (
+        """
+import sys, optimum_eggs
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.save_pretrained = None
+"""
+        + NOWHERE
+    )
+    for source in (packed_folder, "me/tiny"):  # the report of the second is not here
+        done = client(code + 'model.push_to_hub("me/other")', source, check=False)
+        assert "HubError: me/other: the Hub cannot be reached (" in done.stderr
+        assert "Retrying" not in done.stderr
+    assert hub.repositories.keys() == {"me/tiny"}
+
+
 def test_a_card_that_cannot_be_had_for_want_of_a_network_is_not_replaced(hub, client, packed_folder):
     code = """
 import time
@@ -424,6 +495,24 @@ def test_a_report_of_another_kind_is_not_pushed(held, packed_folder):
     (packed_folder / "report.json").write_text(held)
     with pytest.raises(CheckpointError, match=r"report.json: .*; save the model again"):
         push_folder(packed_folder, "me/tiny")
+
+
+PACK = """
+import sys
+from optimum_eggs.cli.main import main
+sys.exit(main(["pack", *sys.argv[1:]]))
+"""
+
+
+def test_what_is_missing_of_a_name_that_is_nowhere_is_the_model(hub, client, tmp_path):
+    for offline, why in (
+        (False, "no such model on the Hub, or the token"),
+        (True, "the model is neither in the cache"),
+    ):
+        done = client(PACK, "me/none", tmp_path / "out", offline=offline, check=False)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: me/none: there is no such folder, and {why}")
 
 
 LOAD = """

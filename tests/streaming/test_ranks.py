@@ -165,7 +165,7 @@ def test_bad_input_ends_all_processes_alike(together):
         "uneven": "ConfigError: num_samples=15 cannot be shared out evenly over 2 processes",
         "missing": "ConfigError: targets: the pattern 'nothing' matches no linear layer",
         "again": "OutputError",
-        "short": "CalibrationError: calibration: the text has ",
+        "short": f"CalibrationError: calibration='{together / 'short.txt'}' has ",
         "other": "ConfigError: calibration is not the same in process 1 as in process 0",
         "broken": "NumericalError: no solution",
     }.items():

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
-from optimum_eggs import EGGSConfig, EGGSPruner
+from optimum_eggs import EGGSConfig, EGGSPruner, folders
 from optimum_eggs.errors import CheckpointError, ConfigError, ModelError, NumericalError, OutputError
 from optimum_eggs.folders import claimed, new_folder
 from optimum_eggs.inspection import inspect_checkpoint
@@ -186,7 +187,7 @@ def test_a_run_that_is_interrupted_goes_on(kind, blocks, deep, whole, text_file,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("function", ["save_file", "revert_weight_conversion"])
+@pytest.mark.parametrize("function", ["save_file", "load_file"])
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_full_disk_names_the_remedy_and_the_run_goes_on(
     function, call, deep, whole, text_file, tmp_path, monkeypatch
@@ -318,6 +319,14 @@ def test_an_interrupt_while_the_output_is_put_together_says_what_is_finished(dee
             prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
     report = prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
     assert report.measurements["blocks_of_earlier_runs"] == 5
+
+
+def test_an_interrupt_when_the_output_is_in_place_says_that(deep, text_file, tmp_path, monkeypatch):
+    exchange = folders._exchange
+    monkeypatch.setattr(folders, "_exchange", lambda *paths: (exchange(*paths), os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(str(tmp_path / 'out'))} is whole and in place$"):
+        prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_is_put_at_the_output_during_a_run_stays(deep, text_file, tmp_path, monkeypatch):

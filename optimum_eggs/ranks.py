@@ -198,12 +198,15 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join_ranks() -> Ranks:
-    """The processes that `torchrun` or `accelerate launch` started, this one among them; itself, if it is alone."""
+def join_ranks(cpu: bool = False) -> Ranks:
+    """The processes that `torchrun` or `accelerate launch` started, this one among them; itself, if it is alone.
+
+    With `cpu`, they work there, whatever else there is.
+    """
     from accelerate import PartialState
 
     # A process that is gone closes its connections; one that solves a large layer keeps the others waiting for hours.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=_PATIENCE)
     if state.num_processes == 1:
         return ALONE
     return Ranks(state.process_index, state.num_processes, state.device)

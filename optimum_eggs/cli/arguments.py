@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import validation as check
 from ..access import closed, no_utf8
 from ..errors import ConfigError
 from ..folders import check_folder
 from ..names import hub_id
+from .printing import say
+
+if TYPE_CHECKING:
+    import torch
 
 _MOST = 2**31 - 1  # what counts something is handed to code that takes no more
 
@@ -87,6 +91,30 @@ def check_both(args: argparse.Namespace) -> None:
 def add_trust(add: Callable[..., Any], whose: str) -> None:
     """Add `--trust-remote-code`; `whose` code it is."""
     add("--trust-remote-code", action="store_true", help=f"run code that comes with {whose} (default: refuse it)")
+
+
+def add_device(add: Callable[..., Any]) -> None:
+    """Add `--device`."""
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="device to work on, such as cuda:1 or cpu (default: auto, an accelerator if there is one)",
+    )
+
+
+def chosen_device(args: argparse.Namespace) -> torch.device:
+    """The device that `--device` names; which it is, where it is an accelerator that was not named, is said.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    from ..devices import choose_device, described
+
+    device = choose_device(args.device)
+    if args.device == "auto" and device.type != "cpu":
+        say(f"on {described(device)}")
+    return device
 
 
 def add_shard_size(add: Callable[..., Any]) -> None:

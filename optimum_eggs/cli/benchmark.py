@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import strict_json
-from .arguments import add_trust, check_both, integer
+from .arguments import add_device, add_trust, check_both, chosen_device, integer
 from .printing import others_on_stderr
 
 
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="timed turns of a layer, of some calls (default: 20)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
+    add_device(parser.add_argument)
     add_trust(parser.add_argument, "the models")
     parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is (default: write it)")
     parser.add_argument("--layers-only", action="store_true", help="leave the models out (default: time them too)")
@@ -78,9 +79,10 @@ def run(args: argparse.Namespace) -> int:
     wanted = parse_dtype(args.dtype)
     dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model, args.trust_remote_code)
 
+    device = chosen_device(args)
     bandwidth = read_bandwidth()
     timings = [
-        time_layer(out, inner, NMPattern.parse(pattern), dtype, batch, args.layer_repeats)
+        time_layer(out, inner, NMPattern.parse(pattern), dtype, batch, args.layer_repeats, device=device)
         for out, inner, pattern in shapes
         for batch in args.batch
     ]
@@ -93,12 +95,14 @@ def run(args: argparse.Namespace) -> int:
                 new_tokens=args.new_tokens,
                 repeats=args.repeats,
                 dtype=args.dtype,
+                device=device,
                 trust_remote_code=args.trust_remote_code,
             )
     machine = {
         "processor": processor(),
         "instruction_set": INSTRUCTION_SETS[-1] if INSTRUCTION_SETS else None,
         "threads": torch.get_num_threads(),
+        "device": str(device),
         "read_bandwidth": bandwidth,
         "torch": torch.__version__,
         "platform": platform.platform(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import strict_json
-from .arguments import add_trust, check_both, integer
+from .arguments import add_device, add_trust, check_both, chosen_device, integer
 from .printing import others_on_stderr
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=integer(1), default=1, metavar="N", help="windows or requests run at a time (default: 1)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
+    add_device(parser.add_argument)
     add_trust(parser.add_argument, "the models")
     parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is (default: write it)")
     parser.add_argument(
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from .recording import may_record, recorded
 
     recording = not args.no_record and may_record(args.model)
+    device = chosen_device(args)
     with others_on_stderr():
         found = evaluate(
             args.model,
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
             apply_chat_template=args.apply_chat_template,
             batch_size=args.batch_size,
             dtype=args.dtype,
+            device=device,
             trust_remote_code=args.trust_remote_code,
         )
     put = recording and recorded(lambda: record(found))

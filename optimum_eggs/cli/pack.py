@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 
 from .. import strict_json
-from .arguments import add_shard_size, add_trust, check_source
+from .arguments import add_device, add_shard_size, add_trust, check_source, chosen_device
 from .printing import others_on_stderr
 
 
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-list", metavar="NAME", help="list of blocks, such as model.layers (default: found by structure)"
     )
+    add_device(parser.add_argument)
     add_trust(parser.add_argument, "MODEL")
     add_shard_size(parser.add_argument)
     parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote at OUT (default: no)")
@@ -49,19 +50,21 @@ def run(args: argparse.Namespace) -> int:
     """Load, pack, save, and print what was found."""
     from pathlib import Path
 
+    from ..devices import device_map
     from ..folders import check_output
     from ..hf.loading import has_tokenizer, load_model
     from ..pattern import NMPattern
     from ..pruner import EGGSPruner
 
     check_output(args.output, args.overwrite, sources=[args.model])
+    options = {"device_map": device_map(chosen_device(args)), "trust_remote_code": args.trust_remote_code}
     pattern = None if args.pattern is None else NMPattern.parse(args.pattern)
     with others_on_stderr():
         if Path(args.model).is_dir() and not has_tokenizer(args.model):
             # no text is read, so no tokenizer is needed
-            pruner = EGGSPruner(load_model(args.model, trust_remote_code=args.trust_remote_code))
+            pruner = EGGSPruner(load_model(args.model, **options))
         else:
-            pruner = EGGSPruner.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+            pruner = EGGSPruner.from_pretrained(args.model, **options)
         report = pruner.pack(pattern, targets=args.targets, ignore=args.ignore, block_list=args.block_list)
         pruner.save_pretrained(args.output, overwrite=args.overwrite, max_shard_size=args.max_shard_size)
     if args.json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import strict_json
 from ..errors import ConfigError, more
 from ..validation import TORCH_SEEDS
-from .arguments import add_shard_size, add_trust, check_source, integer, rare, size
+from .arguments import add_device, add_shard_size, add_trust, check_source, chosen_device, integer, rare, size
 from .printing import others_on_stderr
 from .settings import add_set, make_config
 
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["lm_head"],
         help="leave these dense, such as lm_head down_proj 'layers.0.*' (default: lm_head)",
     )
-    add("--device", help="device to prune on, such as cuda (default: cpu)")
+    add_device(add)
     add(
         "--memory-budget",
         type=size(0),
@@ -202,7 +202,7 @@ def _from_disk(args: argparse.Namespace, config: EGGSConfig, ranks: Ranks) -> Pr
         config,
         dtype=args.dtype,
         save_dtype=None if args.save_dtype == "auto" else args.save_dtype,
-        device=args.device or (ranks.device if ranks.size > 1 else "cpu"),
+        device=ranks.device if ranks.size > 1 and args.device == "auto" else chosen_device(args),
         memory_budget=args.memory_budget,
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
@@ -214,6 +214,7 @@ def _from_disk(args: argparse.Namespace, config: EGGSConfig, ranks: Ranks) -> Pr
 
 def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
     """The model as a whole in memory."""
+    from ..devices import device_map
     from ..folders import check_output
     from ..pruner import EGGSPruner
     from ..sharing import own_card
@@ -224,7 +225,7 @@ def _in_memory(args: argparse.Namespace, config: EGGSConfig) -> PruneReport:
             "block by block; leave --memory-budget out, or save the model to a folder first"
         )
     options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    options |= {"device_map": args.device} if args.device else {}
+    options |= {"device_map": device_map(chosen_device(args))}
     options |= {"revision": args.revision} if args.revision else {}
     pruner = EGGSPruner.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=args.dtype, **options)
     own_card(Path(args.output))  # what is wrong with it is better known before

@@ -7,7 +7,7 @@ import argparse
 from .. import strict_json
 from ..folders import check_folder
 from ..validation import NUMPY_SEEDS
-from .arguments import add_trust, check_source, integer, number
+from .arguments import add_device, add_trust, check_source, chosen_device, integer, number
 from .printing import others_on_stderr
 
 
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=integer(0, NUMPY_SEEDS), default=0, metavar="N", help="of the order of the windows (default: 0)"
     )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time (default: off)")
+    add_device(parser.add_argument)
     add_trust(parser.add_argument, "the model or the teacher")
     parser.add_argument(
         "--overwrite",
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
                 args.output,
                 settings,
                 overwrite=args.overwrite,
+                device=chosen_device(args),
                 trust_remote_code=args.trust_remote_code,
             )
     except KeyboardInterrupt as error:

@@ -19,6 +19,7 @@ from ..engine.report import read_report, text_uses
 from ..errors import ConfigError, ModelError
 from ..folders import check_folder
 from ..hf.attach import packed_layers
+from ..devices import choose_device, device_map
 from ..hf.loading import load_config, load_model, load_tokenizer
 from ..masks.recognise import follows
 from ..nn import NMLinear, dense_weight, is_dense_linear
@@ -54,6 +55,7 @@ def evaluate(
     apply_chat_template: bool = False,
     batch_size: int = 1,
     dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> EvaluationResult:
@@ -80,6 +82,7 @@ def evaluate(
         apply_chat_template: Ask as the tokenizer's chat template says.
         batch_size: Windows or requests run at a time.
         dtype: Dtype to load folders in. Default: the checkpoint's.
+        device: Where models in folders are loaded to. Default: an accelerator if there is one.
         tokenizer: Tokenizer of models in memory; a folder has its own.
         trust_remote_code: Run code that comes with the models in folders.
 
@@ -98,6 +101,7 @@ def evaluate(
     """
     if text is None and not tasks:
         raise ConfigError("there is nothing to judge on; give text (--text), tasks (--tasks) or both")
+    where = choose_device(device)
     sources = [_Source(each, tokenizer, trust_remote_code) for each in (model, against) if each is not None]
     report = {} if sources[0].folder is None else read_report(sources[0].folder)
     contexts = [context for source in sources if (context := context_length(source.config)) is not None]
@@ -125,7 +129,7 @@ def evaluate(
             check_vocabulary(source.config, windows)
     conditions = _conditions(text, split, seq_len, step, apply_chat_template)
     with ExitStack() as stack:
-        models = [stack.enter_context(_evaluating(source.load(dtype))) for source in sources]
+        models = [stack.enter_context(_evaluating(source.load(dtype, where))) for source in sources]
         packed = packed_layers(models[0])
         found = [
             Evaluation(
@@ -200,10 +204,10 @@ class _Source:
             raise ConfigError(f"tokenizer=None with a {self.name} in memory: pass the model's tokenizer")
         return self.tokenizer
 
-    def load(self, dtype: Any) -> Any:
+    def load(self, dtype: Any, device: torch.device) -> Any:
         if self.folder is None:
             return self.given
-        return load_model(self.folder, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        return load_model(self.folder, dtype=dtype, device_map=device_map(device), trust_remote_code=self.trust_remote_code)
 
 
 @contextmanager

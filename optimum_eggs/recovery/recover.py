@@ -24,6 +24,7 @@ from ..calibration.context import check_context, check_vocabulary, context_lengt
 from ..calibration.documents import columns_of, described, documents, refuse_twice, shown
 from ..calibration.windows import token_stream, windows_digest
 from ..config import QUANT_METHOD
+from ..devices import choose_device
 from ..engine.report import read_report, used_texts, without_measurements
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
@@ -147,6 +148,7 @@ def recover(
     *,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    device: str | torch.device = "auto",
 ) -> RecoveryReport:
     """Train the packed model in `model_id` and write it to `output`, packed under the same mask.
 
@@ -166,9 +168,10 @@ def recover(
         overwrite: Replace a model that this package saved at `output`, and what runs of other settings that were cut
             have left.
         trust_remote_code: Run code that comes with the models.
+        device: Where, for one process alone. Default: an accelerator if there is one.
 
     Raises:
-        ConfigError: PEFT is missing, or the teacher is the model itself.
+        ConfigError: PEFT is missing, the teacher is the model itself, or there is no such device.
         ModelError: the model has no packed layer, or cannot be loaded; the teacher is packed, or has another tokenizer.
         CalibrationError: the texts are too short, or the windows too long for the model's context.
         CheckpointError: the model's report cannot be read.
@@ -186,9 +189,13 @@ def recover(
     settings = _with_seq_len(settings, config)
     if settings.teacher is not None:
         _check_teacher(settings.teacher, model_id, config, trust_remote_code)
-    ranks = join_ranks()
+    where = choose_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # which the Trainer goes by
+    ranks = join_ranks(cpu=where.type == "cpu")
+    where = where if ranks.size == 1 else torch.device(ranks.device)
     with ExitStack() as stack:
-        with Meter([PartialState().device]) as meter:
+        with Meter([where]) as meter:
             with ranks.together():
                 tokenizer = load_tokenizer(model_id, trust_remote_code=trust_remote_code)
                 train, held_out = training_windows(settings, tokenizer, ranks.size)
@@ -198,7 +205,7 @@ def recover(
                 if settings.teacher is not None:
                     _check_tokenizer(settings, digest, ranks.size, trust_remote_code)
                 texts = described(settings.train)
-                model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
+                model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code).to(where)
                 if not packed_layers(model):
                     raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
             run = {
@@ -212,7 +219,8 @@ def recover(
             taught = teacher = None
             if settings.teacher is not None:
                 with ranks.together():
-                    teacher = load_model(settings.teacher, trust_remote_code=trust_remote_code).eval()
+                    if ranks.first or settings.block_matching:  # else one reads all windows, for all processes
+                        teacher = load_model(settings.teacher, trust_remote_code=trust_remote_code).eval().to(where)
                 with meter.stage("teacher"):
                     taught = _taught(folder / _TAUGHT, teacher, windows, settings.top_k, ranks)
                 if not settings.block_matching:
@@ -353,10 +361,10 @@ def _check_tokenizer(settings: RecoverySettings, digest: str, processes: int, tr
         )
 
 
-def _taught(file: Path, teacher: PreTrainedModel, windows: Tensor, top_k: int, ranks: Ranks) -> TeacherTokens:
+def _taught(file: Path, teacher: PreTrainedModel | None, windows: Tensor, top_k: int, ranks: Ranks) -> TeacherTokens:
     """The teacher's tokens: from the file that an interrupted run wrote; else made and written by the first process."""
     with ranks.together():
-        if ranks.first and not file.is_file():
+        if ranks.first and teacher is not None and not file.is_file():
             found = teacher_tokens(teacher, windows, top_k, autocast=True)
             part = file.with_suffix(".part")
             save_file({"ids": found.ids, "log_probs": found.log_probs}, part)
@@ -465,7 +473,7 @@ def _train(
         remove_unused_columns=False,
         **saving_memory,
         bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=next(model.parameters()).device.type == "cpu",
         seed=settings.seed,
         report_to=[],
         logging_steps=max(1, every // 4),

@@ -63,6 +63,7 @@ def time_layer(
     repeats: int = 20,
     working_set: int = 1 << 30,
     others: dict[str, Callable[[Tensor, Tensor], object]] | None = None,
+    device: str | torch.device = "cpu",
 ) -> LayerTiming:
     """Time X Wᵀ of `tokens` tokens with random weights, packed and dense in turn, a few calls each.
 
@@ -79,6 +80,7 @@ def time_layer(
         repeats: Timed turns of each, of a few calls.
         working_set: Bytes of dense weight to go through.
         others: Further products to time, from x (tokens, in) and a dense weight (out, in), by name.
+        device: Where.
 
     Raises:
         NumericalError: packed and dense product differ by more than rounding.
@@ -86,12 +88,12 @@ def time_layer(
     generator = torch.Generator().manual_seed(0)
     size = out_features * in_features * dtype.itemsize
     copies = max(2, min(_MOST_COPIES, -(-working_set // size)))
-    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    weight = torch.randn(out_features, in_features, generator=generator).to(device, dtype)
     mask = topn_mask(weight.abs().float(), pattern)
     values, meta = pack(weight, mask, pattern)
     dense = [weight * mask for _ in range(copies)]
     packed = [(values.clone(), meta.clone()) for _ in range(copies)]
-    x = torch.randn(tokens, in_features, generator=generator).to(dtype)
+    x = torch.randn(tokens, in_features, generator=generator).to(device, dtype)
     del weight, mask
     _check(nm_linear(x, *packed[0], None, pattern.n, pattern.m), x, unpack(values, meta, pattern))
 
@@ -116,6 +118,7 @@ def time_layer(
         ],
         repeats,
         _CALLS,
+        devices=[x.device],
     )
     choice = choose(dtype, x.device, tokens)
     read = values.numel() * values.element_size() + meta.numel()

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..calibration.context import context_length
 from ..errors import ConfigError
 from ..hf.attach import packed_layers
+from ..devices import choose_device, device_map
 from ..hf.loading import load_config, load_model
 from ..measure import devices_of
 from .timing import Seconds, alternate
@@ -49,9 +50,10 @@ def time_models(
     new_tokens: int = 128,
     repeats: int = 3,
     dtype: str = "auto",
+    device: str | torch.device = "auto",
     trust_remote_code: bool = False,
 ) -> list[ModelTiming]:
-    """Load the models one after the other, then time them in turn.
+    """Load the models one after the other, to `device`, then time them in turn.
 
     Prefill is one forward pass over `prompt` random tokens; decoding is `generate`, greedy, with a cache, of
     `new_tokens` tokens after a prompt of one. Code that comes with a model is run with `trust_remote_code` alone.
@@ -61,12 +63,13 @@ def time_models(
         ModelError, CheckpointError: a folder cannot be loaded.
     """
     check_models(folders, prompt, new_tokens, trust_remote_code)
+    where = choose_device(device)
     models, resident = [], []
     for folder in folders:
-        _load_and_use(folder, dtype, trust_remote_code)
+        _load_and_use(folder, dtype, where, trust_remote_code)
         gc.collect()
         before = psutil.Process().memory_info().rss
-        models.append(_load_and_use(folder, dtype, trust_remote_code))
+        models.append(_load_and_use(folder, dtype, where, trust_remote_code))
         resident.append(psutil.Process().memory_info().rss - before)
 
     prompts = [_tokens(model, prompt) for model in models]
@@ -107,8 +110,8 @@ def check_models(folders: list[str | Path], prompt: int, new_tokens: int, trust_
                 )
 
 
-def _load_and_use(folder: str | Path, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+def _load_and_use(folder: str | Path, dtype: str, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    model = load_model(folder, dtype=dtype, device_map=device_map(device), trust_remote_code=trust_remote_code).eval()
     _prefill(model, _tokens(model, 2))  # a mapped file takes memory when it is first read
     return model
 
@@ -121,7 +124,7 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 def _tokens(model: PreTrainedModel, length: int) -> Tensor:
     config: Any = model.config.get_text_config()
-    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 @torch.no_grad()

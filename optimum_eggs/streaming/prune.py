@@ -50,7 +50,7 @@ def prune_checkpoint(
     *,
     dtype: str | torch.dtype | None = None,
     save_dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     memory_budget: int | str | None = None,
     max_shard_size: int | str = "50GB",
     overwrite: bool = False,
@@ -77,7 +77,7 @@ def prune_checkpoint(
         config: What to do, with `calibration`.
         dtype: Dtype to load and prune in. Default: the checkpoint's own.
         save_dtype: Dtype to save in. Default: as loaded.
-        device: Where blocks are pruned.
+        device: Where blocks are pruned. Default: an accelerator if there is one.
         memory_budget: The most bytes that the hidden states of a process may take in memory, such as `"8GiB"`; beyond
             it they are on disk. Default: no limit.
         max_shard_size: As for transformers; but blocks share a file only up to 256 MiB, so that joining them takes

@@ -25,7 +25,8 @@ from transformers.utils import logging
 from ..calibration import BlockList, find_block_list
 from ..calibration.context import text_inputs
 from ..config import QUANT_METHOD
-from ..errors import CheckpointError, ConfigError, ModelError, NumericalError, first_line
+from ..devices import choose_device
+from ..errors import CheckpointError, ConfigError, ModelError, NumericalError
 from ..hf.loading import model_class, parse_dtype, translated
 from ..names import hub_id
 from ..nn.experts import SplitExperts, keep_names
@@ -44,7 +45,7 @@ class DenseSource:
     Args:
         model: Folder, or id on the Hub, of a model in safetensors files.
         dtype: Dtype to load in; default: the checkpoint's own.
-        device: Where to.
+        device: Where to, as of [`choose_device`][optimum_eggs.devices.choose_device].
         block_list: Dotted name of the list of blocks, if it is known.
         revision: Branch, tag or commit on the Hub.
         token: For a model on the Hub that is private or gated.
@@ -64,14 +65,14 @@ class DenseSource:
         self,
         model: str | Path,
         dtype: str | torch.dtype | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
         block_list: str | None = None,
         *,
         revision: str | None = None,
         token: str | bool | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.folder, self.device = fetch(model, revision, token), _device(device)
+        self.folder, self.device = fetch(model, revision, token), choose_device(device)
         folder = self.folder
         self.files = weight_files(folder)
         entries = read_headers(self.files)
@@ -243,17 +244,6 @@ class DenseSource:
                 own, torch.empty_like(buffer, device=self.device), persistent=False
             )
         self.model.initialize_weights()
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
-        raise ConfigError(
-            f"device={str(device)!r} cannot be used ({first_line(error)}); leave it out for cpu"
-        ) from error
-    return found
 
 
 @contextmanager

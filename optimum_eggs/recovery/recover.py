@@ -244,8 +244,7 @@ def recover(
                 put_card(own, made)
                 _save(made, trained, tokenizer, pruned if worse else without_measurements(pruned), report, path.name)
                 check_output(path, overwrite)
-                put_in_place(made, path, work)
-                shutil.rmtree(work, ignore_errors=True)
+                put_in_place(made, path, work, clear=True)
     return report
 
 

@@ -216,7 +216,7 @@ def test_what_wraps_modules_is_not_in_the_list_of_what_is_saved(packed_folder, t
     wrapped = torch.nn.Module()
     wrapped._fsdp_wrapped_module = model.model.layers[0]
     model.model.layers[0] = wrapped
-    model.save_pretrained(tmp_path, state_dict=state)
+    model.save_pretrained(tmp_path, state_dict=dict(state))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.quantization_config.pruned_modules == listed
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())

@@ -76,7 +76,7 @@ def push_folder(
     check_folder(folder)
     model_card(folder, repo_id)
     check_reachable(repo_id)
-    inspect_checkpoint(folder).check("it is not pushed until this is mended")
+    inspect_checkpoint(folder).raise_first("it is not pushed until this is mended")
     report = read_report(folder)
     api = HfApi(token=token)
     with said_once(), _refusals(repo_id, token):

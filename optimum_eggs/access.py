@@ -1,6 +1,7 @@
 """What keeps a file or a folder from being read, in words: a permission, what it is, or its name.
 
-Each gives the end of a message, which the path goes before, or None if there is nothing to say.
+`closed`, `no_file` and `no_utf8` give the end of a message, which the path goes before, or None if there is nothing to
+say. None of these functions raises for any path, one that can be none too.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+
+_KINDS = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
 
 
 def is_there(path: str | Path) -> bool:
@@ -21,6 +24,20 @@ def is_there(path: str | Path) -> bool:
     return True
 
 
+def kind(path: Path) -> str | None:
+    """What is at a path: `"file"`, `"folder"`, `"pipe"`, `"socket"`, `"device"`, or `"link"` for one to nothing.
+
+    None where nothing is, and where it may not be looked at, which [`is_there`] and [`closed`] tell apart.
+    """
+    try:
+        mode = path.stat().st_mode
+    except PermissionError:
+        return None
+    except (OSError, ValueError):
+        return "link" if os.path.islink(path) else None  # noqa: PTH114 - Path.is_symlink raises for a long name
+    return next((name for name, holds in _KINDS.items() if holds(mode)), "device")
+
+
 def absolute(path: Path) -> Path:
     """The path from the root on, links not followed, which takes a permission; as it is in a folder that is gone."""
     try:
@@ -31,6 +48,8 @@ def absolute(path: Path) -> Path:
 
 def closed(path: Path) -> str | None:
     """Which permission is missing to read a file or a folder that is there, or to come to it, and who can give it."""
+    if not is_there(path):
+        return None
     if os.access(path, os.R_OK) and os.access(path, os.X_OK if path.is_dir() else os.R_OK):
         return None
     whole = absolute(path)
@@ -40,13 +59,13 @@ def closed(path: Path) -> str | None:
         except PermissionError:  # it is a link into a closed folder
             real = each.resolve()
             why = None if real == each else closed(real)
-            return why and f"is a link to {real}: {why}"
-        except (OSError, ValueError):  # it is not there
+            return why and f"{'' if each == whole else f'{each} '}is a link to {real}: {why}"
+        except OSError:  # it has gone meanwhile
             return None
         folder = stat.S_ISDIR(found.st_mode)
         if not os.access(each, (os.X_OK if folder else 0) | (os.R_OK if each == whole else 0)):
             owner, may = _owner(each, found.st_uid), "r" if not folder else "rx" if each == whole else "x"
-            remedy = f"allow it with `chmod u+{may}`" if found.st_uid == os.geteuid() else f"have {owner} allow it"
+            remedy = f"allow it with `chmod u+{may}`" if found.st_uid == _user() else f"have {owner} allow it"
             what = "may not be read" if each == whole else f"{each} may not be entered"
             return f"{what} (its permissions are {stat.filemode(found.st_mode)}, its owner is {owner}); {remedy}"
     return None
@@ -54,14 +73,12 @@ def closed(path: Path) -> str | None:
 
 def no_file(path: Path) -> str | None:
     """What is at a path in place of a file that can be read; where there is nothing at all, None too."""
-    why = closed(path)
-    if why or path.is_file():
+    why, what = closed(path), kind(path)
+    if why or what in ("file", None):
         return why
-    if is_there(path):
-        return f"is {'a folder' if path.is_dir() else 'a device or a pipe'}, where a file must be; put the file there"
-    if path.is_symlink():
+    if what == "link":
         return f"is a link to {path.readlink()}, which is not there; put the file there, or in the link's place"
-    return None
+    return f"is a {what}, where a file must be; put the file there"
 
 
 def no_utf8(path: str | Path) -> str | None:
@@ -76,5 +93,10 @@ def no_utf8(path: str | Path) -> str | None:
 def _owner(path: Path, number: int) -> str:
     try:
         return path.owner()
-    except (KeyError, OSError):  # no name for this user id, as in containers
+    except (KeyError, OSError, NotImplementedError):  # no name for this user id, as in containers, or for any
         return str(number)
+
+
+def _user() -> int:
+    """The number of the user that this process acts for; -1 on systems whose users have none."""
+    return getattr(os, "geteuid", lambda: -1)()

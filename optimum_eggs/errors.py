@@ -4,6 +4,7 @@ Each message names the thing, its value, the rule it broke and what to do about 
 [`EGGSError`], so `except EGGSError` catches bad input and nothing else.
 """
 
+import re
 from collections.abc import Iterator, Sized
 from typing import Any, overload
 
@@ -30,10 +31,11 @@ def shorten(value: Any) -> str:
 def with_article(name: str) -> str:
     """The name of a class with what goes before it.
 
-    >>> with_article("Embedding"), with_article("Linear")
-    ('an Embedding', 'a Linear')
+    >>> with_article("Embedding"), with_article("Linear"), with_article("NMLinear")
+    ('an Embedding', 'a Linear', 'an NMLinear')
     """
-    return f"{'an' if name[:1].lower() in set('aeio') else 'a'} {name}"
+    vowel = re.match(r"[AEIOaeio]|[FHLMNRSX](?=[A-Z])", name)  # of what is spelt out, the first letter's name
+    return f"{'an' if vowel else 'a'} {name}"
 
 
 def more(items: Sized, shown: int) -> str:

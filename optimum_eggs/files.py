@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import strict_json
+from .access import closed
 
 REPORT_NAME = "report.json"
 """The record of a folder: what is known of the model in it, and which files are ours."""
@@ -74,10 +75,13 @@ def sample(file: Path, pieces: int = 64, size: int = 4096) -> str:
 
 
 def likeness(model: str | Path) -> str | dict[str, list[Any]]:
-    """What a model is known again by: sizes and samples of its weight files; of one that is no folder, its name."""
+    """What a model is known again by: sizes and samples of its weight files; of one that is no folder, its name.
+
+    Of files that may not be read, which it is not loaded from, the sizes alone.
+    """
     folder = Path(model)
     files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".gguf"))
-    return {path.name: [path.stat().st_size, sample(path)] for path in files} or str(model)
+    return {path.name: [path.stat().st_size, None if closed(path) else sample(path)] for path in files} or str(model)
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .access import absolute, closed, is_there, no_utf8
+from .access import absolute, closed, is_there, kind, no_utf8
 from .errors import EGGSError, ModelError, OutputError, first_line, led_by, more
 from .files import REPORT_NAME, changed_files, listed_files, seal, sync
 from .interrupts import held_back
@@ -37,6 +37,11 @@ PUT_IN_PLACE: list[Path] = []
 """The outputs that this process has put in place, in that order."""
 
 
+def said_in_place(since: int) -> list[str]:
+    """What an interrupted user is told of each of [`PUT_IN_PLACE`] but the first `since`."""
+    return [f"{path} is whole and in place" for path in PUT_IN_PLACE[since:]]
+
+
 def check_folder(folder: str | Path, option: str = "") -> None:
     """Raise unless there is such a folder.
 
@@ -45,16 +50,18 @@ def check_folder(folder: str | Path, option: str = "") -> None:
         option: What it was given by, for the message, such as `"--against"`.
 
     Raises:
-        ModelError: there is none, it is a file, may not be read, or has a name that is no UTF-8.
+        ModelError: there is none, it is something else, may not be read, or has a name that is no UTF-8.
     """
     path, named = Path(folder), f"{option} {folder}".strip() or "''"
-    if not str(folder) or not is_there(path):
+    what = kind(path)
+    if not str(folder) or not (what or is_there(path)):
         raise ModelError(f"{named}: there is no such {'file' if path.suffix == '.gguf' else 'folder'}; check the path")
     why = closed(path) or no_utf8(absolute(path))
     if why:
         raise ModelError(f"{named}: {why}")
-    if not path.is_dir():
-        raise ModelError(f"{named}: is a file; name the folder of a saved model")
+    if what != "folder":
+        what = f"link to {path.readlink()}, which is not there" if what == "link" else what
+        raise ModelError(f"{named}: is a {what}; name the folder of a saved model")
 
 
 def check_output(folder: str | Path, overwrite: bool = False, *, sources: Sequence[Any] = (), needs: int = 0) -> Path:
@@ -87,8 +94,7 @@ def check_output(folder: str | Path, overwrite: bool = False, *, sources: Sequen
             raise OutputError(f"{path}: {why}, or name another folder")
         _check_sources(path, sources)
         if path.exists() and not path.is_dir():
-            what = "a file" if path.is_file() else "a device" if _is_device(path) else "no folder"
-            raise OutputError(f"{path}: is {what}; name a folder")
+            raise OutputError(f"{path}: is a {kind(path)}; name a folder")
         if not _is_free(path):
             _check_ours(path, overwrite)
             _check_replaceable(path)
@@ -194,8 +200,9 @@ def put_in_place(made: Path, path: Path, work: Path, clear: bool = False) -> Non
             shutil.rmtree(work if clear else work / _OLD, ignore_errors=True)
             sync(path if work.parent == path else path.parent)
     except KeyboardInterrupt:
-        if PUT_IN_PLACE[before:]:
-            raise KeyboardInterrupt(f"{path} is whole and in place") from None
+        said = said_in_place(before)
+        if said:
+            raise KeyboardInterrupt(said[0]) from None
         raise
 
 
@@ -289,9 +296,9 @@ def _check_room(path: Path, needs: int) -> None:
     if not there.is_dir():
         raise OutputError(f"{path}: {there} is no folder, so nothing can be in it; name another folder")
     # To be moved to another parent, a folder itself must be writable.
-    closed = next((each for each in (there, path) if each.exists() and not os.access(each, os.W_OK | os.X_OK)), None)
-    if closed is not None:
-        raise OutputError(f"{path}: {closed} may not be written to; name another folder, or change its permissions")
+    refusing = next((each for each in (there, path) if each.exists() and not os.access(each, os.W_OK | os.X_OK)), None)
+    if refusing is not None:
+        raise OutputError(f"{path}: {refusing} may not be written to; name another folder, or change its permissions")
     free = shutil.disk_usage(there).free
     if needs > free:
         raise OutputError(
@@ -323,11 +330,6 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-
-
-def _is_device(path: Path) -> bool:
-    mode = path.stat().st_mode
-    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 
 def _is_of_writing(error: BaseException, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -70,13 +71,14 @@ class Inspection:
         """Whether nothing is wrong."""
         return not self.violations
 
-    def check(self, remedy: str) -> None:
+    def raise_first(self, remedy: str) -> None:
         """Raise if anything is wrong, with what to do about it.
 
         Raises:
             CheckpointError: the first violation.
         """
-        for first in self.violations:
+        if self.violations:
+            first = self.violations[0]
             raise CheckpointError(f"{self.folder}: {first.where}: {first.rule}: {first.detail}; {remedy}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,9 +154,9 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
 def _detail(error: CheckpointError, folder: str | Path, file: str = "") -> str:
     """What an error says, without the names of the folder and of the file, which the violation has."""
     said = str(error)
-    for name in (Path(folder) / file, folder, file):
+    for name in filter(None, (str(Path(folder) / file), str(folder), file)):
         said = said.removeprefix(f"{name}: ")
-    return said
+    return said.removeprefix(f"{Path(folder)}{os.sep}")  # before the name of a file that the violation does not have
 
 
 def _is_finite(tensor: Tensor) -> bool:

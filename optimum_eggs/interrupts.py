@@ -15,6 +15,9 @@ def held_back() -> Iterator[None]:
 
     Only Python's own way with an interrupt is changed so, which is that of the main thread; a handler of the user's, or
     none, stays.
+
+    Raises:
+        KeyboardInterrupt: one came. It takes the place of an exception from within, which is its `__context__`.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

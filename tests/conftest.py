@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import tiny
 import torch
 from forks import Forks
 from hypothesis import settings
+from unprivileged import can_become_ordinary
 
 from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.ops import force
@@ -27,6 +29,21 @@ settings.load_profile("quick")  # `--hypothesis-profile` is heeded after this
 def _one_thread():
     # Tiny matrices: more threads only wait for each other.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts():
+    # A shell's background jobs ignore them, and so does whatever is started by one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def unprivileged():
+    """For tests whose runs call `become_ordinary`."""
+    if not can_become_ordinary():
+        pytest.skip("root cannot give up what it may do here")
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from optimum_eggs.access import closed, is_there, no_file, no_utf8
+from optimum_eggs.access import closed, is_there, kind, no_file, no_utf8
+from optimum_eggs.errors import ModelError, OutputError
+from optimum_eggs.folders import check_folder, check_output
 
 SAY = f"""
 import json, sys
@@ -18,7 +21,7 @@ print(json.dumps([[is_there(path), closed(Path(path)), no_file(Path(path))] for 
 
 
 @pytest.fixture
-def said(forks, tmp_path):
+def said(unprivileged, forks, tmp_path):
     """What an ordinary user is told of names in `tmp_path`."""
 
     def said(*paths):
@@ -39,15 +42,17 @@ def test_the_permission_that_is_missing_is_named(said, tmp_path):
         (tmp_path / name / "file").touch()
         (tmp_path / name).chmod(mode)
     (tmp_path / "link").symlink_to(tmp_path / "parent" / "file")
+    (tmp_path / "way").symlink_to(tmp_path / "parent" / "sub")
     of = f"its owner is {owner}); allow it with `chmod u+"
     parent = f"{tmp_path}/parent may not be entered (its permissions are drw-------, {of}x`"
     for (there, why, other), expected in zip(
-        said("file", "folder", "parent/file", "link"),
+        said("file", "folder", "parent/file", "link", "way/file"),
         [
             f"may not be read (its permissions are --w-------, {of}r`",
             f"may not be read (its permissions are d-wx------, {of}rx`",
             parent,
             f"is a link to {tmp_path}/parent/file: {parent}",
+            f"{tmp_path}/way is a link to {tmp_path}/parent/sub: {parent}",
         ],
         strict=True,
     ):
@@ -70,7 +75,15 @@ def test_a_file_of_another_owner_is_theirs_to_open(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
     assert closed(tmp_path / "file").endswith(f"; have {tmp_path.owner()} allow it")
     monkeypatch.setattr(Path, "owner", lambda self: {}[self])  # no name for the user id
-    assert closed(tmp_path / "file").endswith(f"; have {tmp_path.stat().st_uid} allow it")
+    number = tmp_path.stat().st_uid
+    assert closed(tmp_path / "file").endswith(f"; have {number} allow it")
+
+    def no_owners(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(Path, "owner", no_owners)  # as on Windows
+    monkeypatch.delattr(os, "geteuid")
+    assert closed(tmp_path / "file").endswith(f"its owner is {number}); have {number} allow it")
 
 
 def test_what_is_in_a_files_place_is_called_what_it_is(tmp_path):
@@ -79,16 +92,32 @@ def test_what_is_in_a_files_place_is_called_what_it_is(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "good").symlink_to(__file__)
     os.mkfifo(tmp_path / "pipe")
-    assert no_file(tmp_path / "folder") == "is a folder, where a file must be; put the file there"
-    assert no_file(tmp_path / "pipe") == "is a device or a pipe, where a file must be; put the file there"
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    for what in ("folder", "pipe", "socket", "device"):
+        path = Path("/dev/null") if what == "device" else tmp_path / what
+        assert kind(path) == what
+        assert no_file(path) == f"is a {what}, where a file must be; put the file there"
+        if what != "folder":
+            with pytest.raises(ModelError, match=f"^{path}: is a {what}; name the folder of a saved model$"):
+                check_folder(path)
+            with pytest.raises(OutputError, match=f"^{path}: is a {what}; name a folder$"):
+                check_output(path)
     for name, target in (("dangling", "gone"), ("loop", "loop")):
         why = f"is a link to {target}, which is not there; put the file there, or in the link's place"
+        assert kind(tmp_path / name) == "link"
         assert no_file(tmp_path / name) == why
+        message = f"{name}: is a link to {target}, which is not there; name the folder of a saved model$"
+        with pytest.raises(ModelError, match=message):
+            check_folder(tmp_path / name)
+    assert kind(tmp_path / "good") == "file"
     assert no_file(tmp_path / "good") is None
 
 
-def test_a_name_that_can_be_none_is_not_there():
-    assert not any(is_there(name) for name in ("x" * 300, "a\0b", "/dev/null/x"))
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a\ud800b", "/dev/null/x"])
+def test_a_name_that_can_be_none_is_not_there(name):
+    assert not is_there(name)
+    assert [say(Path(name)) for say in (kind, closed, no_file)] == [None] * 3
 
 
 def test_a_path_that_is_no_utf8():

@@ -293,7 +293,7 @@ def test_what_is_no_folder_is_refused(tmp_path):
         ("file", r"file: is a file; name a folder"),
         ("dangling", r"dangling: is a link to .*gone, which is not there"),
         ("loop", r"loop: is a link to .*loop, which is not there"),
-        ("pipe", r"pipe: is no folder; name a folder"),
+        ("pipe", r"pipe: is a pipe; name a folder"),
         ("file/out", r"out: .*file is no folder, so nothing can be in it; name another folder"),
         ("x" * 300, r"cannot be written \(.*too long.*\); name another folder"),
     ):

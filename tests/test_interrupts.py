@@ -29,6 +29,18 @@ def test_the_first_is_raised_at_the_end_and_a_second_at_once(interrupts, reached
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_one_takes_the_place_of_what_is_raised_within():
+    def fails():
+        with held_back():
+            interrupt()
+            raise ZeroDivisionError
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        fails()
+    assert isinstance(raised.value.__context__, ZeroDivisionError)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_without_one_nothing_is_raised_but_what_is():
     with held_back():
         pass

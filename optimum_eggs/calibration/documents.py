@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..access import no_utf8
+from ..access import closed, kind, no_utf8
 from ..errors import CalibrationError, ConfigError, first_line, shorten, without
 from ..files import sha256
 from ..names import TEXT_ENDINGS, public_names
@@ -21,7 +21,6 @@ from .files import (
     read_rows,
     read_text,
     rows_kind,
-    what_is_at,
 )
 
 SAMPLE = "sample"
@@ -314,16 +313,19 @@ def _is_file_name(source: str | Path) -> bool:
     path, why = Path(source), no_utf8(source)
     if why:
         raise UnusableError(f": {why}")
-    kind = what_is_at(path)
+    found = kind(path)
     if source in (SAMPLE, *NAMED_DATASETS):
-        if kind == "file":
+        if found == "file":
             raise UnusableError(
                 f" is a name known here and that of a file in this folder; write './{source}' for the file, or rename "
                 "it"
             )
         return False
-    if kind is not None:
-        check_file(path, kind)
+    why = closed(path)
+    if why:
+        raise UnusableError(f": {why}")
+    if found is not None:
+        check_file(path, found)
         return True
     if isinstance(source, Path) or _is_named_like_a_file(source):
         raise UnusableError(": there is no such file; check the path")
@@ -342,10 +344,10 @@ def _is_named_like_a_file(name: str) -> bool:
 
 def _read(path: Path, text_column: str | None, called: str) -> Sequence[str] | Column:
     """The text of a file, or the column of texts of one that holds rows."""
-    kind = rows_kind(path)
-    if kind is not None:
-        rows = read_rows(path, kind)
-        return Column(rows, _text_column(rows, kind, text_column, called), called)
+    ending = rows_kind(path)
+    if ending is not None:
+        rows = read_rows(path, ending)
+        return Column(rows, _text_column(rows, ending, text_column, called), called)
     _refuse_column(text_column)
     return [read_text(path)]
 
@@ -379,7 +381,7 @@ def _is_plain(source: Any) -> bool:
     return source == SAMPLE or (is_file and rows_kind(Path(source)) is None)
 
 
-def _text_column(rows: Any, kind: str, asked: str | None, called: str) -> str:
+def _text_column(rows: Any, ending: str, asked: str | None, called: str) -> str:
     """The column asked for, or of token ids, or of the usual name, or the one of texts, of a file of rows."""
     names = rows.column_names
     usual = [name for name in (_TOKEN_COLUMN, "text") if name in names]
@@ -396,7 +398,7 @@ def _text_column(rows: Any, kind: str, asked: str | None, called: str) -> str:
         which = (
             f"has the columns of texts {_listed(texts)}" if texts else f"has no column of texts, only {_listed(names)}"
         )
-    header = ", as its first line calls them" if kind in ("csv", "tsv") else ""
+    header = ", as its first line calls them" if ending in ("csv", "tsv") else ""
     raise CalibrationError(f"{called} {which}{header}; name one with {_NAME_COLUMN}")
 
 

@@ -7,15 +7,13 @@ import glob
 import gzip
 import io
 import json
-import shutil
-import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from ..access import no_file
 from ..errors import first_line
 from ..logs import silent
 
@@ -47,39 +45,15 @@ _BEGINNINGS: dict[bytes, tuple[str, str]] = {
 }
 """How files begin that are taken for UTF-8 text -> what they are, and what to do."""
 TO_UTF8 = "convert it to UTF-8, such as with `iconv -f LATIN1 -t UTF-8`, or give a text file"
-_DISK = "check the file, its disk, and the room for temporary files"
-_NOT_FILES = {
-    "pipe": stat.S_ISFIFO,
-    "socket": stat.S_ISSOCK,
-    "device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
-}
+_DISK = "check the file and its disk"
 
 
 class UnusableError(Exception):
     """Why a source cannot be used: what is said behind its name."""
 
 
-def what_is_at(path: Path) -> str | None:
-    """`"file"`, `"folder"`, `"pipe"`, `"socket"`, `"device"`, `"link"` for one to nothing, or None if nothing is there.
-
-    Raises:
-        UnusableError: it cannot be looked at, such as in a folder that may not be searched.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return "link" if path.is_symlink() else None
-    except ValueError:  # no path at all
-        return None
-    except OSError as error:
-        raise UnusableError(f" cannot be looked at: {first_line(error)}; check the path and its permissions") from error
-    if stat.S_ISDIR(mode):
-        return "folder"
-    return next((name for name, holds in _NOT_FILES.items() if holds(mode)), "file")
-
-
 def check_file(path: Path, kind: str) -> None:
-    """Raise unless something of this kind, as of `what_is_at`, is a file that may be read and is not blank.
+    """Raise unless something of this kind, as `access.kind` tells it, is a file that is not blank.
 
     Raises:
         UnusableError: it is not.
@@ -87,16 +61,13 @@ def check_file(path: Path, kind: str) -> None:
     if kind == "folder":
         raise UnusableError(" is a folder; pass a text file in it, or a data set's name")
     if kind == "link":
-        raise UnusableError(f" is a link to {str(path.readlink())!r}, and there is no such file; check the link")
+        raise UnusableError(f": {no_file(path)}")
     if kind != "file":
         raise UnusableError(
             f" is a {kind}, which is not read, since a run must find the same text again; save it to a file"
         )
-    with _unpacked(path) as file:
-        chunks = iter(lambda: file.read(1 << 16), b"")
-        if next(chunks, b"").strip() or any(chunk.strip() for chunk in chunks):
-            return
-    raise UnusableError(" is empty, or holds nothing but white space; give a file with text in it")
+    if not any(chunk.strip() for chunk in _unpacked(path)):
+        raise UnusableError(" is empty, or holds nothing but white space; give a file with text in it")
 
 
 def is_blank(text: str) -> bool:
@@ -115,8 +86,7 @@ def read_text(path: Path) -> str:
         UnusableError: it cannot be read, is not UTF-8, or is blank.
     """
     try:
-        with _unpacked(path) as file, io.TextIOWrapper(file, encoding="utf-8") as decoded:
-            text = decoded.read()
+        text = io.TextIOWrapper(io.BytesIO(b"".join(_unpacked(path))), encoding="utf-8").read()
     except UnicodeDecodeError as error:
         what, remedy = _known_by_its_beginning(path) or (str(error), TO_UTF8)
         raise UnusableError(f" cannot be read as UTF-8 text: {what}; {remedy}") from error
@@ -140,24 +110,30 @@ def read_rows(path: Path, kind: str) -> Any:
     """The rows of a file of this kind, as a `datasets.Dataset`.
 
     Raises:
-        UnusableError: it cannot be read, or has no rows.
+        UnusableError: it cannot be read, or has no rows; or there is no room for temporary files.
     """
     import datasets
 
     reader, options = _ROWS[kind]
     read = getattr(datasets.Dataset, f"from_{reader}")
-    with tempfile.TemporaryDirectory() as cache:  # the user's own may be read-only, and is not for every text
-        plain = path
-        if _is_gzipped(path):
-            plain = Path(cache) / "rows"
-            with _unpacked(path) as packed, plain.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-        try:
-            with silent("datasets"):
-                # What is read is mapped from a file of the cache, which stays until it is let go, nameless.
-                return read(glob.escape(str(plain)), cache_dir=cache, **options)
-        except Exception as error:  # pyarrow, pandas and datasets raise some ten kinds; each means the same here
-            raise UnusableError(_why_no_rows(path, kind, error)) from error
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # the user's own may be read-only, and is not for every text
+            plain = path
+            if _is_gzipped(path):
+                plain = Path(cache) / "rows"
+                with plain.open("wb") as unpacked:
+                    unpacked.writelines(_unpacked(path))
+            try:
+                with silent("datasets"):
+                    # What is read is mapped from a file of the cache, which stays until it is let go, nameless.
+                    return read(glob.escape(str(plain)), cache_dir=cache, **options)
+            except Exception as error:  # pyarrow, pandas and datasets raise some ten kinds; each means the same here
+                raise UnusableError(_why_no_rows(path, kind, error)) from error
+    except OSError as error:
+        raise UnusableError(
+            f" cannot be read without temporary files, which cannot be written ({first_line(error)}); make room for "
+            "them, or name another folder for them by TMPDIR"
+        ) from error
 
 
 def _why_no_rows(path: Path, kind: str, error: Exception) -> str:
@@ -171,7 +147,7 @@ def _why_no_rows(path: Path, kind: str, error: Exception) -> str:
     elif isinstance(cause, UnicodeDecodeError):
         said, remedy = str(cause), TO_UTF8
     elif isinstance(cause, OSError):
-        said, remedy = first_line(cause), _DISK
+        said, remedy = first_line(cause), f"{_DISK}, and the room for temporary files"
     else:
         said = (_broken_line(path) if kind == "jsonl" else None) or first_line(cause).rstrip(".!")
         remedy = "mend it, or give it the ending of what it is, such as .txt for plain text"
@@ -180,21 +156,19 @@ def _why_no_rows(path: Path, kind: str, error: Exception) -> str:
 
 def _broken_line(path: Path) -> str | None:
     """The first line of a file that is not JSON, and why; None if all are."""
-    with _unpacked(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                json.loads(line.strip() or b"0")
-            except json.JSONDecodeError as error:
-                return f"line {number} is no JSON ({error.msg}: column {error.colno})"
-            except (ValueError, RecursionError) as error:
-                return f"line {number} is no JSON ({first_line(error)})"
+    for number, line in enumerate(_unpacked(path, by_line=True), 1):
+        try:
+            json.loads(line.strip() or b"0")
+        except json.JSONDecodeError as error:
+            return f"line {number} is no JSON ({error.msg}: column {error.colno})"
+        except (ValueError, RecursionError) as error:
+            return f"line {number} is no JSON ({first_line(error)})"
     return None
 
 
 def _known_by_its_beginning(path: Path) -> tuple[str, str] | None:
     """What a file is that is no UTF-8 text, and what to do with it, if that can be told."""
-    with _unpacked(path) as file:
-        start = file.read(8)
+    start = next(_unpacked(path), b"")
     return next((found for beginning, found in _BEGINNINGS.items() if start.startswith(beginning)), None)
 
 
@@ -202,18 +176,15 @@ def _is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-@contextmanager
-def _unpacked(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked if its ending says that it is gzipped.
+def _unpacked(path: Path, by_line: bool = False) -> Iterator[bytes]:
+    """The bytes of a file in chunks or in lines, unpacked if its ending says that it is gzipped.
 
     Raises:
         UnusableError: they cannot be read.
     """
     try:
         with gzip.open(path) if _is_gzipped(path) else path.open("rb") as file:
-            yield cast(BinaryIO, file)
-    except PermissionError as error:
-        raise UnusableError(" may not be read; change its permissions, as `chmod u+r` does") from error
+            yield from file if by_line else iter(lambda: file.read(1 << 16), b"")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UnusableError(
             f" cannot be unpacked as gzip: {first_line(error).rstrip('.')}; pack it anew, or take .gz off its name if "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import validation as check
-from ..access import closed, no_utf8
+from ..access import closed, kind, no_utf8
 from ..errors import ConfigError
 from ..folders import check_folder
 from ..names import hub_id
@@ -71,7 +71,7 @@ def check_source(name: str, option: str = "", bare: bool = True) -> None:
     """
     path = Path(name)
     on_the_hub = hub_id(name) is not None and (bare or "/" in name)
-    is_gguf = path.suffix == ".gguf" and not (closed(path) or no_utf8(path)) and path.is_file()
+    is_gguf = path.suffix == ".gguf" and kind(path) == "file" and not (closed(path) or no_utf8(path))
     if not on_the_hub and not is_gguf:
         check_folder(name, option)
 

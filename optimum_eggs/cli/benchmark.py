@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     with others_on_stderr():
         found = inspect_checkpoint(args.model)
-    found.check("`inspect` lists all")
+    found.raise_first("`inspect` lists all")
     shapes: dict[tuple[int, int, str], int] = {}
     for layer in found.layers:
         shape = (layer.out_features, layer.in_features, layer.pattern)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partialmethod
 
 from ..errors import EGGSError, first_line, is_out_of_memory
-from ..folders import PUT_IN_PLACE
+from ..folders import PUT_IN_PLACE, said_in_place
 from ..interrupts import held_back
 from ..logs import said_once
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
         say(f"error: there is not enough memory ({first_line(error)}); {remedy}")
         return 1
     except KeyboardInterrupt as error:
-        known = [f"{path} is whole and in place" for path in PUT_IN_PLACE[before:]] or [str(error)]
+        known = said_in_place(before) or [str(error)]
         if not any(known) and args.subcommand not in _WRITE_ELSEWHERE:
             known = ["nothing was written"]
         say("; ".join(["interrupted", *filter(None, known)]))

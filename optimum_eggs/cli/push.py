@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from ..access import closed, no_utf8
-from ..errors import ModelError
-from .arguments import check_model
 from .printing import others_on_stderr
 
 
@@ -25,17 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch to push to, made if it is not there (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request (default: commit)")
     parser.add_argument("--token", help="access token (default: the one you are logged in with)")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse a DIR that is no folder, or with a file in it that cannot be read: all but the hidden ones are pushed."""
-    check_model(args)
-    folder = Path(args.model)
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        why = None if hidden else closed(path) or no_utf8(path)
-        if why:
-            raise ModelError(f"{path}: {why}")
 
 
 def run(args: argparse.Namespace) -> int:

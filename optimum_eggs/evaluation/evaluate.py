@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..calibration.context import check_context, check_vocabulary, context_length
 from ..calibration.documents import described
 from ..calibration.windows import windows_digest
+from ..devices import choose_device, device_map
 from ..engine.report import read_report, text_uses
 from ..errors import ConfigError, ModelError
 from ..folders import check_folder
 from ..hf.attach import packed_layers
-from ..devices import choose_device, device_map
 from ..hf.loading import load_config, load_model, load_tokenizer
 from ..masks.recognise import follows
 from ..nn import NMLinear, dense_weight, is_dense_linear
@@ -207,7 +207,9 @@ class _Source:
     def load(self, dtype: Any, device: torch.device) -> Any:
         if self.folder is None:
             return self.given
-        return load_model(self.folder, dtype=dtype, device_map=device_map(device), trust_remote_code=self.trust_remote_code)
+        return load_model(
+            self.folder, dtype=dtype, device_map=device_map(device), trust_remote_code=self.trust_remote_code
+        )
 
 
 @contextmanager

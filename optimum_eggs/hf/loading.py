@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
-from ..access import closed, is_there, no_file, no_utf8
+from ..access import closed, is_there, kind, no_file, no_utf8
 from ..dtypes import DTYPES
 from ..errors import (
     CheckpointError,
@@ -29,7 +29,7 @@ from ..errors import (
 from ..folders import check_folder
 from ..logs import said_once
 from ..names import hub_id
-from ..packing.checkpoint import WEIGHTS_NAME
+from ..packing.checkpoint import INDEX_NAME, WEIGHTS_NAME, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def parse_dtype(name: str | torch.dtype | None) -> str | torch.dtype:
 def split_gguf(model_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """A path that is a GGUF file itself, as (folder, file)."""
     path = Path(model_id)
-    if gguf_file is None and path.suffix == ".gguf" and not closed(path) and path.is_file():
+    if gguf_file is None and path.suffix == ".gguf" and kind(path) == "file" and not closed(path):
         return str(path.parent), path.name
     return str(model_id), gguf_file
 
@@ -82,13 +82,14 @@ def _gguf_option(source: str, gguf_file: str | None, subfolder: str | None) -> d
     if gguf_file is None:
         return {}
     folder = Path(source, subfolder or "")
-    if not closed(folder) and folder.is_dir():
+    if kind(folder) == "folder" and not closed(folder):
         file = folder / gguf_file
         why = (no_file(file) or no_utf8(file)) if gguf_file else None
         if why is None and not (gguf_file and is_there(file)):
             there = sorted(each.name for each in folder.glob("*.gguf"))
-            remedy = f"name one of {there}" if there else "no GGUF file is in it; leave it out for its safetensors"
-            why = f"there is no such file in {folder}; {remedy}"
+            others = f"; name one of {there}"
+            none = ", which holds no GGUF file; leave gguf_file out to load its safetensors"
+            why = f"there is no such file in {folder}{others if there else none}"
         if why:
             raise ModelError(f"gguf_file={gguf_file!r}: {why}")
     return {"gguf_file": gguf_file}
@@ -128,6 +129,18 @@ def load_config(
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **extra, **kwargs)
 
 
+def check_weights(model_id: str | Path) -> None:
+    """Raise if the safetensors files that a model in a folder is loaded from are not all there, or may not be read.
+
+    Pickled weights, GGUF files and models on the Hub are looked at when they are loaded.
+
+    Raises:
+        CheckpointError: one is not there, or may not.
+    """
+    if any(kind(Path(model_id) / name) for name in (WEIGHTS_NAME, INDEX_NAME)):
+        weight_files(model_id)
+
+
 def load_model(
     model_id: str | Path,
     *,
@@ -156,8 +169,8 @@ def load_model(
     hub = hub_options(kwargs)
     with translated(source, "model", kwargs.get("token"), kwargs.get("subfolder")):
         config = transformers.AutoConfig.from_pretrained(source, **extra, **hub)
-        kind = model_class(config, kwargs["trust_remote_code"]) or transformers.AutoModelForCausalLM
-        model = kind.from_pretrained(source, dtype=parse_dtype(dtype), **extra, **kwargs)
+        cls = model_class(config, kwargs["trust_remote_code"]) or transformers.AutoModelForCausalLM
+        model = cls.from_pretrained(source, dtype=parse_dtype(dtype), **extra, **kwargs)
     if gguf_file:
         # The weights are dense by now; transformers would still refuse to save a model that says it is GGUF.
         quantizer: Any = model.hf_quantizer
@@ -257,7 +270,7 @@ def translated(source: str, what: str, token: str | bool | None = None, subfolde
     on_the_hub = hub_id(source) is not None
     if not on_the_hub:
         check_folder(shown if source else "")
-        _check_files(path, what)
+        _check_config(path)
     try:
         with said_once():
             yield
@@ -306,18 +319,17 @@ def translated(source: str, what: str, token: str | bool | None = None, subfolde
         raise
 
 
-def _check_files(folder: Path, what: str) -> None:
-    """Raise if the configuration of a saved model is missing, or it or a weight file of its may not be read.
+def _check_config(folder: Path) -> None:
+    """Raise if the configuration of a saved model is missing, or may not be read.
 
     Raises:
-        ModelError: one is, or may not.
+        ModelError: it is, or may not.
     """
-    weights = (folder / WEIGHTS_NAME, *sorted(folder.glob("model-*.safetensors"))) if what == "model" else ()
-    found = [(file, closed(file)) for file in weights]
-    for file, why in [(folder / "config.json", no_file(folder / "config.json")), *found]:
-        if why:
-            raise ModelError(f"{file}: {why}")
-    if not any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    why = no_file(file)
+    if why:
+        raise ModelError(f"{file}: {why}")
+    if not any(folder.glob("*.gguf")) and kind(file) != "file":
         raise ModelError(f"{folder}: there is no config.json in it; pass the folder of a saved model")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,10 @@ from transformers.modeling_utils import PreTrainedModel
 from ..config import QUANT_METHOD
 from .attach import packed_layers
 from .quantizer import EGGSHfQuantizer
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What FSDP, activation checkpointing and compilation put into the names of modules, and not into those of a state dict
+that is gathered to be saved."""
 
 
 @contextmanager
@@ -30,11 +35,14 @@ def _saved_instead(quantizer: EGGSHfQuantizer, state_dict: Any) -> Iterator[None
 
 
 @contextmanager
-def _listed_as_it_is(model: PreTrainedModel) -> Iterator[None]:
-    """List the layers that are packed now: some may have been taken out or made dense since the model was made."""
+def _listed_as_it_is(model: PreTrainedModel, state_dict: Any) -> Iterator[None]:
+    """List the layers that are packed in what is saved: the model may have been changed by hand since it was made."""
     config = model.config.quantization_config
     stored = config.pruned_modules
-    config.pruned_modules = {name: str(layer.pattern) for name, layer in packed_layers(model).items()}
+    now = {_WRAPPERS.sub("", name): str(layer.pattern) for name, layer in packed_layers(model).items()}
+    if state_dict is not None:
+        now = {name: pattern for name, pattern in now.items() if f"{name}.weight_meta" in state_dict}
+    config.pruned_modules = now
     try:
         yield
     finally:
@@ -70,7 +78,7 @@ def _wrap(kind: Any) -> None:
                 given = signature.bind(self, *args, **kwargs).arguments.get("state_dict")
                 stack.enter_context(_saved_instead(quantizer, given))
                 if packed_layers(self):
-                    stack.enter_context(_listed_as_it_is(self))
+                    stack.enter_context(_listed_as_it_is(self, given))
             stack.enter_context(_called_dense(self))
             save(self, *args, **kwargs)
 

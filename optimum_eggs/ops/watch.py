@@ -46,4 +46,4 @@ def wants_torch_alone() -> bool:
 
 def transforms() -> bool:
     """Whether a transform of torch.func is at work, `vmap` included."""
-    return torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

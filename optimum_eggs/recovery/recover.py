@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from ..evaluation.perplexity import perplexity
 from ..files import REPORT_NAME, likeness
 from ..folders import check_output, claimed, put_in_place, written
 from ..hf.attach import packed_layers
-from ..hf.loading import has_tokenizer, load_config, load_model, load_tokenizer
+from ..hf.loading import check_weights, has_tokenizer, load_config, load_model, load_tokenizer
 from ..measure import Meter
 from ..names import public_name, public_names
 from ..presets import SEQ_LEN
@@ -252,8 +251,7 @@ def recover(
                 put_card(own, made)
                 _save(made, trained, tokenizer, pruned if worse else without_measurements(pruned), report, path.name)
                 check_output(path, overwrite)
-                put_in_place(made, path, work)
-                shutil.rmtree(work, ignore_errors=True)
+                put_in_place(made, path, work, clear=True)
     return report
 
 
@@ -345,6 +343,7 @@ def _check_teacher(teacher_id: str, model_id: str | Path, config: Any, trust_rem
         raise ModelError(
             f"teacher={teacher_id!r} has a vocabulary of {sizes[0]}, the model one of {sizes[1]}; they must agree"
         )
+    check_weights(teacher_id)
 
 
 def _check_tokenizer(settings: RecoverySettings, digest: str, processes: int, trust_remote_code: bool) -> None:

@@ -115,7 +115,7 @@ def _measure_spectra(folder: str | Path, report: dict[str, Any]) -> None:
         CheckpointError: the weights are damaged.
     """
     found = inspect_checkpoint(folder, with_spectra=True)
-    found.check("`inspect` lists all")
+    found.raise_first("`inspect` lists all")
     measured = {layer.name: asdict(layer.spectra) for layer in found.layers if layer.spectra is not None}
     for layer in report["layers"]:
         if layer["name"] not in measured:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError
 
 from .. import strict_json
 from .. import validation as check
+from ..access import closed
 from ..engine.report import read_report, without_measurements
+from ..errors import ModelError
 from ..files import REPORT_NAME, seal
 from ..hf.loading import found_by, set_commit
-from .push import check_reachable, check_repo_id, save_and_push
+from ..logs import said_once
+from .push import check_reachable, check_repo_id, push_saved, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
     """
     shard_size = check.size("max_shard_size", max_shard_size)
     check_repo_id(repo_id)
-    report, source = _report_of(model, repo_id, options.get("token"))
+    check_reachable(repo_id)
+    report, source = _report_of(model, options.get("token"))
     if report is None:
         logger.warning(
             "%s: no %s was found where the model comes from, so it gets no card of ours", repo_id, REPORT_NAME
@@ -51,15 +55,19 @@ def push_model(model: Any, repo_id: str, *, max_shard_size: int | str = "50GB", 
         (folder / REPORT_NAME).write_text(strict_json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         seal(folder)
 
-    return save_and_push(save, repo_id, **options)
+    return push_saved(save, repo_id, **options)
 
 
-def _report_of(model: Any, repo_id: str, token: str | bool | None) -> tuple[dict[str, Any] | None, Path | None]:
+def _report_of(model: Any, token: str | bool | None) -> tuple[dict[str, Any] | None, Path | None]:
     """The report, and the folder that it and the weights were read from, if they were.
+
+    The Hub is asked only for that of weights which came from there: what it has by the name of a folder that was here
+    is of another model.
 
     Raises:
         CheckpointError: the report is damaged.
-        HubError: it is on the Hub, which does not answer.
+        ModelError: it may not be read.
+        HubError: the Hub does not answer, or anything but that there is no report.
     """
     pruned = getattr(model.hf_quantizer, "report", None)
     if pruned is not None:
@@ -68,20 +76,37 @@ def _report_of(model: Any, repo_id: str, token: str | bool | None) -> tuple[dict
     if not source:  # a state dict came from nowhere
         return None, None
     path = (Path(source) if file is None else Path(file).parent) / REPORT_NAME
+    _check_readable(path)
     if not path.is_file():
-        if Path(source).is_dir():
+        where: dict[str, Any] = found_by(source, file)
+        if "cache_dir" not in where:  # the weights are not of the Hub
             return None, None
-        check_reachable(repo_id)
         set_commit(model, file)
-        where: dict[str, Any] = {"revision": getattr(model.config, "_commit_hash", None), **found_by(source, file)}
-        try:
-            path = Path(hf_hub_download(source, REPORT_NAME, token=token, **where))
-        except (EntryNotFoundError, HTTPError, OSError, ValueError):
-            return None, None
+        with said_once(), refusals(source, token):
+            try:
+                path = Path(
+                    hf_hub_download(source, REPORT_NAME, token=token, revision=model.config._commit_hash, **where)
+                )
+            except HfHubHTTPError as error:
+                if error.response is not None and error.response.status_code == 404:
+                    return None, None
+                raise
     return read_report(path.parent), path.parent
 
 
 def _same_weights(folder: Path, source: Path) -> bool:
-    """Whether two folders hold the same weight files, byte for byte."""
+    """Whether two folders hold the same weight files, byte for byte.
+
+    Raises:
+        ModelError: those of `source` may not be read.
+    """
+    _check_readable(source, *source.glob("*.safetensors"))
     ours, theirs = ({path.name for path in place.glob("*.safetensors")} for place in (folder, source))
     return ours == theirs and all(filecmp.cmp(folder / name, source / name, shallow=False) for name in ours)
+
+
+def _check_readable(*paths: Path) -> None:
+    for path in paths:
+        why = closed(path)
+        if why:
+            raise ModelError(f"{path}: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,8 +23,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects, get_session, validate_repo_id
 
+from ..access import closed, no_utf8
 from ..engine.report import read_report
-from ..errors import ConfigError, EGGSError, HubError, first_line, is_out_of_memory, without
+from ..errors import ConfigError, EGGSError, HubError, ModelError, first_line, is_out_of_memory, without
 from ..folders import check_folder
 from ..inspection import inspect_checkpoint
 from ..logs import said_once
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 10  # seconds in which the Hub must begin to answer
+_InvalidURL = sys.modules[HTTPError.__module__].InvalidURL  # that of httpx or httpx2, as huggingface_hub uses
 
 
 def push_folder(
@@ -69,18 +72,45 @@ def push_folder(
 
     Raises:
         ConfigError: `repo_id` is no name of a repository.
-        ModelError, CheckpointError: the folder is no packed model, or is damaged.
+        ModelError, CheckpointError: the folder is no packed model, is damaged, or has a file that cannot be read.
         HubError: the Hub refused, or could not be reached. Neither its message nor what led to it holds the `token`.
     """
     check_repo_id(repo_id)
     check_folder(folder)
+    pushed_files(Path(folder))
     model_card(folder, repo_id)
     check_reachable(repo_id)
-    inspect_checkpoint(folder).check("it is not pushed until this is mended")
+    return _push(
+        Path(folder),
+        repo_id,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        tags=tags,
+    )
+
+
+def _push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    tags: Sequence[str] | None = None,
+) -> CommitInfo:
+    """[`push_folder`] from where the Hub has answered."""
+    inspect_checkpoint(folder).raise_first("it is not pushed until this is mended")
     report = read_report(folder)
     api = HfApi(token=token)
-    with said_once(), _refusals(repo_id, token):
-        existing = _card_before(Path(folder) / CARD_NAME, repo_id, revision, token)
+    with said_once(), refusals(repo_id, token):
+        existing = _card_before(folder / CARD_NAME, repo_id, revision, token)
         base = _base_card(hub_id((report.get("base_model") or {}).get("id")), token)
         card = model_card(folder, repo_id, base, tags or (), existing=existing)
         _check_card(card, repo_id)
@@ -89,7 +119,7 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(
             repo_id,
-            _additions(Path(folder), card),
+            _additions(folder, card),
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message or "Upload a packed N:M model",
@@ -120,32 +150,39 @@ def check_reachable(repo_id: str) -> None:
     """
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"{repo_id}: HF_HUB_OFFLINE=1 forbids every request to the Hub; push without it")
-    with _refusals(repo_id, None):
+    with refusals(repo_id, None):
         get_session().head(f"{constants.ENDPOINT}/api/models/{repo_id}", timeout=_PATIENCE)
 
 
 @contextmanager
-def _refusals(repo_id: str, token: str | bool | None) -> Iterator[None]:
+def refusals(repo_id: str, token: str | bool | None) -> Iterator[None]:
     """Turns what huggingface_hub raises into a [`HubError`] that does not hold the `token`."""
     try:
         yield
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"{repo_id}: there is no such repository, or the token may not see it; log in with `hf auth login`, or "
-            "pass a token that may write"
-        ) from without(token, error)
-    except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else "no answer"
-        remedy = "log in with `hf auth login`, or pass a token that may write" if code in (401, 403) else "try again"
-        said = without(token, first_line(error))
-        raise HubError(f"{repo_id}: the Hub refused ({code}: {said}); {remedy}") from without(token, error)
-    except (HTTPError, OSError, RuntimeError) as error:  # the last is what a failed upload of a weight file becomes
+    except (HTTPError, OSError, RuntimeError, _InvalidURL) as error:
+        # a RuntimeError is what a failed upload of a weight file becomes
         if isinstance(error, EGGSError) or is_out_of_memory(error):
             raise
-        said = without(token, first_line(error))
-        raise HubError(f"{repo_id}: the Hub cannot be reached ({said}); nothing was published") from without(
-            token, error
+        raise HubError(f"{repo_id}: {_why_refused(error, token)}") from without(token, error)
+
+
+def _why_refused(error: Exception, token: str | bool | None) -> str:
+    """What an error of huggingface_hub says of the Hub, and what to do, without the `token`."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the Hub did answer, and only then was the cache looked at
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "there is no such repository, or the token may not see it; log in with `hf auth login`, or pass a token "
+            "that may write"
         )
+    said = without(token, first_line(error))
+    if isinstance(error, HfHubHTTPError):
+        code = error.response.status_code if error.response is not None else "no answer"
+        remedy = "log in with `hf auth login`, or pass a token that may write" if code in (401, 403) else "try again"
+        return f"the Hub refused ({code}: {said}); {remedy}"
+    if isinstance(error, _InvalidURL):
+        return f"HF_ENDPOINT={constants.ENDPOINT!r} is no address ({said}); mend it, or unset it"
+    return f"the Hub cannot be reached ({said}); nothing was published"
 
 
 def _check_card(card: ModelCard, repo_id: str) -> None:
@@ -168,11 +205,27 @@ def _check_card(card: ModelCard, repo_id: str) -> None:
         ) from error
 
 
+def pushed_files(folder: Path) -> list[str]:
+    """Names in a folder of the files that are pushed as they are: all but hidden and half-written ones, and the card.
+
+    Raises:
+        ModelError: one of them, or a folder that they may be in, may not be read, or has a name that is no UTF-8.
+    """
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
+    names = []
+    for name in filter_repo_objects(found, ignore_patterns=[".*", "*/.*", "*.tmp"]):
+        path = folder / name
+        why = closed(path) or no_utf8(path)
+        if why:
+            raise ModelError(f"{path}: {why}")
+        if path.is_file() and name != CARD_NAME:
+            names.append(name)
+    return names
+
+
 def _additions(folder: Path, card: ModelCard) -> list[CommitOperationAdd]:
-    """The files of a folder, but for hidden and half-written ones, and a card in place of its own."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    pushed = [name for name in filter_repo_objects(names, ignore_patterns=[".*", "*/.*", "*.tmp"]) if name != CARD_NAME]
-    files = [CommitOperationAdd(name, folder / name) for name in pushed]
+    """The files of a folder that are pushed, and its card."""
+    files = [CommitOperationAdd(name, folder / name) for name in pushed_files(folder)]
     return [*files, CommitOperationAdd(CARD_NAME, card_text(card).encode())]
 
 
@@ -183,10 +236,15 @@ def save_and_push(save: Callable[[Path], None], repo_id: str, **options: Any) ->
     """
     check_repo_id(repo_id)
     check_reachable(repo_id)
+    return push_saved(save, repo_id, **options)
+
+
+def push_saved(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:
+    """[`save_and_push`] from where the Hub has answered."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
         save(folder)
-        info = push_folder(folder, repo_id, **options)
+        info = _push(folder, repo_id, **options)
     return info.pr_url or info.commit_url
 
 

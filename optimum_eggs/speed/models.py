@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..calibration.context import context_length
+from ..devices import choose_device, device_map
 from ..errors import ConfigError
 from ..hf.attach import packed_layers
-from ..devices import choose_device, device_map
-from ..hf.loading import load_config, load_model
+from ..hf.loading import check_weights, load_config, load_model
 from ..measure import devices_of
 from .timing import Seconds, alternate
 
@@ -99,8 +99,10 @@ def check_models(folders: list[str | Path], prompt: int, new_tokens: int, trust_
     Raises:
         ConfigError: the prompt, or the tokens decoded after a prompt of one, are more than a model's context.
         ModelError: a folder is not that of a model.
+        CheckpointError: a weight file is not there, or may not be read.
     """
     for folder in folders:
+        check_weights(folder)
         context = context_length(load_config(folder, trust_remote_code))
         for flag, tokens, needed in (("prompt", prompt, prompt), ("new_tokens", new_tokens, new_tokens + 1)):
             if context is not None and needed > context:

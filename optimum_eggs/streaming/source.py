@@ -26,7 +26,7 @@ from ..calibration import BlockList, find_block_list
 from ..calibration.context import text_inputs
 from ..config import QUANT_METHOD
 from ..devices import choose_device
-from ..errors import CheckpointError, ConfigError, ModelError, NumericalError
+from ..errors import CheckpointError, ModelError, NumericalError
 from ..hf.loading import model_class, parse_dtype, translated
 from ..names import hub_id
 from ..nn.experts import SplitExperts, keep_names

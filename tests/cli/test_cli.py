@@ -522,6 +522,12 @@ def test_benchmark_looks_at_everything_first(packed_folder, dense_folder, tmp_pa
     said = "holds [], no report; save the model again, or move the file away; `inspect` lists all"
     done = within("benchmark", folder, *QUICK, code=2)
     assert done.stderr == f"error: {folder}: report.json: report: {said}\n"  # each is named once
+    weights = folder / "model.safetensors"
+    weights.rename(folder / "away")
+    done = within("benchmark", folder, *QUICK, code=2)
+    assert done.stderr.startswith(f"error: {folder}: weights: file: model.safetensors: is missing; ")
+    assert done.stderr.count(str(folder)) == done.stderr.count("model.safetensors") == 1
+    (folder / "away").rename(weights)
     (folder / "config.json").write_text("{")
     done = within("benchmark", folder, *QUICK, code=2)
     assert done.stderr.startswith(f"error: {folder}: config.json: config: is not valid JSON (")

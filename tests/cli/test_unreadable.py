@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from optimum_eggs.cli.main import main
+from optimum_eggs.errors import ModelError
+from optimum_eggs.hf.loading import load_config, load_model, load_tokenizer
 
 SMALL = ["--num-samples", "8", "--seq-len", "16", "--set", "band=8"]
 SHORT = ["--seq-len", "16", "--num-windows", "2"]
@@ -28,6 +30,26 @@ for name, arguments in json.loads(sys.argv[1]).items():
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
         ends[name] = [main(arguments), said.getvalue()]
 print(json.dumps(ends))
+"""
+
+LOADS = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from unprivileged import become_ordinary
+from optimum_eggs.files import likeness
+from optimum_eggs.hf.loading import load_config, load_model
+from optimum_eggs.speed.models import check_models
+become_ordinary()
+print(likeness({{model!r}})["model-old.safetensors"])
+print(type(load_config({{config!r}})).__name__, type(load_model({{model!r}})).__name__)
+Path({{shard!r}}).chmod(0)
+for folder in ({{model!r}}, {{part!r}}):
+    for act in (load_model, lambda folder: check_models([folder], 1, 1)):
+        try:
+            act(folder)
+        except Exception as error:
+            print(type(error).__name__, error)
 """
 
 
@@ -63,7 +85,7 @@ def commands(models, packed_folder, dense_folder, text_file, tmp_path):
     }
 
 
-READ_BY = {
+NOT_READ_BY = {
     "config.json": {"report"},
     "model.safetensors": set(),
     "tokenizer.json": {"inspect", "benchmark", "report"},
@@ -72,7 +94,8 @@ READ_BY = {
 """Files of a model, and the commands that do without them."""
 
 
-@pytest.mark.parametrize("closed", [".", "..", *READ_BY])
+@pytest.mark.usefixtures("unprivileged")
+@pytest.mark.parametrize("closed", [".", "..", *NOT_READ_BY])
 def test_what_may_not_be_read_is_named_with_its_permissions(closed, commands, models, forks, tmp_path):
     for folder in models.values():
         if (folder / closed).exists():
@@ -80,7 +103,7 @@ def test_what_may_not_be_read_is_named_with_its_permissions(closed, commands, mo
     asked = {
         name: [str(part) for part in command]
         for name, command in commands.items()
-        if name not in READ_BY.get(closed, ())
+        if name not in NOT_READ_BY.get(closed, ())
     }
     done = forks.run("-c", ENDS, json.dumps(asked))
     assert done.returncode == 0, done.stderr
@@ -90,11 +113,11 @@ def test_what_may_not_be_read_is_named_with_its_permissions(closed, commands, mo
         folder = models["packed" if models["packed"] in commands[name] else "dense"]
         at = os.path.normpath(folder / closed)
         what = f"{re.escape(at)} may not be entered" if closed == ".." else f"{re.escape(at)}: may not be read"
-        if closed in READ_BY:  # `inspect` names the file in its folder, and the rule
+        if closed in NOT_READ_BY:  # `inspect` names the file in its folder, and the rule
             what = rf"{closed}: (\w+: )?may not be read"
         assert line.startswith("error: "), name
         assert str(folder) in line or name == "inspect", name
-        assert re.search(rf"{what} \(its permissions are {'-' if closed in READ_BY else 'd'}------", line), line
+        assert re.search(rf"{what} \(its permissions are {'-' if closed in NOT_READ_BY else 'd'}------", line), line
         assert "; allow it with `chmod u+" in line
     assert not (tmp_path / "out").exists()
 
@@ -173,8 +196,8 @@ def test_a_gguf_file_that_is_not_there_is_named_with_its_option(dense_folder, te
     code, _, said = end(*command)
     assert code == 2
     assert said == (
-        f"error: gguf_file='foo' (--gguf-file): there is no such file in {dense_folder}; no GGUF file is in it; leave "
-        "it out for its safetensors\n"
+        f"error: gguf_file='foo' (--gguf-file): there is no such file in {dense_folder}, which holds no GGUF file; "
+        "leave gguf_file out to load its safetensors\n"
     )
     folder = shutil.copytree(dense_folder, tmp_path / "model")
     (folder / "bar.gguf").touch()
@@ -182,8 +205,40 @@ def test_a_gguf_file_that_is_not_there_is_named_with_its_option(dense_folder, te
     assert f"there is no such file in {folder}; name one of ['bar.gguf']\n" in said
     (folder / "foo").mkdir()
     assert "gguf_file='foo' (--gguf-file): is a folder" in end("prune", folder, *command[2:])[2]
+    (folder / "bar.gguf").unlink()
+    for name in ("x" * 300, "a\0b"):
+        _, _, said = end("prune", folder, *command[2:-1], name)
+        assert f"gguf_file={name!r} (--gguf-file): there is no such file in {folder}, which holds no" in said
 
 
+@pytest.mark.parametrize("name", ["a\0b.gguf", "y" * 300 + ".gguf", "./" + "y" * 300])
+def test_a_model_whose_name_can_be_none_is_not_there(name):
+    for load in (load_config, load_model, load_tokenizer):
+        with pytest.raises(ModelError, match=r": (there is no such f|cannot load the )"):
+            load(name)
+    code, _, said = end("inspect", name)
+    assert (code, len(said.splitlines())) == (2, 1), said
+    assert ": there is no such f" in said
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_weights_that_a_model_is_not_loaded_from_may_be_closed(dense_folder, forks, tmp_path):
+    one, many = (shutil.copytree(dense_folder, tmp_path / name) for name in ("one", "many"))
+    (one / "model.safetensors").chmod(0)
+    (many / "model.safetensors").unlink()
+    load_model(dense_folder).save_pretrained(many, max_shard_size="20KB")
+    (many / "model-old.safetensors").touch(0)
+    shard = min(many.glob("model-0*.safetensors"))
+    script = LOADS.format(config=str(one), model=str(many), shard=str(shard), part=str(one))
+    said = forks.run("-c", script, check=True).stdout.splitlines()
+    assert said[:2] == ["[0, None]", "LlamaConfig LlamaForCausalLM"]
+    files = (shard, one / "model.safetensors")
+    expected = [f"{error} {file}: may not be read" for file in files for error in ("ModelError", "CheckpointError")]
+    for line, start in zip(said[2:], expected, strict=True):
+        assert line.startswith(f"{start} (its permissions are ----------, its owner is ")
+
+
+@pytest.mark.usefixtures("unprivileged")
 def test_a_card_that_may_not_be_read_is_not_written_over(packed_folder, forks, tmp_path):
     out = shutil.copytree(packed_folder, tmp_path / "out")
     (out / "README.md").chmod(0)

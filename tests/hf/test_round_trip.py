@@ -209,6 +209,19 @@ def test_a_state_dict_that_is_passed_is_what_is_saved(packed_folder, tmp_path):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.items())
 
 
+def test_what_wraps_modules_is_not_in_the_list_of_what_is_saved(packed_folder, tmp_path):
+    # as FSDP does, whose state dict is gathered by the names without
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    state, listed = model.state_dict(), dict(model.config.quantization_config.pruned_modules)
+    wrapped = torch.nn.Module()
+    wrapped._fsdp_wrapped_module = model.model.layers[0]
+    model.model.layers[0] = wrapped
+    model.save_pretrained(tmp_path, state_dict=dict(state))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.quantization_config.pruned_modules == listed
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
 @pytest.mark.parametrize("change", ["a block taken out", "a layer made dense", "all layers made dense"])
 def test_a_model_whose_layers_were_changed_by_hand_is_saved_as_it_is(change, packed_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(packed_folder)

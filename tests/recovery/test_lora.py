@@ -82,6 +82,20 @@ def test_the_masked_product_and_its_gradients(shape, monkeypatch):
     assert torch.autograd.gradcheck(lambda a, b: masked_low_rank(a, b, layer.weight_meta, layer.pattern), (down, up))
 
 
+def test_a_layer_under_an_adapter_compiles_as_one_graph():
+    torch.manual_seed(0)
+    base = nn.Sequential(NMLinear.from_linear(nn.Linear(24, 10), NMPattern(2, 4)))
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, expected = [], []
+    for run, gradients in ((compiled, found), (model, expected)):
+        output = run(gaussian(5, 24, seed=2))
+        output.square().sum().backward()
+        gradients += [output.detach(), *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)]
+        model.zero_grad()
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["added to the weight", "beside it"])
 def test_derivatives_of_torch_func_are_those_of_the_dense_layer(dtype):
     torch.manual_seed(0)

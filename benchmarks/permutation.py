@@ -22,7 +22,7 @@ from optimum_eggs.pattern import NMPattern
 
 
 def norms(inputs: int) -> Tensor:
-    """(inputs,)"""
+    """Of the inputs, (inputs,)."""
     return torch.randn(inputs, generator=torch.Generator().manual_seed(1)).mul(0.5).exp()
 
 

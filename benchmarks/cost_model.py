@@ -9,8 +9,8 @@ beside what it took. For a block whose stages (layers that read the same tensor)
 
 - forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens;
 - statistics: 2 d² operations for each of T/R tokens and each stage;
-- update: 14 products of a layer (out, d) with (d, d), of SparseGPT, 10 steps of the refit, its start and the error; and
-  4 d³ for its factor in float64. Layers are dealt out whole, so a stage takes as long as the process that has most;
+- update: 14 products of a layer (out, d) with (d, d), of SparseGPT, 10 steps of the refit, its start and the error, its
+  rows shared by the processes; and once for each stage, by every process, 4 d³ for the factor in float64;
 - sent: 4 d² bytes for each stage, twice over if R > 1, and the block's pruned weights;
 - memory: the block, the largest layer's eight float32 copies and four (d, d) ones in float32, and the hidden states.
 """
@@ -90,10 +90,8 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
         passes += 2 * before + attention
         before += inputs * sum(outputs)
         statistics += 2 * inputs**2
-        update += busiest(
-            [(UPDATE_PRODUCTS * 2 * rows + FACTORISATION["sparsegpt"] * inputs) * inputs**2 for rows in outputs],
-            processes,
-        )
+        rows = sum(outputs) / processes
+        update += (UPDATE_PRODUCTS * 2 * rows + FACTORISATION["sparsegpt"] * inputs) * inputs**2
         sent += 4 * inputs**2 * 2 + shape.itemsize * sum(outputs) * inputs
     passes += 2 * before + 4 * seq_len * shape.hidden
     largest = max(inputs * max(outputs) for inputs, outputs in shape.stages)
@@ -109,14 +107,6 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
         sent * shape.blocks * (processes > 1),
         held,
     )
-
-
-def busiest(layers: list[float], processes: int) -> float:
-    """Operations of the process that has most, when layers are dealt out whole, the largest first."""
-    loads = [0.0] * processes
-    for operations in sorted(layers, reverse=True):
-        loads[loads.index(min(loads))] += operations
-    return max(loads)
 
 
 def measured_rates(dtype: torch.dtype) -> Rates:

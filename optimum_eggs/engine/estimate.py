@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,10 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
     rate = 2 * rows * columns**2 / _seconds(lambda: probe @ square)
     tokens = first.shape[:-1].numel() * len(walk.hidden)
 
-    work = _solving(layers, config) + sum(2 * tokens * width**2 for _, width in set(readers.values()))
+    matrices = {name if name in experts else reader: reader[1] for name, reader in readers.items()}
+    work = _solving(layers.values(), matrices.values(), config) + sum(
+        2 * tokens * width**2 for _, width in set(readers.values())
+    )
     seconds = one_pass * passes(readers.values(), len(waves), config) + work / rate
     if config.block_tuning:
         seconds += config.block_tuning * _BACKWARD * one_pass / len(walk.hidden)
@@ -107,15 +110,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
 
 
-def _solving(layers: Mapping[str, torch.Size], config: EGGSConfig) -> float:
-    """Operations of the solvers of a block's layers."""
+def _solving(layers: Collection[torch.Size], widths: Iterable[int], config: EGGSConfig) -> float:
+    """Operations of the solvers of a block's layers, whose different Gram matrices have these widths."""
     products = _PRODUCTS[config.solver] + 2
     if config.weight_update == "refit":
         products += config.refit_steps + 1
-    found = 0.0
-    for rows, columns in layers.values():
-        found += 2 * products * rows * columns**2 + FACTORISATION[config.solver] * columns**3
-    return found
+    # ADMM factorises anew for every layer, as its penalty goes another way
+    factorised = [columns for _, columns in layers] if config.solver == "admm" else widths
+    found = sum(2 * products * rows * columns**2 for rows, columns in layers)
+    return found + sum(FACTORISATION[config.solver] * columns**3 for columns in factorised)
 
 
 def _weights(layers: Mapping[str, nn.Module]) -> int:

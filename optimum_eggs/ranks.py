@@ -97,10 +97,11 @@ class Ranks:
         """The rows of a layer that each process solves: whole bands, of which the last takes the remainder.
 
         >>> Ranks(0, 2).rows(50, 16), Ranks(0, 3).rows(20, 16)
-        ([slice(0, 32, None), slice(32, 50, None)], [slice(0, 0, None), slice(0, 0, None), slice(0, 20, None)])
+        ([slice(0, 32, None), slice(32, 50, None)], [slice(0, 20, None), slice(20, 20, None), slice(20, 20, None)])
         """
         whole = max(1, rows // band)
-        cuts = [whole * rank // self.size * band for rank in range(self.size)] + [rows]
+        ends = [-(-whole * rank // self.size) for rank in range(self.size + 1)]
+        cuts = [rows if end == whole else end * band for end in ends]
         return [slice(start, stop) for start, stop in pairwise(cuts)]
 
     def add(self, *tensors: Tensor) -> None:

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from ..speed import check_models, read_bandwidth, time_layer, time_models
     from .recording import may_record, recorded
 
+    device = chosen_device(args)
     with others_on_stderr():
         found = inspect_checkpoint(args.model)
     found.raise_first("`inspect` lists all")
@@ -79,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
     wanted = parse_dtype(args.dtype)
     dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model, args.trust_remote_code)
 
-    device = chosen_device(args)
     bandwidth = read_bandwidth()
     timings = [
         time_layer(out, inner, NMPattern.parse(pattern), dtype, batch, args.layer_repeats, device=device)

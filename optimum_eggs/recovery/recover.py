@@ -189,7 +189,7 @@ def recover(
     if settings.teacher is not None:
         _check_teacher(settings.teacher, model_id, config, trust_remote_code)
     where = choose_device(device)
-    if where.type == "cuda":
+    if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)  # which the Trainer goes by
     ranks = join_ranks(cpu=where.type == "cpu")
     where = where if ranks.size == 1 else torch.device(ranks.device)
@@ -204,7 +204,7 @@ def recover(
                 if settings.teacher is not None:
                     _check_tokenizer(settings, digest, ranks.size, trust_remote_code)
                 texts = described(settings.train)
-                model = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code).to(where)
+                model = _on(where, load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code))
                 if not packed_layers(model):
                     raise ModelError(f"{model_id}: no packed layer is in it; prune it first")
             run = {
@@ -219,7 +219,7 @@ def recover(
             if settings.teacher is not None:
                 with ranks.together():
                     if ranks.first or settings.block_matching:  # else one reads all windows, for all processes
-                        teacher = load_model(settings.teacher, trust_remote_code=trust_remote_code).eval().to(where)
+                        teacher = _on(where, load_model(settings.teacher, trust_remote_code=trust_remote_code).eval())
                 with meter.stage("teacher"):
                     taught = _taught(folder / _TAUGHT, teacher, windows, settings.top_k, ranks)
                 if not settings.block_matching:
@@ -253,6 +253,12 @@ def recover(
                 check_output(path, overwrite)
                 put_in_place(made, path, work, clear=True)
     return report
+
+
+def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, moved there in place."""
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def _claim(

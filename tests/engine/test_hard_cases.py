@@ -8,8 +8,9 @@ import pytest
 import tiny
 import torch
 from oracles import gaussian
+from problems import layer
 
-from optimum_eggs import EGGSConfig
+from optimum_eggs import EGGSConfig, ranks
 from optimum_eggs.calibration import GramAccumulator
 from optimum_eggs.config import PRESETS
 from optimum_eggs.engine import prune_model
@@ -155,3 +156,26 @@ def test_activations_beyond_float16_name_the_layer_and_a_remedy(preset):
     model = tiny.make_model("llama").float()
     model.model.layers[0].post_attention_layernorm.weight.data.fill_(6e4)
     assert prune_model(model, EGGSConfig("2:4", preset=preset, **values), tiny.make_windows()).layers
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["told of", "left"])
+def test_what_fails_in_another_process_is_tried_again_by_all_unless_that_has_ended(left, monkeypatch):
+    weight, gram = layer("correlated", dtype=torch.float32)
+    config, error = EGGSConfig("2:4", preset="fast", band=8), NumericalError("no solution there")
+    answers = [error if left else ranks._Told(error), None]
+    monkeypatch.setattr(
+        ranks.Ranks, "gather", lambda self, value: [value, *(answers.pop(0) for _ in range(self.size - 1))]
+    )
+    both = ranks.Ranks(0, 2)
+    own = both.rows(len(weight), config.band)[0]
+    with Meter() as meter:
+        if left:
+            with pytest.raises(NumericalError, match="no solution there"), both.together():
+                solve_layer("a.layer", weight, Problem(gram, 0.01), config, meter, own, both)
+            assert len(answers) == 1  # the other is gone, and is not asked again
+        else:
+            found = solve_layer("a.layer", weight, Problem(gram, 0.01), config, meter, own, both)
+            alone = solve_layer("a.layer", weight, Problem(gram, 0.1), config, meter)
+            assert found.damping == 0.1
+            assert torch.equal(found.mask, alone.mask[own])
+            torch.testing.assert_close(found.weight, alone.weight[own])

@@ -96,6 +96,24 @@ def test_no_other_way_to_give_the_inputs_back_keeps_more(n, m):
         assert kept_score(score[:, groups.flatten()], pattern) == max(ways)
 
 
+@pytest.mark.parametrize("together", [1, 5, 24])
+def test_groups_that_are_dealt_with_in_parts_gain_nearly_as_much(together, monkeypatch):
+    score, pattern = gaussian(32, 96).abs(), NMPattern(2, 4)
+    whole = kept_score(score[:, channel_order(score, pattern)], pattern)
+    monkeypatch.setattr(permutation, "_TOGETHER", together)
+    order = channel_order(score, pattern)
+    assert torch.equal(order.sort().values, torch.arange(96))
+    before, after = kept_score(score, pattern), kept_score(score[:, order], pattern)
+    assert after >= before + (0.5 if together > 1 else 0) * (whole - before)
+
+
+def test_gains_are_near_and_exact_where_levels_are_met():
+    score, threshold = gaussian(40, 30).abs(), gaussian(20, 30, seed=1).abs()
+    exact = (score[None] - threshold[:, None]).clamp_min(0).sum(-1)
+    assert (permutation._gains(score, threshold) - exact).abs().max() < 0.05 * exact.mean()
+    torch.testing.assert_close(permutation._gains(score, threshold[:2]), exact[:2])  # lowest and highest level
+
+
 def test_more_rounds_never_keep_less():
     score, pattern = gaussian(32, 96).abs(), NMPattern(2, 4)
     kept = [kept_score(score[:, channel_order(score, pattern, rounds)], pattern) for rounds in range(6)]

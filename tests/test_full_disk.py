@@ -25,6 +25,7 @@ CHECKPOINT = "the same command goes on from the last checkpoint"
 
 
 # Limits at which another file is the first that does not fit: its record, a configuration, weights, an optimiser's.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "limit", "remedy"),
     [

@@ -22,11 +22,13 @@ def run(python, code):
     return subprocess.run([python, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_optional_packages(python):
     done = run(python, HIDE + "import optimum_eggs; optimum_eggs.EGGSPruner; optimum_eggs.EGGSConfig('2:4')")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_importing_registers_and_importing_twice_is_harmless(python):
     code = (
         "import importlib, optimum_eggs; importlib.reload(optimum_eggs); "
@@ -65,6 +67,7 @@ def test_packed_models_load_after_any_order_of_imports(first, python):
     assert done.stdout == "EGGSHfQuantizer True\n", done.stderr
 
 
+@pytest.mark.slow
 def test_the_operation_is_there_as_soon_as_torch_is(python):
     for first in ("torch, optimum_eggs", "optimum_eggs, torch"):
         done = run(python, f"import {first}; print(torch.ops.optimum_eggs.nm_linear.default)")

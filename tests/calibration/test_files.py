@@ -21,7 +21,7 @@ from optimum_eggs.evaluation.windows import evaluation_windows
 from optimum_eggs.recovery.recover import RecoverySettings, training_windows
 
 TEXT = tiny.make_text(400)
-PACKED = gzip.compress(TEXT.encode())
+PACKED = gzip.compress(TEXT.encode(), mtime=0)
 BLANK = ["", " \t\n", "\N{ZERO WIDTH NO-BREAK SPACE}\0"]
 
 
@@ -113,7 +113,11 @@ def test_a_plain_file_that_is_blank_is_no_text(way, value, name, tokenizer, here
     [
         ("a.jsonl", "\n\n", " is empty, or holds nothing but white space; give a file with text in it"),
         ("a.csv", "\n\n", " is empty, or holds nothing but white space; give a file with text in it"),
-        ("a.jsonl.gz", gzip.compress(b""), " is empty, or holds nothing but white space; give a file with text in it"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"", mtime=0),
+            " is empty, or holds nothing but white space; give a file with text in it",
+        ),
         ("a.json", "[]", " has no rows; give a file with some"),
         ("a.csv", "text\n", " has no rows below the first line, which names the columns; give a file with some"),
         ("a.jsonl", lines(*[{"text": None}] * 9), ": column 'text' holds null where a text is wanted; leave such rows"),
@@ -154,6 +158,7 @@ def test_a_parquet_file_without_rows_has_none(tokenizer, here):
         judge("a.parquet", tokenizer)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_rows_is_one_line_on_stderr(forks, packed_folder, here):
     files = {"a.jsonl": '{"text": "b\n', "a.csv": "a,b\n1,2\n3,4,5\n", "a.parquet": "a text"}
     for name, content in files.items():

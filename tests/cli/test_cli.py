@@ -68,6 +68,7 @@ def test_prune_prints_one_json_object_and_nothing_else(entry, dense_folder, text
     assert inspect_checkpoint(tmp_path / "out").ok
 
 
+@pytest.mark.slow
 def test_the_whole_road(dense_folder, text_file, tmp_path):
     packed, dense = tmp_path / "packed", tmp_path / "dense"
     printed = within(
@@ -213,6 +214,7 @@ def test_the_text_that_is_shipped(dense_folder, tmp_path):
     assert report["config"]["calibration"] == "sample"
 
 
+@pytest.mark.slow
 def test_spectra_are_measured_on_request_alone(dense_folder, text_file, tmp_path, monkeypatch):
     def asked(*arguments):
         raise AssertionError("spectra were measured")
@@ -309,6 +311,7 @@ def test_a_packed_model_is_not_pruned_again_and_a_dense_one_not_exported(
     assert "this model is not packed" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_this_package_wrote_is_replaced_and_nothing_else(dense_folder, packed_folder, text_file, tmp_path):
     """Every command that makes a folder, on a model of its own that nobody may replace."""
     shutil.copytree(dense_folder, tmp_path / "dense")
@@ -546,6 +549,7 @@ def test_benchmark_prints_layers_and_models(packed_folder, dense_folder):
         assert label in done.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_in_json(packed_folder):
     found = json.loads(within("benchmark", packed_folder, *QUICK, "--json").stdout)
     assert {row["tokens"] for row in found["layers"]} == {1, 3}
@@ -560,6 +564,7 @@ def test_benchmark_refuses_a_dense_model(dense_folder):
     assert "error: " in within("benchmark", dense_folder, *QUICK, code=2).stderr
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_put_into_the_report(packed_folder, dense_folder, text_file, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(packed_folder, folder)

@@ -62,6 +62,7 @@ def accuracy_by_hand(folder, tokenizer, questions):
     return sum(right) / len(right)
 
 
+@pytest.mark.slow
 def test_results_are_right_and_reach_report_page_and_card(
     packed_folder, dense_folder, tokenizer, task_folder, tmp_path, capsys
 ):

@@ -77,6 +77,7 @@ def own_forks(hub, tmp_path_factory):
         yield forks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ROADS)
 def test_revision_and_token_hold_for_model_and_tokenizer(road, run, hub, text_file, tmp_path):
     out = tmp_path / "out"

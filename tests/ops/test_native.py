@@ -150,6 +150,7 @@ def test_two_python_threads_at_once():
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_a_forked_child_computes():
     code = """

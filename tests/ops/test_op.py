@@ -326,6 +326,7 @@ def test_what_is_not_there_cannot_be_forced():
         pass
 
 
+@pytest.mark.slow
 def test_an_extension_that_was_not_built_is_explained(forks):
     code = """
 import importlib, sys

@@ -359,6 +359,7 @@ def test_the_trainer_takes_a_packed_model_with_an_adapter(folders, tmp_path):
     assert inspect_checkpoint(tmp_path / "merged").ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora_recovery.py", "sft_recovery.py"])
 def test_the_examples_run(name, forks, packed_folder, text_file, tmp_path):
     if name == "sft_recovery.py":

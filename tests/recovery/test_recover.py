@@ -184,6 +184,7 @@ def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
     assert not work.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "values"])
 def test_an_interrupted_run_does_the_steps_that_are_left_and_ends_the_same(
     method, packed_folder, text_file, tmp_path, monkeypatch
@@ -453,6 +454,7 @@ def test_the_error_of_blocks():
     assert float(block_error(student, teacher)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_not_worse")
 def test_matching_blocks_brings_them_nearer_to_the_teachers(
     packed_folder, dense_folder, text_file, tokenizer, tmp_path
@@ -526,6 +528,7 @@ def test_two_processes_share_the_steps(packed_folder, dense_folder, text_file, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept():
     code = """

@@ -134,6 +134,7 @@ def test_names_with_dollar_signs_are_shown_as_they_are(folder):
     assert r"a$\frac$.txt: this model" in report_page(folder, folder / "figures")
 
 
+@pytest.mark.slow
 def test_gaps_are_shown_where_they_are_asked_for(folder, capsys):
     assert "eighted gap" not in report_page(folder)
     assert main(["report", str(folder), "--spectra", "--json"]) == 0

@@ -82,6 +82,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_pushed_in_one_commit_and_loads_back(hub, client, packed_folder):
     done = client(PUSH, packed_folder, "me/tiny", "--json")
     pushed = json.loads(done.stdout)
@@ -635,6 +636,7 @@ sys.exit(main(["pack", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_what_is_missing_of_a_name_that_is_nowhere_is_the_model(hub, client, tmp_path):
     for offline, why in (
         (False, "no such model on the Hub, or the token"),

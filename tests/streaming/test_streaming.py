@@ -113,6 +113,7 @@ def test_every_kind_is_the_same_bit_for_bit(kind, deep, whole, text_file, tmp_pa
     assert without_time(tmp_path / "memory") == without_time(whole / kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_hidden_states_on_disk_make_no_difference(kind, deep, whole, text_file, tmp_path, monkeypatch):
     made = []

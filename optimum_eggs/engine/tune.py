@@ -14,7 +14,7 @@ from ..calibration import Walk
 from ..errors import CalibrationError, ModelError
 from ..nn.dense import is_conv1d, is_dense_linear
 from ..ranks import Ranks
-from .precision import in_float32
+from .precision import bfloat16_products, in_float32
 from .rates import sizes
 
 HELD_OUT, MOST_HELD_OUT = 1 / 8, 8
@@ -78,16 +78,19 @@ def tune_block(
     learning_rate: float,
     seed: int,
 ) -> BlockTuning:
-    """Tune block `index` in place, in float32: pruned weights where the mask keeps them, biases and norms.
+    """Tune block `index` in place: pruned weights where the mask keeps them, biases and norms.
 
     Adam on [`token_error`] with a warm-up of four steps and a cosine decay, each step on one batch of the walk's hidden
     states; no batch comes again before all others have. Six times the held-out ones are judged, and the best weights
     seen are kept; if none was better than those it began with, the block stays as it was.
 
+    Weights are in float32, and so is all that is judged. During a step the linear layers multiply in bfloat16, where
+    the device has instructions for that.
+
     The rate of every tensor is relative to its size.
 
-    Memory: five float32 copies of the block (weights, gradients, two moments, best weights), and one batch's
-    activations.
+    Memory: five float32 copies of the block (weights, gradients, two moments, best weights), half of one for weights in
+    bfloat16, and one batch's activations.
 
     Args:
         walk: Where the hidden states before the block come from.
@@ -122,14 +125,14 @@ def tune_block(
         of_size = sizes(parameters)
         before = best = held_out_error()
         best_step, best_values = 0, [parameter.detach().clone() for parameter in parameters]
-        optimizer = torch.optim.Adam([{"params": [p]} for p in parameters])
+        optimizer = torch.optim.Adam([{"params": [p]} for p in parameters], fused=True)
         order: list[int] = []
         for step in range(steps):
             order = order or torch.randperm(len(training), generator=generator).tolist()
             rate = learning_rate * min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
             for group, size in zip(optimizer.param_groups, of_size, strict=True):
                 group["lr"] = rate * size
-            with torch.enable_grad():
+            with torch.enable_grad(), bfloat16_products(block):
                 own = torch.autograd.grad(error(order.pop()), parameters, allow_unused=True)
             with walk.exchange():
                 gradients = _mean_over(walk.ranks, own, parameters)

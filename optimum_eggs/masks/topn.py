@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError, ShapeError
+from ..ops import native
 from ..pattern import NMPattern
-
-_COMPARED = 16  # up to this m, comparing every pair of a group is several times faster than a general top-k
 
 
 def check_score(score: Tensor, pattern: NMPattern) -> None:
@@ -39,9 +38,11 @@ def topn_mask(score: Tensor, pattern: NMPattern) -> Tensor:
     """
     check_score(score, pattern)
     groups = score.unflatten(1, (-1, pattern.m))
-    if pattern.m > _COMPARED:
+    if pattern.m > native.MOST_COMPARED:  # up to there, comparing every pair is several times faster than a top-k
         kept = groups.topk(pattern.n, dim=-1).indices
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(1)
+    if score.dtype is torch.float32 and score.device.type == "cpu" and native.missing is None:
+        return native.topn(score.contiguous(), pattern.n, pattern.m)
     places = groups.flatten(0, 1).t().contiguous()  # (m, groups)
     larger = torch.zeros(places.shape, dtype=torch.uint8, device=score.device)  # of the others in the group
     for i in range(pattern.m):

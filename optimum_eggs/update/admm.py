@@ -50,7 +50,7 @@ def admm(
 
     Returns:
         The mask (out, in) and Z (out, in), zero off the mask. Memory: eight buffers of (out, in), one of (in, in), and
-        while factorising two more in float64.
+        while factorising two more, in float64 where ρ is small.
 
     Raises:
         ShapeError: the shapes do not belong together.

@@ -18,8 +18,8 @@ class Problem:
     """Minimise ‖(W − Z)X‖²_F + λ‖W − Z‖²_F over Z, for the rows of any W; λ = damping · mean(diag XXᵀ).
 
     Every row is a problem of its own, so a solver may be given some of a layer's rows. What is found about X serves all
-    layers that read it. Factorisations are made in float64, whatever the dtype of the Gram matrix: with a small damping
-    it is nearly singular, and they lose as many digits as the root of its condition number has.
+    layers that read it. Where the damping alone keeps it from being singular, it is factorised in float64, whatever the
+    dtype of the Gram matrix: a factorisation loses as many digits as the root of the condition number has.
 
     Args:
         gram: XXᵀ (in, in), summed over the calibration tokens, float32 or float64: the dtype that solvers work in.
@@ -87,15 +87,19 @@ class Problem:
         return torch.where(scale > 0, scale, 1)
 
     def penalised(self, penalty: float) -> Tensor:
-        """L (in, in), float64, lower triangular with LLᵀ = H + ρI, H = XXᵀ + λI scaled to a unit diagonal.
+        """L (in, in), lower triangular with LLᵀ = H + ρI, H = XXᵀ + λI scaled to a unit diagonal.
+
+        In the dtype of the Gram matrix, where a hundredth of ρ is more than what it rounds: the eigenvalues of H add up
+        to in, so this is of the order of in · ε. Otherwise in float64.
 
         Raises:
             NumericalError: H + ρI cannot be factorised.
         """
-        scale = self.scale.double()
-        scaled = self.gram.double()
-        scaled = scaled.clone() if scaled is self.gram else scaled
-        scaled.diagonal().add_(self.shift.double())
+        rounds = len(self.gram) * torch.finfo(self.gram.dtype).eps
+        dtype = self.gram.dtype if penalty > 100 * rounds else torch.float64
+        scale = self.scale.to(dtype)
+        scaled = self.gram.to(dtype, copy=True)
+        scaled.diagonal().add_(self.shift.to(dtype))
         scaled.div_(scale).div_(scale[:, None]).diagonal().add_(penalty)
         return self._cholesky(scaled)
 

@@ -6,6 +6,7 @@ from oracles import PATTERNS, checked, gaussian, is_legal, loop_topn, total, who
 
 from optimum_eggs.errors import NumericalError, ShapeError
 from optimum_eggs.masks import topn_mask
+from optimum_eggs.ops import native
 from optimum_eggs.pattern import NMPattern
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -27,6 +28,16 @@ def test_among_ties_the_total_is_the_largest(legal, rows, groups, seed):
     mask = topn_mask(score, NMPattern(n, m))
     assert is_legal(mask, n, m)
     assert total(score, mask) == total(score, loop_topn(score, n, m))
+
+
+@pytest.mark.skipif(native.missing is not None, reason="the native extension was not built")
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (4, 8), (5, 16)])
+@pytest.mark.parametrize("groups", [1, 63, 64, 130])
+def test_with_and_without_the_extension_it_keeps_the_same(monkeypatch, n, m, groups):
+    score = torch.cat([whole_numbers(3, groups * m, below=3, seed=m), gaussian(2, groups * m, seed=m)])
+    mask = topn_mask(score, NMPattern(n, m))
+    monkeypatch.setattr(native, "missing", "as if")
+    assert torch.equal(mask, topn_mask(score, NMPattern(n, m)))
 
 
 def test_scores_of_zero_still_keep_n():

@@ -80,10 +80,35 @@ static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens,
     return bad;
 }
 
+// Of every m scores n are kept, and none that is not is before one that is.
+static int topn_is_wrong(int n, int m, int64_t groups, int threads) {
+    float *score = exact(groups * m * 4);
+    uint8_t *kept = exact(groups * m);
+    for (int64_t i = 0; i < groups * m; i++) score[i] = (float)(draw() % 9);
+    nm_topn(score, kept, groups, n, m, threads);
+    int bad = 0;
+    for (int64_t g = 0; g < groups; g++)
+        for (int i = 0; i < m; i++) {
+            int before = 0;
+            for (int j = 0; j < m; j++) {
+                float other = score[g * m + j], own = score[g * m + i];
+                before += other > own || (other == own && j < i);
+            }
+            bad |= kept[g * m + i] != (before < n);
+        }
+    if (bad) printf("the largest are wrong: %d:%d, %ld groups\n", n, m, (long)groups);
+    free(score), free(kept);
+    return bad;
+}
+
 int main(void) {
     static const int patterns[][2] = {{2, 4}, {1, 4}, {4, 8}, {6, 8}, {1, 2}, {5, 16}, {17, 32}, {16, 32}};
     static const int tokens[] = {0, 1, 2, 3, 5, 7, 16, 17, 28, 33, 70};
     int problems = 0;
+    for (unsigned i = 0; i < sizeof patterns / sizeof *patterns; i++)
+        for (unsigned t = 0; t < sizeof tokens / sizeof *tokens; t++)
+            if (patterns[i][1] <= NM_TOPN_LARGEST && topn_is_wrong(patterns[i][0], patterns[i][1], tokens[t], 1 + t % 3))
+                return 1;
     for (unsigned i = 0; i < sizeof patterns / sizeof *patterns; i++)
         for (int dtype = 0; dtype < NM_DTYPES; dtype++)
             for (unsigned t = 0; t < sizeof tokens / sizeof *tokens; t++)

@@ -81,6 +81,16 @@ static PyObject *pack(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Py_RETURN_NONE;
 }
 
+static PyObject *topn(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[6];
+    if (read_ints(args, given, a, 6)) return NULL;
+    if (a[4] < 1 || a[4] > NM_TOPN_LARGEST) return PyErr_Format(PyExc_ValueError, "no group of %lld", a[4]);
+    Py_BEGIN_ALLOW_THREADS
+    nm_topn((const float *)(intptr_t)a[0], (uint8_t *)(intptr_t)a[1], a[2], (int)a[3], (int)a[4], (int)a[5]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyObject *stream(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long a[3];
     uint64_t result;
@@ -108,6 +118,7 @@ static PyMethodDef methods[] = {
     {"unpack", (PyCFunction)(void (*)(void))unpack, METH_FASTCALL,
      "unpack(isa, values, meta, dense, out, in, width, size, threads)"},
     {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, "pack(dense, meta, values, out, in, width, size, threads)"},
+    {"topn", (PyCFunction)(void (*)(void))topn, METH_FASTCALL, "topn(score, kept, groups, n, m, threads)"},
     {"stream", (PyCFunction)(void (*)(void))stream, METH_FASTCALL, "stream(address, bytes, threads)"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Name to index, of those this processor runs, fastest last."},
     {NULL, NULL, 0, NULL},

@@ -56,6 +56,10 @@ void nm_unpack_avx512(const void *values, const uint8_t *meta, void *dense, int6
 void nm_pack(const void *dense, const uint8_t *meta, void *values, int64_t out, int64_t in, int64_t width, int size,
              int threads);
 
+// Mark in `kept` the n largest of every m scores, of equal ones the first; m is NM_TOPN_LARGEST at the most.
+enum { NM_TOPN_LARGEST = 16 };
+void nm_topn(const float *score, uint8_t *kept, int64_t groups, int n, int m, int threads);
+
 // Read `bytes` from `from`, aligned to 64 bytes, but for less than 256 a thread, and return something that depends on all of them.
 uint64_t nm_stream(const void *from, int64_t bytes, int threads);
 

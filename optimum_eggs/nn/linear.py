@@ -28,6 +28,10 @@ class NMLinear(NonDynamicallyQuantizableLinear):
     that quantisers leave alone: torchao, quanto, bitsandbytes and torch's own do. Its `weight` is the packed one, of
     shape (out, in·n/m), so a tool that mistakes it for a dense one fails on the shape and cannot do silent harm.
 
+    On a GPU it holds its dense weight too, from the first call in eval mode on, and makes it again when the packed one
+    changes. torch does not count changes of `weight.data` in place: after one, change the mode, or change the weight
+    itself under `torch.no_grad()` instead.
+
     Args:
         in_features, out_features, bias, device, dtype: As for `nn.Linear`.
         pattern: n kept of every m inputs.

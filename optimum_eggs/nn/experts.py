@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -99,10 +100,13 @@ class SplitExperts(nn.Module):
         shell = self._shell[0]
         first, last = _matrices(shell)
         output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == shell.num_experts:
+        chosen, order = top_k_index.flatten().sort(stable=True)  # by expert, and by token within an expert
+        experts = torch.arange(shell.num_experts + 1, device=chosen.device, dtype=chosen.dtype)
+        bounds = torch.searchsorted(chosen, experts).tolist()  # the one place where a GPU is waited for
+        for expert, (start, end) in enumerate(pairwise(bounds)):
+            if start == end:
                 continue
-            tokens, place = torch.where(top_k_index == expert)
+            tokens, place = order[start:end] // top_k_index.shape[1], order[start:end] % top_k_index.shape[1]
             part = self.get_submodule(str(expert))
             states = part.get_submodule(first)(hidden_states[tokens])
             states = shell._apply_gate(states) if shell.has_gate else shell.act_fn(states)

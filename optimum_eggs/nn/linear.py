@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ShapeError
 from ..masks import topn_mask
-from ..ops import nm_linear
+from ..ops import held, nm_linear
 from ..packing import meta_width, pack, packed_width, unpack, unpack_mask
 from ..pattern import NMPattern
 from .dense import dense_weight, is_conv1d, is_dense_linear
@@ -24,6 +27,10 @@ class NMLinear(NonDynamicallyQuantizableLinear):
     A subclass of `nn.Linear` so that tools that look for linear layers find it, by the class that torch keeps for those
     that quantisers leave alone: torchao, quanto, bitsandbytes and torch's own do. Its `weight` is the packed one, of
     shape (out, in·n/m), so a tool that mistakes it for a dense one fails on the shape and cannot do silent harm.
+
+    On a GPU it holds its dense weight too, from the first call in eval mode on, and makes it again when the packed one
+    changes. torch does not count changes of `weight.data` in place: after one, change the mode, or change the weight
+    itself under `torch.no_grad()` instead.
 
     Args:
         in_features, out_features, bias, device, dtype: As for `nn.Linear`.
@@ -150,7 +157,20 @@ class NMLinear(NonDynamicallyQuantizableLinear):
         parameters, pattern = self._parameters, self.pattern
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        return nm_linear(x, weight, self._buffers["weight_meta"], bias, pattern.n, pattern.m)  # type: ignore[arg-type]
+        meta, hold = self._buffers["weight_meta"], not self.training
+        return nm_linear(x, weight, meta, bias, pattern.n, pattern.m, hold)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> NMLinear:
+        """Set the mode. What is held beside the packed weight for calls in eval mode goes when that begins or ends."""
+        if mode != self.training:
+            held.forget(self._parameters.get("weight"))
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        dense = held.take(self._parameters.get("weight"))
+        super()._apply(fn, recurse)
+        held.put_back(dense, self._parameters.get("weight"), self.weight_meta)
+        return self
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..packing import meta_width, unpack
+from ..packing import meta_width
 from ..pattern import NMPattern
-from . import native, semi_structured, triton
-from .layout import gather, spread
+from . import held, native, semi_structured, triton
+from .layout import gather, spread, unpack_by_torch
 from .select import choose
-from .watch import nothing_watches, wants_torch_alone
+from .watch import may_hold, nothing_watches, wants_torch_alone
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
 
 
-def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+def nm_linear(
+    x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int, hold: bool = False
+) -> Tensor:
     """X Wᵀ + b with W packed n:m.
 
     Differentiable in x, weight and bias; works under `torch.compile`, `torch.export`, `torch.func` and autocast.
@@ -34,31 +36,47 @@ def nm_linear(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | Non
         bias: (out,) or None.
         n: Number kept of every m inputs.
         m: Size of a group.
+        hold: Where the backend is `dense`, hold the dense weight for later calls, as long as `weight` is as it is. For
+            weights that are not trained, and not made for this call alone.
 
     Returns:
-        (..., out), in the dtype of x. The `reference` backend equals `F.linear` on the dense matrix with its zeros in
-        place bit for bit; the others sum in float32, in another order.
+        (..., out), in the dtype of x. The `reference` and `dense` backends equal `F.linear` on the dense matrix, zeros
+        in place, bit for bit; the others sum in float32, in another order.
     """
+    own = weight
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     if autocast and x.is_floating_point() and x.dtype is not torch.float64:  # what torch's own autocast casts
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if nothing_watches(x, weight, bias):
-        return _run(x, weight, weight_meta, bias, n, m)
+        return _run(x, weight, weight_meta, bias, n, m, own if hold else None)
     if wants_torch_alone():
         return _by_torch(x, weight, weight_meta, bias, n, m)
+    if may_hold(x, own, weight_meta):  # not in the operation, which a compiled graph may run in its own memory
+        if torch.is_grad_enabled() and own.requires_grad:
+            held.forget(own)
+        elif hold and _is_dense(x, weight, weight_meta, bias, n, m):
+            held.hold_dense(own, weight_meta, n, m, x.dtype)
     return torch.ops.optimum_eggs.nm_linear(x, weight, weight_meta, bias, n, m)
 
 
-def _run(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    """Y by the backend chosen."""
+def _run(
+    x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int, own: Tensor | None = None
+) -> Tensor:
+    """Y by the backend chosen. `own`: the weight, before a cast, to hold a dense one of; without it none is held."""
     tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     choice = choose(x.dtype, x.device, tokens)
+    if choice.backend == "dense":
+        dense = held.find_dense(weight if own is None else own, weight_meta, n, m, x.dtype)
+        if dense is not None:
+            return torch.nn.functional.linear(x, dense, bias)
     fits = tokens and _belong_together(x, weight, weight_meta, bias, n, m)
     if choice.backend == "semi_structured":
         fits = fits and semi_structured.fits(weight, n, m)
-    if choice.backend == "reference" or not fits:  # the reference raises what `F.linear` raises
-        return torch.nn.functional.linear(x, unpack(weight, weight_meta, NMPattern(n, m)), bias)
+    if choice.backend == "dense" and fits and own is not None:
+        return torch.nn.functional.linear(x, held.hold_dense(own, weight_meta, n, m, x.dtype), bias)
+    if choice.backend in ("reference", "dense") or not fits:  # the reference raises what `F.linear` raises
+        return torch.nn.functional.linear(x, unpack_by_torch(weight, weight_meta, NMPattern(n, m)), bias)
     x, weight, weight_meta = x.contiguous(), weight.contiguous(), weight_meta.contiguous()
     bias = None if bias is None else bias.contiguous()
     if choice.backend == "triton":
@@ -97,6 +115,12 @@ def _belong_together(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tenso
     )
 
 
+def _is_dense(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> bool:
+    """Whether the layer multiplies by a dense weight that may be held."""
+    fits = x.dim() and _belong_together(x, weight, weight_meta, bias, n, m)
+    return bool(fits) and choose(x.dtype, x.device, 1).backend == "dense"
+
+
 def _by_panels(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None) -> Tensor:
     """Y by torch's dense product, a panel of unpacked rows at a time."""
     out_features, in_features = weight.shape[0], x.shape[-1]
@@ -117,6 +141,10 @@ def _by_panels(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: T
 
 @torch.library.custom_op("optimum_eggs::nm_linear", mutates_args=())
 def _op(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    in_graph = not torch.is_grad_enabled() and isinstance(weight, torch.nn.Parameter)
+    to_hold = in_graph and _is_dense(x, weight, weight_meta, bias, n, m)
+    if to_hold and held.find_dense(weight, weight_meta, n, m, x.dtype) is None:
+        held.say_unheld()
     with torch.no_grad():
         return _run(x, weight, weight_meta, bias, n, m)
 
@@ -156,7 +184,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts = []
         for start in range(0, len(left), height):
             rows = slice(start, start + height)
-            parts.append(gather(left[rows] @ right, weight_meta[rows], pattern))
+            parts.append(gather(left[rows] @ right, weight_meta, pattern, rows))
         grad_weight = torch.cat(parts)
     if ctx.has_bias and wanted[3]:
         grad_bias = by_token.sum(0)

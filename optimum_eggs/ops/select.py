@@ -2,7 +2,10 @@
 
 - `native`: a kernel in C on the packed form, the fastest for few tokens.
 - `panel`: rows unpacked in C, a few megabytes at a time, and multiplied by torch's dense product; for many tokens.
-- `reference`: all unpacked by torch, then `F.linear`; anywhere, and slow.
+- `reference`: all unpacked by torch at every call, then `F.linear`; anywhere, and slow. It holds nothing beside the
+  packed form.
+- `dense`: all unpacked once, and held beside the packed form; then `F.linear` at every call. On GPUs and other devices,
+  where no kernel is known to be faster.
 - `triton`: a kernel for a few tokens on a GPU; `semi_structured`: torch's own sparse product there, for many. Only
   where they are forced, since no GPU has run them yet.
 
@@ -25,7 +28,7 @@ from ..errors import ConfigError, ShapeError
 from . import native, triton
 from .native import DTYPES, INSTRUCTION_SETS
 
-BACKENDS = ("native", "panel", "reference", "triton", "semi_structured")
+BACKENDS = ("native", "panel", "reference", "dense", "triton", "semi_structured")
 _MOST_TOKENS_TRITON = 8
 # The most tokens for which the native kernel beats the dense product, by instruction set: measured with benchmarks/
 # kernels.py for the AVX-512 ones, chosen with care for the others, which were not at hand by themselves.
@@ -36,7 +39,7 @@ _MOST_TOKENS_BF16 = {"avx512_bf16": 512, "amx": 1 << 30}
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend chosen, the instruction set it uses if it is not the reference, and the reason in words."""
+    """The backend chosen, the instruction set if it is one of the processor's, and the reason in words."""
 
     backend: str
     isa: str | None
@@ -98,14 +101,23 @@ def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
     return _decide(dtype, device.type, tokens, native.torch_may_hang())
 
 
+def holds() -> bool:
+    """Whether anything may be held beside the packed form: not where the `reference` is forced."""
+    return _forced.backend != "reference"
+
+
 @lru_cache(maxsize=4096)
 def _decide(dtype: torch.dtype, device: str, tokens: int, torch_may_hang: bool) -> Choice:
     _forced.check()
+    if _forced.backend == "dense" and device != "meta":
+        return Choice("dense", None, "forced")
     if device == "cuda" and dtype in DTYPES:
         if _forced.backend == "triton" and tokens <= _MOST_TOKENS_TRITON:
             return Choice("triton", None, "forced")
         if _forced.backend == "semi_structured":
             return Choice("semi_structured", None, "forced; layers that torch has no such product for are unpacked")
+    if device not in ("cpu", "meta") and _forced.backend is None:
+        return Choice("dense", None, f"no kernel is known to be faster on {device}; layers hold their dense weights")
     if device != "cpu":
         return Choice("reference", None, f"the native kernels run on the CPU, and the tensors are on {device}")
     if dtype not in DTYPES:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..packing import unpack_mask
+from . import held
 
 _MIN_ROWS, _MIN_COLUMNS = 32, 64  # both dimensions are multiples of these, for 16-bit values
 _reordered = WeakIdKeyDictionary()  # bits as torch orders them, by the tensor of our bits
@@ -33,15 +34,14 @@ def semi_structured(weight: Tensor, weight_meta: Tensor) -> Tensor:
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
     rows, columns = weight.shape[0], 2 * weight.shape[1]
-    found = _reordered.get(weight_meta)
-    if found is None or found[0] != weight_meta._version:
-        mask = unpack_mask(weight_meta, columns).to(weight.dtype)
-        found = weight_meta._version, sparse_semi_structured_from_dense_cutlass(mask)[1]
-        _reordered[weight_meta] = found
+
+    def reorder() -> Tensor:
+        return sparse_semi_structured_from_dense_cutlass(unpack_mask(weight_meta, columns).to(weight.dtype))[1]
+
     return SparseSemiStructuredTensorCUTLASS(
         torch.Size((rows, columns)),
         packed=weight,
-        meta=found[1],
+        meta=held.hold(_reordered, (columns, weight.dtype), reorder, weight_meta),
         packed_t=None,
         meta_t=None,
         compressed_swizzled_bitmask=None,

@@ -29,6 +29,20 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
     )
 
 
+def may_hold(*tensors: Tensor) -> bool:
+    """Whether what is made of the tensors may serve later calls: plain ones, no compiler, no transform, no mode."""
+    if torch.compiler.is_compiling():
+        return False
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta for tensor in tensors):
+        return False
+    return not (
+        forward_derivatives()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def forward_derivatives() -> bool:
     """Whether tensors may carry tangents: derivatives that are computed forward, beside the values."""
     return forward_ad._current_level >= 0

@@ -77,4 +77,5 @@ def kept_positions(meta: Tensor, in_features: int, pattern: NMPattern) -> Tensor
 
 
 def _bit_values(device: torch.device) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+    # Made on the device: a copy from the processor would make it wait, and no CUDA graph could capture it.
+    return (2 ** torch.arange(8, dtype=torch.int32, device=device)).to(torch.uint8)

@@ -47,7 +47,7 @@ class _MaskedLowRank(torch.autograd.Function):
         ctx.pattern = pattern
         parts = []
         for rows in _chunks(len(up), down.shape[1]):
-            parts.append(gather(up[rows] @ down, weight_meta[rows], pattern))
+            parts.append(gather(up[rows] @ down, weight_meta, pattern, rows))
         return torch.cat(parts)
 
     @staticmethod
@@ -56,7 +56,7 @@ class _MaskedLowRank(torch.autograd.Function):
         down, up, weight_meta = ctx.saved_tensors
         grad_down, grad_up = torch.zeros_like(down), torch.empty_like(up)
         for rows in _chunks(len(up), down.shape[1]):
-            dense = spread(grad[rows].to(down.dtype), weight_meta[rows], ctx.pattern)
+            dense = spread(grad[rows].to(down.dtype), weight_meta, ctx.pattern, rows)
             grad_up[rows] = dense @ down.t()
             grad_down.addmm_(up[rows].t(), dense)
         return grad_down, grad_up, None, None

@@ -95,7 +95,7 @@ def time_layer(
     packed = [(values.clone(), meta.clone()) for _ in range(copies)]
     x = torch.randn(tokens, in_features, generator=generator).to(device, dtype)
     del weight, mask
-    _check(nm_linear(x, *packed[0], None, pattern.n, pattern.m), x, unpack(values, meta, pattern))
+    _check(nm_linear(x, *packed[0], None, pattern.n, pattern.m, True), x, unpack(values, meta, pattern))
 
     def through(product: Callable[[int], object]) -> Callable[[], object]:
         place = [0]
@@ -112,7 +112,7 @@ def time_layer(
     further = others or {}
     found = alternate(
         [
-            through(lambda i: nm_linear(x, *packed[i], None, pattern.n, pattern.m)),
+            through(lambda i: nm_linear(x, *packed[i], None, pattern.n, pattern.m, True)),
             through_dense(torch.nn.functional.linear),
             *map(through_dense, further.values()),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from importlib.util import find_spec
@@ -99,6 +100,85 @@ def test_a_compiled_layer(device):
     compiled = torch.compile(copy.deepcopy(layer).to(device), fullgraph=True)
     with torch.no_grad():
         assert_product(compiled(x.to(device)), x, layer)
+
+
+@contextlib.contextmanager
+def quiet(device):
+    """Within it, what makes the processor wait for the GPU is an error."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calls_and_training_steps_after_the_first_wait_for_nothing(dtype, device):
+    layer, x = make(dtype=dtype), gaussian(3, 128, seed=2, dtype=dtype)
+    moved, there = copy.deepcopy(layer).to(device).eval(), x.to(device)
+    with torch.no_grad():
+        assert_product(moved(there), x, layer)
+        with quiet(device):
+            y = moved(there)
+    assert_product(y, x, layer)
+    moved.train()
+    moved(there).sum().backward()
+    with quiet(device):
+        moved(there).sum().backward()
+
+
+def test_the_dense_weight_leaves_the_device_with_the_layer(device):
+    if device.type == "cpu":
+        pytest.skip("needs two devices")
+    layer = make(rows=1024, columns=1024).to(device).eval()
+    before = torch.cuda.memory_allocated(device)
+    with torch.no_grad():
+        layer(gaussian(3, 1024).to(device))
+    assert torch.cuda.memory_allocated(device) >= before + 4 * 1024 * 1024
+    layer.cpu()
+    assert torch.cuda.memory_allocated(device) < before
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("warm", [True, False], ids=["called before", "not called before"])
+def test_a_captured_layer(warm, backend, device):
+    if device.type == "cpu":
+        pytest.skip("needs CUDA graphs")
+    layer, x = make(), gaussian(3, 128, seed=2)
+    moved, there, stream = copy.deepcopy(layer).to(device).eval(), x.to(device), torch.cuda.Stream(device)
+    torch.nn.functional.linear(there, there)  # cuBLAS is set up outside of the graph
+    with force(backend), torch.no_grad():
+        if warm:
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                moved(there)
+            torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = moved(there)
+    moved.train()  # what the graph reads stays
+    taken = [torch.full((96, 128), torch.nan, device=device) for _ in range(8)]
+    for seed in (3, 4):
+        x = gaussian(3, 128, seed=seed)
+        there.copy_(x)
+        graph.replay()
+        assert_product(y, x, layer)
+    del taken
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["called before", "not called before"])
+def test_a_compiled_layer_in_graphs(warm, device):
+    layer = make()
+    moved = copy.deepcopy(layer).to(device).eval()
+    compiled = torch.compile(moved, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        if warm:
+            moved(gaussian(3, 128).to(device))
+        for seed in range(4):
+            x = gaussian(3, 128, seed=seed)
+            assert_product(compiled(x.to(device)), x, layer)
 
 
 def test_the_masked_low_rank_product_and_its_gradients(device):

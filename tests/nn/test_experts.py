@@ -43,6 +43,27 @@ def test_the_index_behind_the_last_expert_stands_for_none(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_that_no_token_goes_to_and_no_tokens_at_all(name):
+    fused, (states, chosen, weights) = experts_of(name), routed()
+    chosen = torch.where(chosen == 1, 3, chosen)
+    assert torch.equal(SplitExperts(fused)(states, chosen, weights), fused(states, chosen, weights))
+    assert SplitExperts(fused)(states[:0], chosen[:0], weights[:0]).shape == (0, 32)
+
+
+@torch.no_grad()
+def test_the_processor_is_waited_for_once_whatever_the_number_of_experts():
+    split, inputs = SplitExperts(experts_of("mixtral")), routed()
+    with torch.autograd.profiler.profile() as profile:
+        split(*inputs)
+    names = [event.name for event in profile.function_events]
+    assert names.count("aten::linear") == 8
+    # Each of these makes a GPU's number of results known to the processor.
+    assert not {"aten::nonzero", "aten::_unique2", "aten::item", "aten::masked_select"} & set(names)
+    assert names.count("aten::searchsorted") == 1
+
+
+@torch.no_grad()
 def test_experts_without_a_gate():
     fused, (states, chosen, weights) = experts_of("mixtral"), routed()
     fused.has_gate, fused.up_proj = False, torch.nn.Parameter(fused.gate_up_proj[:, :64])

@@ -318,7 +318,7 @@ def test_a_choice_can_be_forced(isa):
 
 def test_what_is_not_there_cannot_be_forced():
     with (
-        pytest.raises(ConfigError, match=r"backend 'fast' is unknown; use one of native, panel, reference"),
+        pytest.raises(ConfigError, match=r"backend 'fast' is unknown; use one of native, panel, reference, dense"),
         force("fast"),
     ):
         pass

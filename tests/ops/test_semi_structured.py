@@ -53,7 +53,7 @@ def test_what_fits():
 
 def test_it_runs_on_a_gpu_when_asked_for_and_not_otherwise():
     gpu = torch.device("cuda")
-    assert choose(torch.bfloat16, gpu, 64).backend == "reference"
+    assert choose(torch.bfloat16, gpu, 64).backend == "dense"
     with force("semi_structured"):
         assert choose(torch.bfloat16, gpu, 64).backend == "semi_structured"
         assert choose(torch.bfloat16, torch.device("cpu"), 64).backend == "reference"

@@ -52,7 +52,7 @@ def test_the_kernel_is_launched_on_the_device_of_its_input(monkeypatch):
 @needs_triton
 def test_it_runs_on_a_gpu_when_asked_for_and_not_otherwise():
     gpu = torch.device("cuda")
-    assert choose(torch.bfloat16, gpu, 1).backend == "reference"
+    assert choose(torch.bfloat16, gpu, 1).backend == "dense"
     with force("triton"):
         assert choose(torch.bfloat16, gpu, 1).backend == "triton"
         assert choose(torch.bfloat16, gpu, 64).backend == "reference"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..ranks import ALONE, Ranks
 from .calls import DONE, Call, cast, record_calls, shared
 from .hooks import Stop, hooked, input_of
 from .providers import BlockProvider
+from .states import states_in_memory
 from .statistics import GramAccumulator
 
 
@@ -29,12 +31,13 @@ class Walk:
         windows: Token ids (windows, tokens).
         batch_size: Windows run at a time.
         meter: Counts the seconds of `"forward"` and `"statistics"`.
-        store: Makes the lists that hidden states are held in: in memory, or on disk.
+        store: Makes a list to hold hidden states in, of what they take in bytes and the device that computes them.
         ranks: The processes over which the windows of every batch are shared out. Statistics are summed over them, and
             every one of them must ask for the same.
 
     Attributes:
         hidden: Hidden states before the block at hand, batch by batch, as the pruned blocks before it give them.
+        store: Makes another list for as many.
 
     Raises:
         ModelError: the model does not call each of its blocks once, in order, with the hidden states first.
@@ -46,19 +49,21 @@ class Walk:
         windows: Tensor,
         batch_size: int,
         meter: Meter,
-        store: Callable[[], MutableSequence[Tensor]] = list,
+        store: Callable[[int, torch.device], MutableSequence[Tensor]] = states_in_memory,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.provider, self.meter, self.store, self.ranks = provider, meter, store, ranks
-        windows, batch_size = ranks.share(windows, batch_size), batch_size // ranks.size
-        self.hidden = store()
+        self.provider, self.meter, self.ranks = provider, meter, ranks
+        batches = ranks.share(windows, batch_size).split(batch_size // ranks.size)
         self._calls: list[list[Call]] = []  # [batch][block]
         pool: dict[tuple, list[Tensor]] = {}
         with meter.stage("forward"), torch.no_grad():
             first = provider.materialise(0)
             output: list[Any] = []
-            for batch in windows.split(batch_size):
+            for batch in batches:
                 hidden, calls = record_calls(provider, first, batch, output)
+                if not self._calls:
+                    self.store = partial(store, hidden.nbytes * len(batches), hidden.device)
+                    self.hidden = self.store()
                 self.hidden.append(hidden)
                 self._calls.append([shared(call, pool) for call in calls])
         provider.entered()
@@ -120,20 +125,25 @@ class Walk:
     def statistics_together(
         self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]
     ) -> dict[str, GramAccumulator]:
-        """The Gram matrices of the inputs of several linears of block `index`, in one pass over all windows."""
+        """The Gram matrices of the inputs of several linears of block `index`, in one pass over all windows.
+
+        What they read of a batch is held until the block has run, and then added, so that a GPU need not be waited for
+        at every one of them.
+        """
         weights = {name: dense_weight(linear) for name, linear in linears.items()}
         found = {name: GramAccumulator(weight.shape[1], weight.device) for name, weight in weights.items()}
+        seen: list[tuple[str, Tensor]] = []
 
         def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                with self.meter.stage("statistics"):
-                    found[name].add(input_of(args, kwargs))
-
-            return hook
+            return lambda module, args, kwargs: seen.append((name, input_of(args, kwargs)))
 
         with self.meter.stage("forward"), torch.no_grad(), hooked({linears[k]: note(k) for k in linears}):
             for batch in range(len(self.hidden)):
                 self.run(block, index, batch)
+                with self.meter.stage("statistics"):
+                    for name, x in seen:
+                        found[name].add(x)
+                    seen.clear()
         with self.exchange():
             return {name: found[name].over_all(self.ranks) for name in linears}
 

@@ -14,7 +14,7 @@ from ..calibration.states import StatesOnDisk
 from ..config import EGGSConfig
 from ..measure import finish
 from ..nn import dense_weight
-from .inputs import expert_waves
+from .inputs import expert_waves, wave_bytes
 from .plan import PrunePlan
 
 # Products of a layer's weight (out, in) with its Gram matrix (in, in) that a solver costs, as counted or timed on two
@@ -40,7 +40,8 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
     Blocks count by the weights that they prune. Hidden states on disk are no memory.
     """
     layers = {name: dense_weight(module).shape for name, module in plan.layers[index].items()}
-    waves = expert_waves(block, f"{plan.block_list.block_name(index)}.", plan.layers[index])
+    limit = wave_bytes(next(block.parameters()).device)
+    waves = expert_waves(block, f"{plan.block_list.block_name(index)}.", plan.layers[index], limit)
     experts = {name for wave in waves for name in wave}
     readers = {name: ("" if name in experts else name.rpartition(".")[0], shape[1]) for name, shape in layers.items()}
     one_pass = _seconds(lambda: walk.run(block, index, 0)) * len(walk.hidden)
@@ -60,6 +61,7 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
         seconds += config.block_tuning * _BACKWARD * one_pass / len(walk.hidden)
     blocks = sum(_weights(each) for each in plan.layers) / _weights(plan.layers[index])
     held = 4 * _LAYER_COPIES * rows * columns + 4 * _GRAM_COPIES * columns**2
+    held += max((4 * sum(layers[name][1] ** 2 for name in wave) for wave in waves), default=0)
     if not isinstance(walk.hidden, StatesOnDisk):
         held += first.numel() * first.element_size() * len(walk.hidden) * (3 if config.block_tuning else 1)
     if config.block_tuning:

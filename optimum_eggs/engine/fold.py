@@ -13,7 +13,7 @@ Layers are found by name and shape; that the block is really built that way is c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,8 +167,9 @@ def permute_block(
 ) -> dict[str, float]:
     """Reorder inputs within a dense block, in place, so that N:M masks keep more of the score.
 
-    After each fold the block is run again. If the consumer or the block gives something else than before, as where an
-    architecture does more between the two layers, the fold is undone bit for bit and a warning names the layer.
+    After a fold the block is run again; after those of all experts once, as there may be hundreds. If a consumer or the
+    block gives something else than before, as where an architecture does more between the two layers, the fold is
+    undone bit for bit and a warning names the layer; of several that were checked together, each is then tried alone.
 
     Args:
         block: The block, in evaluation mode.
@@ -191,32 +192,55 @@ def permute_block(
     consumers = {fold.consumer: block.get_submodule(fold.consumer.removeprefix(prefix)) for fold in folds}
     before = _outputs(consumers, run)
     gains: dict[str, float] = {}
-    for fold in folds:
-        name = fold.consumer
-        if name not in before:  # as an expert that no token is sent to: nothing could be checked
-            continue
-        values = score(name)
-        orders = choose_orders(values, fold, pattern)
-        columns = column_order(fold, orders)
-        if torch.equal(columns, columns.sort().values):
-            gains[name] = 0.0
-            continue
-        apply_fold(block, prefix, fold, orders)
+
+    def done(moves: Sequence[tuple[Fold, Tensor]]) -> bool:
+        nonlocal before
+        for fold, orders in moves:
+            apply_fold(block, prefix, fold, orders)
         after = _outputs(consumers, run)
         # not the other consumers: rounding may send a token to another expert
-        if all(same_output(before[key], after[key]) for key in (name, _BLOCK)):
+        checked = [*(fold.consumer for fold, _ in moves), _BLOCK]
+        if all(key in after and same_output(before[key], after[key]) for key in checked):
             before = after
-            gains[name] = kept_score(values[:, columns], pattern) / kept_score(values, pattern) - 1
+            return True
+        for fold, orders in moves:
+            apply_fold(block, prefix, fold, orders.argsort(1))
+        return False
+
+    # an expert that no token is sent to is left out: nothing could be checked
+    for together in _of_experts([fold for fold in folds if fold.consumer in before]):
+        moves = []
+        for fold in together:
+            values = score(fold.consumer)
+            orders = choose_orders(values, fold, pattern)
+            columns = column_order(fold, orders)
+            gains[fold.consumer] = 0.0
+            if not torch.equal(columns, columns.sort().values):
+                gains[fold.consumer] = kept_score(values[:, columns], pattern) / kept_score(values, pattern) - 1
+                moves.append((fold, orders))
+        if not moves or done(moves):
             continue
-        apply_fold(block, prefix, fold, orders.argsort(1))
-        producers = " and ".join(dict.fromkeys(rows.name.removeprefix(prefix) for rows in fold.producers))
-        logger.warning(
-            "%s: its inputs keep their order: with the rows of %s reordered to match, the block computes something "
-            "else; this architecture does more between these layers",
-            name,
-            producers,
-        )
+        for fold, orders in moves:
+            if len(moves) > 1 and done([(fold, orders)]):
+                continue
+            del gains[fold.consumer]
+            producers = " and ".join(dict.fromkeys(rows.name.removeprefix(prefix) for rows in fold.producers))
+            logger.warning(
+                "%s: its inputs keep their order: with the rows of %s reordered to match, the block computes something "
+                "else; this architecture does more between these layers",
+                fold.consumer,
+                producers,
+            )
     return gains
+
+
+def _of_experts(folds: Iterable[Fold]) -> list[list[Fold]]:
+    """Folds in lists of those whose consumers have one name but for numbers, as experts have; others alone."""
+    found: dict[str, list[Fold]] = {}
+    for fold in folds:
+        parts = [part for part in fold.consumer.split(".") if not part.isdecimal()]
+        found.setdefault(".".join(parts), []).append(fold)
+    return list(found.values())
 
 
 def same_output(before: Tensor, after: Tensor) -> bool:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..calibration import GramAccumulator, Walk
+from ..calibration.states import free_bytes
 from ..errors import NumericalError
 from ..nn import dense_weight
 from ..nn.experts import SplitExperts
 
-_WAVE_BYTES = 2**30
+_ON_CPU = 2**30  # bytes
+_SHARE = 4  # of a GPU's free memory, one part is taken
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def layers_with_inputs(
     Raises:
         NumericalError: inputs are NaN or infinite.
     """
-    waves = expert_waves(block, prefix, todo)
+    limit = min(walk.ranks.gather(wave_bytes(next(block.parameters()).device)))  # all must take the same passes
+    waves = expert_waves(block, prefix, todo, limit)
     experts = {name for wave in waves for name in wave}
     others = {name: module for name, module in todo.items() if name not in experts}
     for stage in walk.stages(block, index, others) if others else []:
@@ -60,34 +64,42 @@ def layers_with_inputs(
         yield [LayersAlike(stage, statistics)]
     for wave in waves:
         together = walk.statistics_together(block, index, {name: todo[name] for name in wave})
+        diagonals = torch.stack([statistics.gram.diagonal() for statistics in together.values()])
+        for name, finite in zip(together, torch.isfinite(diagonals).all(1).tolist(), strict=True):
+            check_finite(name, finite)
         made: list[LayersAlike] = []
-        while together:
-            name, statistics = together.popitem()
-            check_finite(name, statistics.is_finite())
+        for name in wave:
+            statistics = together.pop(name)
             alone = statistics.tokens < min_expert_tokens
             if alone:
                 statistics.forget_inputs()
-            made.insert(0, LayersAlike([name], statistics, expert=True, weights_alone=alone))
+            made.append(LayersAlike([name], statistics, expert=True, weights_alone=alone))
         del statistics
         yield made
         made.clear()  # before the next ones are made
 
 
-def expert_waves(block: nn.Module, prefix: str, todo: Mapping[str, nn.Module]) -> list[list[str]]:
+def wave_bytes(device: torch.device) -> int:
+    """Bytes that the Gram matrices of a wave may take: a quarter of what is free on a GPU, 1 GiB elsewhere."""
+    free = free_bytes(device)
+    return _ON_CPU if free is None else free // _SHARE
+
+
+def expert_waves(block: nn.Module, prefix: str, todo: Mapping[str, nn.Module], limit: int) -> list[list[str]]:
     """The layers to prune of a block's split experts, those together whose statistics are taken in one pass.
 
-    What reads the hidden states comes before what reads its outputs; the Gram matrices of a wave take 1 GiB at the
-    most, or are one.
+    What reads the hidden states comes before what reads its outputs. The layers of a wave are as wide as one another,
+    and their Gram matrices take `limit` bytes at the most, or are one.
     """
     waves: list[list[str]] = []
     for path, module in block.named_modules():
         for together in module.waves() if isinstance(module, SplitExperts) else []:
-            size = _WAVE_BYTES
+            size = limit
             for name in (f"{prefix}{path}.{part}" for part in together):
                 if name not in todo:
                     continue
                 gram = 4 * dense_weight(todo[name]).shape[1] ** 2
-                if size + gram > _WAVE_BYTES:
+                if size + gram > limit:
                     waves.append([])
                     size = 0
                 waves[-1].append(name)

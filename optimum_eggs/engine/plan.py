@@ -60,7 +60,7 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True, fitting
     except BaseException:
         _put_back(model, fused)
         raise
-    if any(name.startswith(f"{experts}.") for name in plan.names for experts in fused):
+    if any(_holder(name, fused) for name in plan.names):
         keep_names(model)
     else:
         _put_back(model, fused)
@@ -102,10 +102,19 @@ def as_fused(left_dense: Sequence[DenseLayer], fused: Collection[str]) -> list[D
     """What is left dense, with the experts of each of `fused` as the one module that they are."""
     found: dict[str, DenseLayer] = {}
     for layer in left_dense:
-        name = next((experts for experts in fused if layer.name.startswith(f"{experts}.")), layer.name)
+        name = _holder(layer.name, fused) or layer.name
         before = found[name].parameters if name in found else 0
         found[name] = DenseLayer(name, layer.reason, before + layer.parameters)
     return list(found.values())
+
+
+def _holder(name: str, modules: Collection[str]) -> str | None:
+    """Which of `modules`, by dotted name, the layer called `name` is within."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            return name
+    return None
 
 
 def _check_weights(layers: Mapping[str, nn.Module]) -> None:
@@ -260,7 +269,7 @@ def _check_inputs(plan: PrunePlan, config: EGGSConfig) -> None:
     widths = {name: dense_weight(module).shape[1] for layers in plan.layers for name, module in layers.items()}
     bad = [name for name, width in widths.items() if width % m]
     if bad:
-        ignore = [*config.ignore, *_patterns_of(bad, [name for name in widths if name not in set(bad)])]
+        ignore = [*config.ignore, *_patterns_of(bad, [name for name, width in widths.items() if not width % m])]
         sizes = " and ".join(str(width) for width in sorted({widths[name] for name in bad}))
         raise ShapeError(
             f"{', '.join(bad[:6])}{more(bad, 6)}: in_features={sizes} is not a multiple of m={m}; leave them dense "

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..calibration import BlockProvider, InMemoryBlocks, Walk
 from ..calibration.context import check_context, check_reads_text, check_vocabulary, text_config
+from ..calibration.states import states_in_memory
 from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
@@ -38,10 +39,11 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Blocks are pruned in order, each on inputs that passed the pruned blocks before it; within a block the layers are
     pruned in the order in which they run, those that read the same tensor on one Gram matrix.
 
-    Memory beyond the model's: the windows' hidden states (three times with block tuning), one batch's activations, and
-    for the layer at hand a few (in, in) matrices, some of them in float64, and some eight float32 buffers of (out, in).
+    Memory beyond the model's: the windows' hidden states (three times with block tuning), which leave a GPU for the
+    host's memory where they would take more than an eighth of what is free; one batch's activations; and for the layer
+    at hand a few (in, in) matrices, some of them in float64, and some eight float32 buffers of (out, in).
     Block tuning takes five float32 copies of a block. Pruned blocks shrink as they are packed. Experts take up to 1 GiB
-    of Gram matrices at a time.
+    of Gram matrices at a time, on a GPU up to a quarter of what is free.
 
     Args:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.
@@ -107,7 +109,7 @@ def prune_blocks(
     windows: Tensor,
     meter: Meter,
     progress: bool | None = None,
-    store: Callable[[], MutableSequence[Tensor]] = list,
+    store: Callable[[int, torch.device], MutableSequence[Tensor]] = states_in_memory,
     keeper: Keeper | None = None,
     ranks: Ranks = ALONE,
 ) -> list[BlockResult]:

@@ -12,6 +12,7 @@ from .. import strict_json
 from ..engine.block import BlockResult
 from ..engine.report import DenseLayer, LayerReport
 from ..engine.tune import BlockTuning
+from ..errors import NumericalError
 from ..files import sha256, sync, write_durably
 from ..masks import Shortfall
 from ..masks.certificate import Certificate
@@ -47,6 +48,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.finished: list[Finished] = []
+        self._entries: list[str] = []  # as they are written: a mixture has thousands of layers in every block
         path = folder / JOURNAL_NAME
         if not path.is_file():
             return
@@ -55,20 +57,22 @@ class Journal:
                 file = folder / entry["file"]
                 if not file.is_file() or sha256(file) != entry["sha256"]:
                     break  # what follows was computed from it
-                self.finished.append(Finished(entry["file"], entry["sha256"], _result(entry["result"])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                self._append(Finished(entry["file"], entry["sha256"], _result(entry["result"])))
+        except (NumericalError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s: cannot be read (%s), so the run starts from the beginning", path, error)
-            self.finished = []
+            self.finished, self._entries = [], []
 
     def add(self, file: str, result: BlockResult) -> None:
         """Record that the next block is finished; its `file` is in the folder."""
         sync(self.folder / file)
         sync(self.folder)
-        self.finished.append(Finished(file, sha256(self.folder / file), result))
-        blocks = [
-            {"file": block.file, "sha256": block.sha256, "result": _as_json(block.result)} for block in self.finished
-        ]
-        write_durably(self.folder / JOURNAL_NAME, strict_json.dumps(blocks, indent=1))
+        self._append(Finished(file, sha256(self.folder / file), result))
+        write_durably(self.folder / JOURNAL_NAME, "[" + ",\n".join(self._entries) + "]")
+
+    def _append(self, block: Finished) -> None:
+        entry = {"file": block.file, "sha256": block.sha256, "result": _as_json(block.result)}
+        self._entries.append(strict_json.dumps(entry, indent=1))
+        self.finished.append(block)
 
 
 def _as_json(result: BlockResult) -> dict[str, Any]:

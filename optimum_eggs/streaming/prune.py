@@ -6,7 +6,6 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import custom_object_save
 
 from .. import validation as check
-from ..calibration.states import StatesOnDisk
+from ..calibration.states import StatesOnDisk, states_in_memory
 from ..calibration.windows import check_calibration, windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
@@ -78,8 +77,8 @@ def prune_checkpoint(
         dtype: Dtype to load and prune in. Default: the checkpoint's own.
         save_dtype: Dtype to save in. Default: as loaded.
         device: Where blocks are pruned. Default: an accelerator if there is one.
-        memory_budget: The most bytes that the hidden states of a process may take in memory, such as `"8GiB"`; beyond
-            it they are on disk. Default: no limit.
+        memory_budget: The most bytes that the hidden states of a process may take in memory, a GPU's or the host's,
+            such as `"8GiB"`; beyond it they are on disk. Default: no limit.
         max_shard_size: As for transformers; but blocks share a file only up to 256 MiB, so that joining them takes
             little memory.
         overwrite: Replace a model that this package saved at `output`, and what runs of other settings that were cut
@@ -156,7 +155,7 @@ def prune_checkpoint(
                     windows,
                     meter,
                     progress,
-                    partial(StatesOnDisk, keeper.journal.folder) if on_disk else list,
+                    (lambda size, device: StatesOnDisk(keeper.journal.folder)) if on_disk else states_in_memory,
                     keeper,
                     ranks,
                 )

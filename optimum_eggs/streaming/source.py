@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from ..calibration import BlockList, find_block_list
@@ -32,6 +23,7 @@ from ..names import hub_id
 from ..nn.experts import SplitExperts, keep_names
 from ..packing.checkpoint import read_headers, weight_files
 from .fetch import fetch
+from .internals import conversions_of, fill_buffers, load_keys, name_of, one_key_fills_several
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -92,8 +84,8 @@ class DenseSource:
         if hub_id(str(model)):
             self.model.config._commit_hash = folder.name  # as the cache names its folders
         self.model.eval()
-        self._conversions: list[Any] = get_model_conversion_mapping(self.model)
-        self._fill_buffers()
+        self._conversions = conversions_of(self.model)
+        fill_buffers(self.model, self.device)
         self.block_list: BlockList = find_block_list(self.model, block_list)
         self._keys = self._by_block({key: entry.file for key, entry in entries.items()})
 
@@ -159,12 +151,6 @@ class DenseSource:
 
     def _load(self, index: int | None) -> None:
         """Load block `index`, or what is outside the blocks, into the model, in memory of its own."""
-        load = LoadStateDictConfig(
-            dtype=self.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=self._conversions,
-            device_map={"": self.device},
-        )
         try:
             with ExitStack() as stack:
                 stack.enter_context(_no_progress_bar())
@@ -173,22 +159,15 @@ class DenseSource:
                 for file in set(self._keys[index].values()):
                     opened[file] = stack.enter_context(safe_open(str(file), framework="pt"))
                 slices = {key: opened[file].get_slice(key) for key, file in self._keys[index].items()}
-                info, _ = convert_and_load_state_dict_in_model(self.model, slices, load)
-                bad = [*info.mismatched_keys, *info.conversion_errors]
-                if bad or info.error_msgs:
-                    what = bad[0] if bad else info.error_msgs[0]
-                    raise CheckpointError(f"{self.folder}: {what} does not fit the model; download it again")
+                bad = load_keys(self.model, slices, self._conversions, self.dtype, self.device)
+                if bad:
+                    raise CheckpointError(f"{self.folder}: {bad[0]} does not fit the model; download it again")
                 loaded = self._outside() if index is None else self._inside(index)
                 for name, value in loaded.items():
                     if value.is_meta:
                         raise CheckpointError(f"{self.folder}: {name} is missing; download the model again")
                     value.data = value.data.clone()  # what is loaded may be a view of the file
-                    # NaN goes through aminmax, which takes no memory; isfinite takes more than the largest tensor.
-                    ends = torch.aminmax(value.detach()) if value.is_floating_point() and value.numel() else ()
-                    if not all(isfinite(end) for end in ends):
-                        raise NumericalError(
-                            f"{name}: the weight holds NaN or infinite values; the checkpoint may be damaged"
-                        )
+                _check_finite(loaded)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{self.folder}: a weight file is damaged or cannot be read ({error}); download it again"
@@ -217,33 +196,28 @@ class DenseSource:
         """The checkpoint's keys and their files, by the block that they go to; None: outside of all."""
         known = self.model.state_dict()
         found: dict[int | None, dict[str, Path]] = {index: {} for index in (None, *range(len(self)))}
-        names = {key: self._name(key, known) for key in files}
+        names = {key: name_of(key, self.model, self._conversions, known) for key in files}
         for key, name in names.items():
             found[self.block_of(name)][key] = files[key]
         missing = sorted(known.keys() - set(names.values()) - self.model.all_tied_weights_keys.keys())
-        converted = any(isinstance(entry, WeightConverter) for entry in self._conversions)
-        if missing and not converted:  # with conversions, one key may fill several weights: `_load` sees to it
+        if missing and not one_key_fills_several(self._conversions):  # else `_load` sees to it
             raise CheckpointError(f"{self.folder}: {missing[0]} is missing; download the model again")
         return found
 
-    def _name(self, key: str, known: dict[str, Tensor]) -> str:
-        """The model's name of the weight that a key of the checkpoint goes to."""
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        name, _ = rename_source_key(key, renamings, converters, prefix, known)
-        if name not in known and key in known:  # as transformers does
-            name, _ = rename_source_key(key, [], [], prefix, known)
-        return name
 
-    def _fill_buffers(self) -> None:
-        """Compute the buffers that no file holds, as `from_pretrained` does."""
-        for name, buffer in self.model.named_non_persistent_buffers():
-            module, _, own = name.rpartition(".")
-            self.model.get_submodule(module).register_buffer(
-                own, torch.empty_like(buffer, device=self.device), persistent=False
-            )
-        self.model.initialize_weights()
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raise unless all weights, by name, are finite. A GPU is waited for once.
+
+    Raises:
+        NumericalError: one is not.
+    """
+    floating = [name for name, value in weights.items() if value.is_floating_point() and value.numel()]
+    # NaN goes through aminmax, which takes no memory; isfinite takes more than the largest tensor.
+    ends = [torch.stack(torch.aminmax(weights[name].detach())) for name in floating]
+    finite = torch.stack([torch.isfinite(pair).all() for pair in ends]).tolist() if ends else []
+    bad = next((name for name, fine in zip(floating, finite, strict=True) if not fine), None)
+    if bad is not None:
+        raise NumericalError(f"{bad}: the weight holds NaN or infinite values; the checkpoint may be damaged")
 
 
 @contextmanager

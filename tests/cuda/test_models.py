@@ -7,9 +7,12 @@ import copy
 import pytest
 import tiny
 import torch
+from oracles import gaussian
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner
+from optimum_eggs.calibration import states
+from optimum_eggs.calibration.states import StatesOnHost
 from optimum_eggs.engine import prune_model
 from optimum_eggs.evaluation import perplexity
 from optimum_eggs.hf.attach import packed_layers
@@ -103,6 +106,36 @@ def test_pruning_in_half_precision(preset, dtype, device):
     _, expected = pruned("llama", configured(preset), "cpu", dtype)
     assert {layer.weight.dtype for layer in packed_layers(model).values()} == {dtype}
     assert_alike(report, expected, share=0.2)
+
+
+def test_hidden_states_in_the_memory_of_the_host(device):
+    values, held = [gaussian(64, 512, 512, seed=seed).to(device) for seed in range(2)], StatesOnHost()
+    for value in values:
+        held.append(value * 1)  # freed at once, while the copy may still be on its way
+    for _ in range(3):  # what is read is written again before anyone waits for the device
+        for at in range(2):
+            held[at] = held[at] * 2
+    assert all(torch.equal(held[at], value * 8) for at, value in enumerate(values))
+    assert held[0].device == device
+    assert held._kept[0][0].is_pinned() == (device.type == "cuda")
+
+
+def test_where_hidden_states_are_makes_no_difference(device, monkeypatch):
+    found = []
+    for free in (2**40, 0):
+        monkeypatch.setattr(states, "free_bytes", lambda place, free=free: free)
+        found.append(pruned("llama", configured(), device, torch.bfloat16)[0].state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_what_is_free_on_the_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: of a CPU nothing is asked")
+    before = states.free_bytes(device)
+    taken = torch.empty(2**28, dtype=torch.uint8, device=device)
+    assert before - states.free_bytes(device) == pytest.approx(2**28, rel=0.1)
+    del taken
+    assert states.free_bytes(device) == pytest.approx(before, rel=0.01)
 
 
 def test_memory_of_the_gpu_is_in_the_report(device):

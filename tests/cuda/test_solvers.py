@@ -46,6 +46,20 @@ def test_statistics(dtype, device):
     assert torch.equal(other.gram, torch.eye(64, device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_are_summed_in_float32(dtype, device):
+    one = gaussian(1, 64, dtype=dtype)
+    statistics = GramAccumulator(64, device)
+    statistics.add(one.to(device))
+    assert torch.equal(statistics.gram.cpu(), (one.double().T @ one.double()).float())  # every product is exact
+    many = gaussian(4096, 64, seed=1, dtype=dtype).abs()  # all of one sign: what is lost on the way adds up
+    statistics.add(many.to(device))
+    both = torch.cat([one, many]).double()
+    # A rounding for each token, of the last bit of the sum, whichever way the device rounds; bfloat16 has but 8 bits.
+    bound = len(both) * 2**-23 * (both.abs().T @ both.abs())
+    assert bool(((statistics.gram.cpu() - both.T @ both).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("name", ["ria", "wanda", "magnitude"])
 def test_scores(name, device):
     weight, norm = gaussian(32, 64), gaussian(64, seed=1).abs()

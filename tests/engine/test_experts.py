@@ -7,11 +7,15 @@ import tiny
 import torch
 
 from optimum_eggs import EGGSConfig, NMLinear
-from optimum_eggs.engine import prune_model
+from optimum_eggs.calibration import InMemoryBlocks, Walk
+from optimum_eggs.engine import inputs, prune_model
+from optimum_eggs.engine.plan import make_plan
 from optimum_eggs.masks import topn_mask
-from optimum_eggs.nn import dense_weight
+from optimum_eggs.measure import Meter
+from optimum_eggs.nn import dense_weight, is_dense_linear
 from optimum_eggs.nn.experts import split_experts
 from optimum_eggs.pattern import NMPattern
+from optimum_eggs.ranks import Ranks
 from optimum_eggs.update import relative_error
 
 WINDOWS = tiny.make_windows(8, 16)
@@ -51,14 +55,14 @@ def experts_inputs(model, block):
 def test_every_expert_is_pruned_on_the_tokens_it_gets(name):
     twin = tiny.make_model(name)
     split_experts(twin)
-    inputs = experts_inputs(twin, 0)
+    seen = experts_inputs(twin, 0)
     model = tiny.make_model(name)
     # Only what reads the hidden states: nothing before it is pruned.
     values = {"preset": "wanda", "targets": ["layers.0.mlp.experts.*.gate_up_proj"]}
     report = prune_model(model, EGGSConfig("2:4", **values), WINDOWS)
-    assert {layer.name for layer in report.layers} == {key for key in inputs if key.endswith("gate_up_proj")}
+    assert {layer.name for layer in report.layers} == {key for key in seen if key.endswith("gate_up_proj")}
     for layer in report.layers:
-        x = inputs[layer.name]
+        x = seen[layer.name]
         assert layer.tokens == len(x) < WINDOWS.numel()
         assert not layer.weights_alone
         weight = dense_weight(twin.get_submodule(layer.name))
@@ -117,11 +121,56 @@ def test_how_many_tokens_an_expert_must_see():
 def test_statistics_are_taken_in_as_many_passes_as_memory_asks_for(monkeypatch):
     found = []
     for limit in (2**30, 32 * 32 * 4 * 2, 1):
-        monkeypatch.setattr("optimum_eggs.engine.inputs._WAVE_BYTES", limit)
+        monkeypatch.setattr("optimum_eggs.engine.inputs.wave_bytes", lambda device, limit=limit: limit)
         model = tiny.make_model("mixtral")
         prune_model(model, EGGSConfig("2:4", preset="fast"), WINDOWS)
         found.append({key: value for key, value in model.state_dict().items() if "experts" in key})
     assert all(torch.equal(value, other[key]) for other in found[1:] for key, value in found[0].items())
+
+
+def test_a_wave_of_experts_takes_a_share_of_the_memory_that_is_free(monkeypatch):
+    assert inputs.wave_bytes(torch.device("cpu")) == 2**30
+    monkeypatch.setattr(inputs, "free_bytes", lambda device: 10_000 if device.type == "cuda" else None)
+    assert inputs.wave_bytes(torch.device("cuda", 0)) == 2_500
+    model = tiny.make_model("mixtral")
+    split_experts(model)
+    block = model.model.layers[0]
+    todo = {f"block.{name}": module for name, module in block.named_modules() if is_dense_linear(module)}
+    one = 4 * 32 * 32  # bytes of the Gram matrix of what gate and up read; that of down is four times as large
+    for limit, expected in ((8 * one, [4, 2, 2]), (2 * one, [2, 2, 1, 1, 1, 1]), (0, [1] * 8)):
+        waves = inputs.expert_waves(block, "block.", todo, limit)
+        assert [len(wave) for wave in waves] == expected
+        assert [name for wave in waves for name in wave] == [
+            f"block.mlp.experts.{expert}.{part}" for part in ("gate_up_proj", "down_proj") for expert in range(4)
+        ]
+
+
+def test_the_processes_agree_on_the_passes(monkeypatch):
+    # Each sees another amount of free memory; if one took a pass more, the others would wait for it for ever.
+    asked = []
+    expert_waves = inputs.expert_waves
+    monkeypatch.setattr(inputs, "expert_waves", lambda *given: asked.append(given[-1]) or expert_waves(*given))
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, value: [value, 5_000] if isinstance(value, int) else [value])
+    model = tiny.make_model("mixtral")
+    plan = make_plan(model, EGGSConfig("2:4"))
+    with Meter() as meter:
+        walk = Walk(InMemoryBlocks(model, plan.block_list), WINDOWS, 2, meter)
+        next(inputs.layers_with_inputs(walk, plan.block_list.blocks[0], 0, "model.layers.0.", plan.layers[0], 0))
+    assert asked == [5_000]
+
+
+def test_a_gpu_is_waited_for_once_a_batch_and_not_at_every_expert(monkeypatch):
+    entered = []
+    stage = Meter.stage
+    monkeypatch.setattr(Meter, "stage", lambda meter, name: entered.append(name) or stage(meter, name))
+    model = tiny.make_model("mixtral")
+    plan = make_plan(model, EGGSConfig("2:4"))
+    experts = {name: module for name, module in plan.layers[0].items() if "experts" in name}
+    with Meter() as meter:
+        walk = Walk(InMemoryBlocks(model, plan.block_list), WINDOWS, 2, meter)
+        entered.clear()
+        walk.statistics_together(plan.block_list.blocks[0], 0, experts)
+    assert entered.count("statistics") == len(walk.hidden)
 
 
 def test_a_run_that_ends_before_the_first_block_is_done_leaves_the_experts_one_module(monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from optimum_eggs.errors import NumericalError, ShapeError
 from optimum_eggs.importance.ria import ria
 from optimum_eggs.masks.permutation import kept_score
 from optimum_eggs.nn import dense_weight, is_dense_linear
+from optimum_eggs.nn.experts import split_experts
 from optimum_eggs.pattern import NMPattern
 
 PATTERN = NMPattern(2, 4)
@@ -255,6 +257,34 @@ def test_a_wrong_order_for_grouped_queries_is_undone_bit_for_bit(caplog):
     assert not changed(block, before)
     message = "model.layers.0.self_attn.o_proj: its inputs keep their order: with the rows of self_attn.v_proj"
     assert message in caplog.text
+
+
+@pytest.mark.parametrize("spoilt", [None, 2])
+def test_folds_of_experts_are_checked_together_and_only_then_one_by_one(spoilt, caplog):
+    model = random_model(lambda: tiny.make_model("mixtral"))
+    split_experts(model)
+    block, prefix, names = next(blocks_of(model))
+    folds, score, before = find_folds(block, prefix, names), score_of(block, prefix), state_of(block)
+    experts = [f"{prefix}mlp.experts.{expert}.down_proj" for expert in range(4)]
+    assert [fold.consumer for fold in folds] == [f"{prefix}self_attn.o_proj", *experts]
+    if spoilt is not None:  # the rows of up, and not those of gate
+        folds[1 + spoilt] = replace(folds[1 + spoilt], producers=folds[1 + spoilt].producers[1:])
+    scores = {fold.consumer: score(fold.consumer) for fold in folds}
+    runs, run = [], runner(model, block)
+    gains = permute_block(block, prefix, folds, scores.__getitem__, PATTERN, lambda: runs.append(1) or run())
+    assert len(runs) == (1 + 2 if spoilt is None else 1 + 2 + 4)  # before, attention, experts; and each of these
+    wrong = [] if spoilt is None else [experts[spoilt]]
+    assert [record.args[0] for record in caplog.records] == wrong
+    assert list(gains) == [fold.consumer for fold in folds if fold.consumer not in wrong]
+    for fold in folds:
+        value, path = scores[fold.consumer], f"{fold.consumer.removeprefix(prefix)}.weight"
+        columns = column_order(fold, choose_orders(value, fold, PATTERN))
+        moved = columns.sort().values if fold.consumer in wrong else columns
+        assert torch.equal(block.state_dict()[path], before[path][:, moved])
+        if fold.consumer not in wrong:
+            kept = kept_score(value[:, columns], PATTERN) / kept_score(value, PATTERN)
+            assert gains[fold.consumer] == pytest.approx(kept - 1, abs=1e-12)
+            assert gains[fold.consumer] > 0
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "gpt_neox"])

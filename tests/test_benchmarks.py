@@ -2,10 +2,13 @@ import importlib.util
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -150,3 +153,84 @@ def test_books_are_read_from_their_package(run, tmp_path):
     (tmp_path / "Rdata.rdb").write_bytes(database * 2)
     run("make_books.py", tmp_path / "Rdata.rdb", tmp_path / "books")
     assert (tmp_path / "books" / "emma.txt").read_text() == "EMMA\nA line and another.\nThe end — of it.\n"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script as a module: what it imports beside it is found."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.mark.slow
+def test_what_is_for_gpus_runs_on_small_shapes(run, tmp_path):
+    # a process of its own, since it begins pytest in another
+    command = [sys.executable, SCRIPTS / "gpu.py", "--tiny", "--device", "cpu", "--json", tmp_path / "gpu.json"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["machine"]["device"].startswith("cpu")
+    assert found["machine"]["versions"]["torch"]
+    rows = {(row["part"], row["name"]): row for row in found["rows"]}
+    assert rows["tests", "tests/cuda"]["passed"] == 3
+    assert rows["prune", "best"]["whole_seconds"] == pytest.approx(rows["prune", "best"]["whole"]["all"])
+    for solver in ("topn_mask", "expander_mask", "sparsegpt", "admm", "masked_refit", "channel_order"):
+        assert rows["solver", f"{solver} 64x192"]["seconds"]
+    assert rows["layer", "reference 192x64, 8 tokens"]["ratio"] > 0
+    assert not any(row.get("failed") for row in found["rows"])
+    assert f"{len(rows)} rows" in printed
+    # the rates found are those that a prediction can be made from
+    assert "| tuning |" in run("gpu_cost.py", "--card", tmp_path / "gpu.json", "--presets", "best").stdout
+
+
+def test_rows_are_kept_as_they_come_and_what_fails_or_does_not_fit_is_named(script, tmp_path):
+    path, gpu = tmp_path / "rows.json", script("gpu")
+    record = gpu.Record(path, {}, budget=100)
+
+    def rows():
+        return json.loads(path.read_text())["rows"]
+
+    record.attempt("a", "good", 1, lambda: {"seconds": 2.0}, counted=1.5)
+    assert (rows()[0]["seconds"], rows()[0]["counted"]) == (2.0, 1.5)
+    record.attempt("a", "wrong", 1, lambda: gpu.require(False, "what must hold"))
+    assert rows()[1]["failed"] == "NumericalError: what must hold does not hold"
+    record.attempt("a", "long", 1000, lambda: pytest.fail("there is no time for it"))
+    assert rows()[2]["left_out"].startswith("takes about 1000 s")
+
+
+def test_tests_are_counted_where_their_run_was_cut(script):
+    printed = "tests/a.py::test_x[1-a b] PASSED [ 10%]\ntests/a.py::test_y FAILED   [ 20%]\ntests/a.py::test_z"
+    found = script("gpu").outcomes(printed)
+    assert (found["passed"], found["failed"], found["failures"]) == (1, 1, ["tests/a.py::test_y"])
+
+
+def test_a_whole_model_is_estimated_by_one_block(script):
+    gpu = script("gpu")
+    ran = {"windows": 16, "seq_len": 1024, "steps": 100, "seconds": 20.0, "one_pass": 0.5}
+    stages = {"forward": 1.5, "statistics": 2.0, "update": 3.0, "tuning": 10.0}
+    found = gpu.whole(ran | {"stages": stages}, blocks=2, longer=16)
+    # tuning: 200 steps of three passes and 7 x 8 held out, of twice the tokens, by 100 steps and 7 x 2
+    tuning = 10 * (600 + 56) / (300 + 14) * 2
+    assert found["forward"] == 2 * 16 * (1.5 + 0.5)
+    assert found["statistics"] == 2 * 16 * 2
+    assert found["tuning"] == pytest.approx(2 * tuning)
+    assert found["all"] == pytest.approx(2 * (16 * 4 + 3 + tuning + 3.5))
+
+
+def test_costs_on_a_gpu_are_counted(script):
+    cost = script("gpu_cost")
+    counted = cost.counted(lambda: torch.ones(4)[torch.ones(4) > 0].sum().item())
+    assert (counted.wait, counted.launch) == (2, 6)  # ones, ones, >, [], sum, item
+    shape = cost.SHAPES["8B"]
+    found = cost.block_work(shape, 128, 2048, "best")
+    cubes = [4096**3] * 3 + [4096**3] * 3 + [14336**3]  # q, k, v, o; gate, up; down: twelve factors each
+    factorised = found["ADMM: factorisations in float64"]
+    assert factorised.factor == pytest.approx(12 * sum(cubes) / 3)
+    # k, v and down have too few rows for an inverse
+    assert factorised.float64 == pytest.approx(12 * 2 * 4 * 4096**3)
+    weights = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336
+    passed = 2048 * (2 * weights + 4 * 2048 * 4096) * (3 * 200 + 7 * 8)
+    assert found["tuning"].float32 == pytest.approx(passed)
+    quick = cost.block_work(shape, 128, 2048, "best", quick=True)
+    assert (quick["tuning"].float32, quick["tuning"].half) == (0, pytest.approx(passed))
+    h100, consumer = (sum(found.values(), cost.Work()).seconds(card) for card in cost.CARDS.values())
+    assert consumer > h100

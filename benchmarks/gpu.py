@@ -48,7 +48,6 @@ from gpu_cost import (
     projection,
     refit_work,
     sparsegpt_work,
-    tuning_passes,
 )
 from torch import Tensor
 
@@ -64,12 +63,12 @@ from optimum_eggs.masks.checks import check_mask
 from optimum_eggs.masks.permutation import kept_score
 from optimum_eggs.measure import processor
 from optimum_eggs.ops import BACKENDS, choose, force
+from optimum_eggs.presets import PRESETS
 from optimum_eggs.speed import time_layer
 from optimum_eggs.speed.timing import alternate
 from optimum_eggs.update import Problem, admm, masked_refit, relative_error, sparsegpt
 
 TINY = Shape(blocks=2, hidden=64, intermediate=192, keys=32)
-WINDOWS, SEQ_LEN, STEPS = 128, 2048, 200  # of the whole run that is extrapolated to
 _TEST = re.compile(r"^(\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR)", re.MULTILINE)
 
 
@@ -213,7 +212,7 @@ def outcomes(printed: str) -> dict[str, Any]:
 
 
 def pruned(shape: Shape, preset: str, windows: int, seq_len: int, steps: int, device: torch.device) -> dict[str, Any]:
-    """One random block of a shape pruned, stage by stage, and what a whole model would take."""
+    """One random block of a shape pruned, stage by stage, and what a whole model of such blocks would take."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     head = head_size(shape)
@@ -265,23 +264,19 @@ def pruned(shape: Shape, preset: str, windows: int, seq_len: int, steps: int, de
         "tuning": [asdict(each) for each in report.tuning],
         "peak_cuda": measured.get("peak_cuda"),
     }
-    estimate = whole(found, shape.blocks, WINDOWS * SEQ_LEN / (windows * seq_len))
+    estimate = whole(found, shape.blocks)
     return found | {"whole": estimate, "whole_seconds": estimate["all"]}
 
 
-def whole(found: Mapping[str, Any], blocks: int, longer: float) -> dict[str, float]:
-    """Seconds by stage of a model of so many blocks, on a text `longer` times as long, by those of one block.
+def whole(found: Mapping[str, Any], blocks: int) -> dict[str, float]:
+    """Seconds by stage of a model of so many blocks, by those of one.
 
-    The block was the last, through which the text does not pass once more at the end; the others' one pass is added.
-    Reading and writing the model is not in it.
+    That one was the last, through which the text does not pass once more at the end; the others' pass is added. Reading
+    and writing the model is not in it.
     """
     stages = dict(found["stages"])
     stages["other"] = max(0.0, found["seconds"] - sum(stages.values()))
-    stages["forward"] = (stages["forward"] + found["one_pass"]) * longer
-    stages["statistics"] *= longer
-    if "tuning" in stages:
-        ran, then = tuning_passes(found["steps"], found["windows"]), tuning_passes(STEPS, WINDOWS)
-        stages["tuning"] *= then / ran * SEQ_LEN / found["seq_len"]
+    stages["forward"] += found["one_pass"]
     return {name: blocks * value for name, value in stages.items()} | {"all": blocks * sum(stages.values())}
 
 
@@ -467,7 +462,7 @@ def main() -> None:
     args = parser.parse_args()
     device = choose_device(args.device)
     tiny = args.tiny or device.type == "cpu"
-    shape, tokens, windows, seq_len = (TINY, [1, 8], 4, 32) if tiny else (SHAPES["8B"], [1, 8, 64, 2048], 16, 2048)
+    shape, tokens, windows, seq_len = (TINY, [1, 8], 4, 32) if tiny else (SHAPES["8B"], [1, 8, 64, 2048], 128, 2048)
     selection = args.tests or (["tests/cuda/test_solvers.py", "-k", "test_scores"] if tiny else ["tests/cuda"])
     record = Record(args.json, machine(device), args.budget)
 
@@ -483,7 +478,7 @@ def main() -> None:
     if found:
         for preset in ("fast", "best"):
             needs = 1.5 * sum(block_work(shape, windows, seq_len, preset).values(), Work()).seconds(found[0])
-            steps = 6 if tiny else STEPS
+            steps = 6 if tiny else PRESETS["best"]["block_tuning"]
             record.attempt(
                 "prune",
                 preset,

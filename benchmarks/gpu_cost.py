@@ -36,7 +36,7 @@ ADMM_STEPS = 33  # of all layers looked at, in a block of SmolLM2-135M and one o
 SHORT = 0.005  # share of tiles that the largest scores leave short, from 0.0003 to 0.018 in these
 _TILES = 1024  # that `expander_mask` solves at a time
 _JUDGED = 7  # times that a block's held-out windows are run in tuning
-_ADAM = 100  # bytes moved for a parameter in a step: the optimizer's, and the mask on the gradient
+_ADAM = 60  # bytes moved for a parameter in a step: the optimizer's, the mask on the gradient, casts to and fro
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,15 @@ class _Counter(TorchDispatchMode):
         if not (function.is_view or name.startswith("empty")):
             self.launches += 1
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.bytes += sum(tensor.numel() * min(4, tensor.element_size()) for tensor in tensors)
         return result
 
 
 def counted(work: Callable[[], object]) -> Work:
-    """Launches, waits and bytes of some work on the CPU, products included."""
+    """Launches, waits and bytes of some work on the CPU, products included.
+
+    Give it float64: float32 may go to a kernel of the processor, that a GPU does not have. It counts as float32.
+    """
     with torch.no_grad(), _Counter() as counter:
         work()
     return Work(bandwidth=counter.bytes, launch=counter.launches, wait=counter.waits)
@@ -139,7 +142,7 @@ def counted(work: Callable[[], object]) -> Work:
 
 def even(rows: int, columns: int) -> Tensor:
     """A score (rows, columns) whose largest keep as many of every column."""
-    noise = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return 1 + noise / 9 + (torch.arange(rows)[:, None] + torch.arange(columns)) % 2
 
 
@@ -159,7 +162,7 @@ class Counts:
 def counts() -> Counts:
     """Of this version of the code."""
     rows, columns = 512, 32
-    score, gram = even(rows, columns), torch.eye(columns)
+    score, gram = even(rows, columns), torch.eye(columns, dtype=torch.float64)
     mask = expander_mask(score, PATTERN, 1, BAND)
     short = score.clone()
     short[:BAND, 0] = 0
@@ -176,7 +179,7 @@ def counts() -> Counts:
     refits = [counted(partial(masked_refit, score, mask, problem, n)) for n in (1, 2)]
     chosen = mask[:, :4]
     columnwise = [
-        counted(partial(sparsegpt, score[:, :n], Problem(torch.eye(n)), PATTERN, choose=lambda _: chosen))
+        counted(partial(sparsegpt, score[:, :n], Problem(gram[:n, :n]), PATTERN, choose=lambda _: chosen))
         for n in (16, 32)
     ]
     orders = [counted(partial(channel_order, score[:, :n], PATTERN, 1)) for n in (16, 32)]
@@ -249,8 +252,11 @@ def order_work(found: Counts, rows: int, columns: int, rounds: int) -> Work:
     return times * (size * launched + gains)
 
 
-def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, quick: bool = False) -> dict[str, Work]:
-    """One block, stage by stage. `quick`: statistics in TF32 and tuning in half precision, not in float32."""
+def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, float32: bool = False) -> dict[str, Work]:
+    """One block, stage by stage.
+
+    Statistics and the linear layers in a step of tuning multiply in half precision, unless all is to be in `float32`.
+    """
     found, values, tokens = counts(), PRESETS[preset], windows * seq_len
     attention = 4 * seq_len * shape.hidden
     before, passes = 0, 0
@@ -259,13 +265,13 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, quick: 
     def add(name: str, work: Work) -> None:
         made[name] = made.get(name, Work()) + work
 
-    def product(operations: float, kind: str) -> Work:
-        return Work(**{kind if quick else "float32": operations})
+    def product(operations: float) -> Work:
+        return Work(**{"float32" if float32 else "half": operations})
 
     for number, (inputs, outputs) in enumerate(shape.stages):
         passes += 2 * before + attention * (number > 0)
         before += inputs * sum(outputs)
-        add("statistics", product(2 * inputs**2 * tokens, "tf32") + Work(bandwidth=14 * inputs * tokens))
+        add("statistics", product(2 * inputs**2 * tokens))
         if values["solver"] == "sparsegpt":
             add("SparseGPT: factor in float64", factor_work(inputs))
         for rows in outputs:
@@ -284,7 +290,10 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, quick: 
         add("permutation", order_work(found, shape.hidden, shape.intermediate, 3))
         add("permutation", heads * order_work(found, shape.hidden * queries, head, 10))
     if values["block_tuning"]:
-        add("tuning", product(whole * seq_len * tuning_passes(values["block_tuning"], windows), "half"))
+        # a step costs three passes of a window; what judges is in float32, as is attention
+        steps, judged = 3 * values["block_tuning"], _JUDGED * held_out(windows)
+        add("tuning", product(2 * before * seq_len * steps))
+        add("tuning", Work(float32=seq_len * (whole * judged + attention * steps)))
         add("tuning", Work(bandwidth=_ADAM * before * values["block_tuning"]))
     return made
 
@@ -294,9 +303,9 @@ def head_size(shape: Shape) -> int:
     return min(128, shape.keys // 2)
 
 
-def tuning_passes(steps: int, windows: int) -> int:
-    """Forward passes of one window that a block's tuning costs, a step being three."""
-    return 3 * steps + _JUDGED * min(MOST_HELD_OUT, max(1, round(windows * HELD_OUT)))
+def held_out(windows: int) -> int:
+    """Windows that a block's tuning is judged by, at one a batch."""
+    return min(MOST_HELD_OUT, max(1, round(windows * HELD_OUT)))
 
 
 def measured(path: Path) -> Mapping[str, Card]:
@@ -312,13 +321,13 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["fast", "best"], choices=["fast", "best"])
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--quick", action="store_true", help="statistics in TF32, tuning in half precision")
+    parser.add_argument("--float32", action="store_true", help="statistics and tuning in float32 too")
     parser.add_argument("--card", type=Path, help="a result of gpu.py, for its rates")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     cards = measured(args.card) if args.card else CARDS
     for preset in args.presets:
-        stages = block_work(shape, args.num_samples, args.seq_len, preset, quick=args.quick)
+        stages = block_work(shape, args.num_samples, args.seq_len, preset, float32=args.float32)
         print(f"\n{args.shape}, {preset}, {args.num_samples} x {args.seq_len} tokens, seconds\n")
         print(f"| stage | {' | '.join(cards)} |\n|---|{'---:|' * len(cards)}")
         for name, work in stages.items():

@@ -458,12 +458,13 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=480, help="seconds (default: 480)")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="small shapes; of itself on a CPU")
-    parser.add_argument("--tests", nargs="*", help="what to give to pytest (default: tests/cuda)")
+    parser.add_argument("--tests", nargs="*", help="what to give to pytest (default: tests/cuda); nothing for none")
     args = parser.parse_args()
     device = choose_device(args.device)
     tiny = args.tiny or device.type == "cpu"
     shape, tokens, windows, seq_len = (TINY, [1, 8], 4, 32) if tiny else (SHAPES["8B"], [1, 8, 64, 2048], 128, 2048)
-    selection = args.tests or (["tests/cuda/test_solvers.py", "-k", "test_scores"] if tiny else ["tests/cuda"])
+    usual = ["tests/cuda/test_solvers.py", "-k", "test_scores"] if tiny else ["tests/cuda"]
+    selection = usual if args.tests is None else args.tests
     record = Record(args.json, machine(device), args.budget)
 
     found: list[Card] = []
@@ -474,7 +475,9 @@ def main() -> None:
 
     record.attempt("rates", "the card", 10, card)
     limit = 0.35 * record.budget
-    record.attempt("tests", "tests/cuda", min(30, limit), lambda: tests(device, selection, min(limit, record.left)))
+    if selection:
+        work = partial(tests, device, selection, min(limit, record.left))
+        record.attempt("tests", "tests/cuda", min(30, limit), work)
     if found:
         for preset in ("fast", "best"):
             needs = 1.5 * sum(block_work(shape, windows, seq_len, preset).values(), Work()).seconds(found[0])

@@ -327,13 +327,18 @@ def main() -> None:
     shape = SHAPES[args.shape]
     cards = measured(args.card) if args.card else CARDS
     for preset in args.presets:
-        stages = block_work(shape, args.num_samples, args.seq_len, preset, float32=args.float32)
-        print(f"\n{args.shape}, {preset}, {args.num_samples} x {args.seq_len} tokens, seconds\n")
-        print(f"| stage | {' | '.join(cards)} |\n|---|{'---:|' * len(cards)}")
+        block = block_work(shape, args.num_samples, args.seq_len, preset, float32=args.float32)
+        stages = {name: shape.blocks * work for name, work in block.items()}
+        stages["all"] = sum(stages.values(), Work())
+        print(f"\n{args.shape}, {preset}, {args.num_samples} x {args.seq_len} tokens: operations, bytes and seconds\n")
+        columns = ["half, P", "float32, P", "float64, P", "moved, TB", "launches, k", "waits, k", *cards]
+        print(f"| stage | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
         for name, work in stages.items():
-            print(f"| {name} | {' | '.join(f'{shape.blocks * work.seconds(c):.0f}' for c in cards.values())} |")
-        total = sum(stages.values(), Work())
-        print(f"| all | {' | '.join(f'{shape.blocks * total.seconds(c):.0f}' for c in cards.values())} |")
+            products = [work.half / 1e15, work.float32 / 1e15, (work.float64 + work.factor) / 1e15]
+            others = [work.bandwidth / 1e12, work.launch / 1e3, work.wait / 1e3]
+            cells = [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in (*products, *others)]
+            seconds = [f"{work.seconds(card):.0f}" for card in cards.values()]
+            print(f"| {name} | {' | '.join(['' if cell == '0' else cell for cell in cells] + seconds)} |")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@ import importlib.util
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -150,3 +153,90 @@ def test_books_are_read_from_their_package(run, tmp_path):
     (tmp_path / "Rdata.rdb").write_bytes(database * 2)
     run("make_books.py", tmp_path / "Rdata.rdb", tmp_path / "books")
     assert (tmp_path / "books" / "emma.txt").read_text() == "EMMA\nA line and another.\nThe end — of it.\n"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script as a module: what it imports beside it is found."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.mark.slow
+def test_what_is_for_gpus_runs_on_small_shapes(run, tmp_path):
+    # a process of its own, since it begins pytest in another
+    command = [sys.executable, SCRIPTS / "gpu.py", "--tiny", "--device", "cpu", "--json", tmp_path / "gpu.json"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["machine"]["device"].startswith("cpu")
+    assert found["machine"]["versions"]["torch"]
+    rows = {(row["part"], row["name"]): row for row in found["rows"]}
+    assert rows["tests", "tests/cuda"]["passed"] == 3
+    assert rows["prune", "best"]["whole_seconds"] == pytest.approx(rows["prune", "best"]["whole"]["all"])
+    for solver in ("topn_mask", "expander_mask", "sparsegpt", "admm", "masked_refit", "channel_order"):
+        assert rows["solver", f"{solver} 64x192"]["seconds"]
+    assert rows["layer", "reference 192x64, 8 tokens"]["ratio"] > 0
+    assert not any(row.get("failed") for row in found["rows"])
+    assert f"{len(rows)} rows" in printed
+    # the rates found are those that a prediction can be made from
+    assert "| tuning |" in run("gpu_cost.py", "--card", tmp_path / "gpu.json", "--presets", "best").stdout
+
+
+def test_rows_are_kept_as_they_come_and_what_fails_or_does_not_fit_is_named(script, tmp_path):
+    path, gpu = tmp_path / "rows.json", script("gpu")
+    record = gpu.Record(path, {}, budget=100)
+
+    def rows():
+        return json.loads(path.read_text())["rows"]
+
+    record.attempt("a", "good", 1, lambda: {"seconds": 2.0}, counted=1.5)
+    assert (rows()[0]["seconds"], rows()[0]["counted"]) == (2.0, 1.5)
+    record.attempt("a", "wrong", 1, lambda: gpu.require(False, "what must hold"))
+    assert rows()[1]["failed"] == "NumericalError: what must hold does not hold"
+    record.attempt("a", "long", 1000, lambda: pytest.fail("there is no time for it"))
+    assert rows()[2]["left_out"].startswith("takes about 1000 s")
+
+
+def test_tests_are_counted_where_their_run_was_cut(script):
+    printed = "tests/a.py::test_x[1-a b] PASSED [ 10%]\ntests/a.py::test_y FAILED   [ 20%]\ntests/a.py::test_z"
+    found = script("gpu").outcomes(printed)
+    assert (found["passed"], found["failed"], found["failures"]) == (1, 1, ["tests/a.py::test_y"])
+
+
+def test_a_whole_model_is_estimated_by_one_block(script):
+    ran = {"seconds": 20.0, "one_pass": 0.5, "stages": {"forward": 1.5, "update": 13.0}}
+    assert script("gpu").whole(ran, blocks=2) == {"forward": 4.0, "update": 26.0, "other": 11.0, "all": 41.0}
+
+
+def test_costs_on_a_gpu_are_counted_from_the_shapes(script, monkeypatch):
+    cost = script("gpu_cost")
+    monkeypatch.setattr(cost, "counts", lambda: cost.Counts(*[cost.Work()] * 6))
+    shape = cost.SHAPES["8B"]
+    found = cost.block_work(shape, 128, 2048, "best")
+    cubes = [4096**3] * 6 + [14336**3]  # q, k, v, o, gate, up; down: twelve factors each
+    factorised = found["ADMM: factorisations in float64"]
+    assert factorised.factor == pytest.approx(12 * sum(cubes) / 3)
+    # k, v and down have too few rows for an inverse
+    assert factorised.float64 == pytest.approx(12 * 2 * 4 * 4096**3)
+    weights, attention = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336, 4 * 2048 * 4096
+    tuning = found["tuning"]
+    assert tuning.half == pytest.approx(2048 * 2 * weights * 3 * 200)
+    assert tuning.float32 == pytest.approx(2048 * ((2 * weights + attention) * 7 * 8 + attention * 3 * 200))
+    alone = cost.block_work(shape, 128, 2048, "best", float32=True)["tuning"]
+    assert (alone.half, alone.float32) == (0, pytest.approx(tuning.half + tuning.float32))
+    h100, consumer = (sum(found.values(), cost.Work()).seconds(card) for card in cost.CARDS.values())
+    assert consumer > h100
+
+
+@pytest.mark.slow
+def test_launches_waits_and_bytes_are_counted_in_the_code(script):
+    cost = script("gpu_cost")
+    counted = cost.counted(lambda: torch.ones(4)[torch.ones(4) > 0].sum().item())
+    assert (counted.wait, counted.launch) == (2, 6)  # ones, ones, >, [], sum, item
+    found = cost.counts()
+    # two ends of the score, twice; and whether a tile is short
+    assert found.project.wait == 5
+    assert found.chunk.wait > 5
+    assert found.refit.wait == 0
+    # at least: the score read twice, written and read once as groups; all by torch
+    assert found.project.bandwidth > 16

@@ -35,6 +35,7 @@ SMALLER = {  # the last of two equal options counts
     "python benchmarks/ranks.py": "--num-samples 8 --seq-len 16 --num-windows 2 --test-seq-len 32",
     "python benchmarks/cost_model.py": "--num-samples 4 --seq-len 16",
     "python tests/fuzz/fuzz_checkpoints.py": "--runs 10",
+    "python benchmarks/gpu.py": "--device cpu --tests",
     "python benchmarks/training.py": "--batch-size 1 --seq-len 16 --steps 1 --warm-up 1",
     "python benchmarks/quality.py": "--num-samples 4 --seq-len 16 --test-windows 2 --test-seq-len 32",
     "pip install": "--dry-run --no-deps --no-build-isolation --quiet",

@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
             raise
         smaller = [f"--{name.replace('_', '-')}" for name in _SAVE_MEMORY if hasattr(args, name)]
         remedy = f"give a smaller {' or '.join(smaller)}" if smaller else "use a machine that has more"
+        if hasattr(args, "device") and type(error).__name__ == "OutOfMemoryError":  # torch's, of an accelerator
+            remedy += ", or --device cpu"
         say(f"error: there is not enough memory ({first_line(error)}); {remedy}")
         return 1
     except KeyboardInterrupt as error:

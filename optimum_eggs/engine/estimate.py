@@ -19,8 +19,8 @@ from .plan import PrunePlan
 
 # Products of a layer's weight (out, in) with its Gram matrix (in, in) that a solver costs, as counted or timed on two
 # cores.
-_PRODUCTS = {"score": 1, "sparsegpt": 3, "admm": 90}
-FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 60}
+_PRODUCTS = {"score": 1, "sparsegpt": 3, "admm": 60}
+FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 20}
 """Operations over in³ of the factorisation of a Gram matrix (in, in) that a solver does."""
 _BACKWARD = 3  # a step of tuning over a forward pass
 _LAYER_COPIES, _GRAM_COPIES, _BLOCK_COPIES = 8, 6, 5  # float32 buffers: of the largest layer, its Gram matrix, a block

@@ -59,7 +59,8 @@ def admm(
     problem.check(weight)
     scaled = weight * problem.scale
     penalty, grown = _FIRST_PENALTY, False
-    solve = _solver(problem, penalty, len(weight))
+    rows = total(len(weight))  # so that everyone rounds alike
+    solve = _solver(problem, penalty, rows)
     reference = project(scaled.square())
     kept = max(1, total(int(reference.sum())))
     start = scaled * reference
@@ -87,7 +88,7 @@ def admm(
                 smooth, split, dual = scaled, start, torch.zeros_like(scaled)
         if step > _AT_LEAST and changed < _SETTLED:
             break
-        solve = _solver(problem, penalty, len(weight))
+        solve = _solver(problem, penalty, rows)
     mask = project(smooth.square())
     return mask, smooth * mask / problem.scale
 

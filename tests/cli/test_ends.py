@@ -43,6 +43,7 @@ def test_memory_that_cannot_be_had_ends_with_1_and_what_to_reduce(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: there is not enough memory (")
     assert remedy in line
+    assert line.endswith(", or --device cpu") == ("CUDA" in line and arguments[0] == "prune")
 
 
 def test_another_error_of_torch_is_not_taken_for_it(monkeypatch, tmp_path):

@@ -63,6 +63,7 @@ def jobs():
     made["short"] = {"model": "llama", "config": SIZE, "of_second": {"text": "short.txt"}}
     made["other"] = {"model": "llama", "config": SIZE, "of_second": {"text": "other.txt"}}
     made["broken"] = {"model": "llama", "config": SIZE, "of_second": {"error": "no solution"}}
+    made["raised"] = {"model": "llama", "config": SIZE, "of_second": {"error_once": "it cannot be factorised"}}
     made["behind-2"] = {"model": "llama", "config": SIZE}
     return made
 
@@ -172,6 +173,14 @@ def test_bad_input_ends_all_processes_alike(together):
         for rank in (0, 1):
             assert (together / f"{name}-{rank}.txt").read_text().startswith(error)
         assert not (together / name / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_damping_that_one_process_raises_is_raised_by_all(together):
+    first, *others = json.loads((together / "raised" / "report.json").read_text())["layers"]
+    assert first["damping"] == pytest.approx(0.1)
+    assert all(layer["damping"] is None for layer in others)
+    assert inspect_checkpoint(together / "raised").ok
 
 
 def test_windows_are_shared_out_batch_by_batch():

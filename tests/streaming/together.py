@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from optimum_eggs import EGGSConfig
 from optimum_eggs.engine import layer as engine
+from optimum_eggs.engine import solve
 from optimum_eggs.errors import EGGSError, NumericalError
 from optimum_eggs.ranks import join_ranks
 from optimum_eggs.streaming import prune_checkpoint
@@ -20,6 +22,19 @@ from optimum_eggs.streaming import prune_checkpoint
 def fail(message: str, *arguments: Any) -> None:
     """In place of solving a layer."""
     raise NumericalError(message)
+
+
+def failing_once(message: str) -> Callable[..., Any]:
+    """In place of what solves with one damping: the first time it fails."""
+    plain, failed = solve._solve, []
+
+    def _solve(*arguments: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise NumericalError(message)
+        return plain(*arguments)
+
+    return _solve
 
 
 def main() -> None:
@@ -32,14 +47,16 @@ def main() -> None:
         text = root / alone.get("text", "text.txt")
         config = EGGSConfig("2:4", calibration=str(text), **job["config"])
         options = job.get("options", {})
-        solve_layer = engine.solve_layer
+        solve_layer, plain = engine.solve_layer, solve._solve
         if "error" in alone:
             engine.solve_layer = partial(fail, alone["error"])
+        if "error_once" in alone:
+            solve._solve = failing_once(alone["error_once"])
         try:
             prune_checkpoint(root / job["model"], root / name, config, progress=False, ranks=ranks, **options)
         except EGGSError as error:
             (root / f"{name}-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
-        engine.solve_layer = solve_layer
+        engine.solve_layer, solve._solve = solve_layer, plain
 
 
 if __name__ == "__main__":

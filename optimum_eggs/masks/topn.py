@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import NumericalError, ShapeError
 from ..ops import native
+from ..ops.watch import nothing_watches
 from ..pattern import NMPattern
 
 
@@ -21,7 +22,7 @@ def check_score(score: Tensor, pattern: NMPattern) -> None:
         raise ShapeError(f"score has shape {tuple(score.shape)}; it must be (out, in)")
     if score.shape[1] % pattern.m:
         raise ShapeError(f"score has in={score.shape[1]}, which is not a multiple of m={pattern.m}")
-    if score.numel() and not all(isfinite(end) for end in torch.aminmax(score)):  # NaN goes through
+    if score.numel() and not all(isfinite(end) for end in torch.aminmax(score.detach())):  # NaN goes through
         raise NumericalError("score holds NaN or infinite values; look for them in the weight and the statistics")
 
 
@@ -42,7 +43,9 @@ def topn_mask(score: Tensor, pattern: NMPattern) -> Tensor:
         kept = groups.topk(pattern.n, dim=-1).indices
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(1)
     if score.dtype is torch.float32 and score.device.type == "cpu" and native.missing is None:
-        return native.topn(score.contiguous(), pattern.n, pattern.m)
+        score = score.detach().resolve_neg().contiguous()
+        if nothing_watches(score):
+            return native.topn(score, pattern.n, pattern.m)
     places = groups.flatten(0, 1).t().contiguous()  # (m, groups)
     larger = torch.zeros(places.shape, dtype=torch.uint8, device=score.device)  # of the others in the group
     for i in range(pattern.m):

@@ -40,6 +40,21 @@ def test_with_and_without_the_extension_it_keeps_the_same(monkeypatch, n, m, gro
     assert torch.equal(mask, topn_mask(score, NMPattern(n, m)))
 
 
+def test_m_may_be_what_the_extension_takes_at_the_most_and_more():
+    for m in (native.MOST_COMPARED, 2 * native.MOST_COMPARED):
+        score = gaussian(3, 2 * m)
+        assert torch.equal(topn_mask(score, NMPattern(5, m)), loop_topn(score, 5, m))
+
+
+def test_scores_need_not_be_plain_tensors_in_plain_surroundings():
+    score = gaussian(4, 16, seed=3)
+    expected = loop_topn(score, 2, 4)
+    with torch.device("meta"):
+        assert torch.equal(topn_mask(score, NMPattern(2, 4)), expected)
+    assert torch.equal(topn_mask(score.clone().requires_grad_(), NMPattern(2, 4)), expected)
+    assert torch.equal(topn_mask(torch._neg_view(-score), NMPattern(2, 4)), expected)
+
+
 def test_scores_of_zero_still_keep_n():
     assert is_legal(topn_mask(torch.zeros(3, 16), NMPattern(3, 8)), 3, 8)
 

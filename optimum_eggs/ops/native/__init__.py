@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 except ImportError as error:  # it was built elsewhere, or for another Python
     _native, missing = None, f"it cannot be loaded: {error}"
 
-MOST_COMPARED = 16  # the largest m that `topn` takes
+MOST_COMPARED = 16  # the largest m that `topn` takes: NM_TOPN_LARGEST
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INDEX: dict[str, int] = _native.instruction_sets() if _native else {}
 INSTRUCTION_SETS = tuple(_INDEX)  # those this processor runs, the fastest last
@@ -113,7 +113,7 @@ def pack(dense: Tensor, weight_meta: Tensor, weight: Tensor) -> None:
 
 def topn(score: Tensor, n: int, m: int) -> Tensor:
     """The mask (out, in) of the n largest of every m scores (out, in), float32 and contiguous; m ≤ `MOST_COMPARED`."""
-    kept = torch.empty(score.shape, dtype=torch.bool)
+    kept = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     _native.topn(score.data_ptr(), kept.data_ptr(), score.numel() // m, n, m, threads())
     return kept
 

@@ -207,10 +207,10 @@ def permute_block(
             apply_fold(block, prefix, fold, orders.argsort(1))
         return False
 
-    # an expert that no token is sent to is left out: nothing could be checked
-    for together in _of_experts([fold for fold in folds if fold.consumer in before]):
+    for together in _of_experts(folds):
         moves = []
-        for fold in together:
+        # An expert that no token is sent to is left out: nothing could be checked. Rounding may send tokens elsewhere.
+        for fold in [fold for fold in together if fold.consumer in before]:
             values = score(fold.consumer)
             orders = choose_orders(values, fold, pattern)
             columns = column_order(fold, orders)

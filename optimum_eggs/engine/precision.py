@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.context import text_config
+from ..calibration.hooks import input_of
 from ..errors import ModelError
 from ..nn.dense import is_dense_linear
 from ..ops import INSTRUCTION_SETS
@@ -56,11 +58,11 @@ def bfloat16_products(block: nn.Module) -> Iterator[None]:
     device = next(block.parameters()).device
     layers = [module for module in block.modules() if is_dense_linear(module)] if _has_bfloat16(device) else []
 
-    def faster(plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def faster(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(plain)
-        def forward(x: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16):
-                return plain(x).to(x.dtype)
+                return plain(*args, **kwargs).to(input_of(args, kwargs).dtype)
 
         return forward
 
@@ -71,7 +73,7 @@ def bfloat16_products(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, before in zip(layers, own, strict=True):
-            del layer.forward
+            vars(layer).pop("forward", None)
             if before is not None:
                 layer.forward = before
 

@@ -137,6 +137,8 @@ def tune_block(
             with walk.exchange():
                 gradients = _mean_over(walk.ranks, own, parameters)
             for parameter, gradient, mask in zip(parameters, gradients, kept, strict=True):
+                if gradient is not None and gradient.stride() != parameter.stride():  # fused Adam goes by memory
+                    gradient = torch.empty_like(parameter).copy_(gradient)
                 # Adam leaves alone what never had a gradient, so what is pruned stays zero.
                 parameter.grad = gradient if gradient is None or mask is None else gradient.mul_(mask)
             optimizer.step()

@@ -63,9 +63,10 @@ def prune_checkpoint(
 
     Blocks are loaded one at a time, pruned as [`EGGSPruner.prune`][optimum_eggs.EGGSPruner.prune] prunes them, and
     written, each to a file of its own, before the next one is loaded. `output` appears when all is there. A run that
-    is cut goes on behind its last finished block when it is started again, and ends with the same weights; until then
-    the blocks are in a hidden folder beside `output` (in it, where it is an empty folder that is there already). A run
-    of other options that was cut is not in the way: its blocks stay until a run ends.
+    is cut goes on behind its last finished block when it is started again, and ends with the same weights, on the same
+    machine and installation; until then the blocks are in a hidden folder beside `output` (in it, where it is an empty
+    folder that is there already). A run of other options that was cut is not in the way: its blocks stay until a run
+    ends.
 
     Memory: the largest block or what is outside the blocks, whichever is more; the buffers of its largest layer, as
     `prune_model` says; and the windows' hidden states, unless they are on disk.
@@ -293,7 +294,10 @@ def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> i
     # with tuning, what the dense block gets and gives, beside what the pruned one gets
     copies = 3 if config.block_tuning else 1
     hidden = source.model.config.get_text_config().hidden_size
-    return copies * windows.numel() * hidden * source.dtype.itemsize
+    of_batch = config.batch_size * windows.shape[1] * hidden * source.dtype.itemsize
+    if source.device.type == "cuda":  # what torch pins on the host, it rounds up to a power of two
+        of_batch = 1 << (of_batch - 1).bit_length()
+    return copies * -(-len(windows) // config.batch_size) * of_batch
 
 
 def _bytes_to_write(

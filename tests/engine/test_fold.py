@@ -287,6 +287,25 @@ def test_folds_of_experts_are_checked_together_and_only_then_one_by_one(spoilt, 
             assert gains[fold.consumer] > 0
 
 
+def test_an_expert_that_a_fold_sends_no_token_to_any_more_is_left_out(caplog):
+    model = random_model(lambda: tiny.make_model("mixtral"))
+    split_experts(model)
+    block, prefix, names = next(blocks_of(model))
+    runs, run, experts = [], runner(model, block), block.get_submodule("mlp.experts")
+    plain = experts.forward
+
+    def forward(states, index, weights):  # expert 2 counts for nothing, and after the first run gets no token
+        gone = index == 2
+        return plain(states, index.masked_fill(gone, 4) if len(runs) > 1 else index, weights.masked_fill(gone, 0))
+
+    experts.forward = forward
+    folds, score = find_folds(block, prefix, names), score_of(block, prefix)
+    gains = permute_block(block, prefix, folds, score, PATTERN, lambda: runs.append(1) or run())
+    assert len(runs) == 3
+    assert not caplog.records
+    assert list(gains) == [fold.consumer for fold in folds if "experts.2." not in fold.consumer]
+
+
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "gpt_neox"])
 def test_a_fold_is_undone_by_the_inverse_orders(name):
     model = random_model(lambda: tiny.make_model(name))

@@ -6,7 +6,7 @@ import torch
 
 from optimum_eggs import EGGSConfig, NMLinear
 from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list
-from optimum_eggs.engine import prune_model
+from optimum_eggs.engine import precision, prune_model
 from optimum_eggs.engine.prune import check_run
 from optimum_eggs.engine.tune import token_error, tune_block
 from optimum_eggs.errors import CalibrationError, ModelError
@@ -180,3 +180,27 @@ def test_attention_in_half_precision_is_left_alone_where_nothing_runs_in_float32
 def test_any_seed_will_do(meter):
     _, walk, block, masks, targets = prepared(meter)
     tune_block(walk, block, 0, masks, targets, 1, 0.005, seed=2**62)
+
+
+def test_gradients_may_be_in_another_order_in_memory_than_weights(meter):
+    found = []
+    for transposed in (False, True):
+        _, walk, block, masks, targets = prepared(meter)
+        for layer in masks if transposed else ():
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+            layer.forward = lambda x, layer=layer: torch.nn.functional.linear(x, layer.weight.contiguous(), layer.bias)
+        tune_block(walk, block, 0, masks, targets, 8, 0.01, seed=0)
+        found.append([parameter.detach().clone() for parameter in block.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+
+
+def test_products_in_bfloat16_lower_the_error_as_those_in_float32_do(meter, monkeypatch):
+    found = {}
+    for exact in (False, True):
+        monkeypatch.setattr(precision, "_has_bfloat16", lambda device, exact=exact: not exact)
+        _, walk, block, masks, targets = prepared(meter)
+        found[exact] = tune_block(walk, block, 0, masks, targets, STEPS, 0.01, seed=0)
+    assert found[True].error_before == found[False].error_before
+    assert found[True].error_after != found[False].error_after
+    assert found[False].error_after == pytest.approx(found[True].error_after, rel=0.02)

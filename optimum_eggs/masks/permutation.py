@@ -25,7 +25,7 @@ def channel_order(score: Tensor, pattern: NMPattern, rounds: int = 3) -> Tensor:
     inputs, or two of one level could never meet.
 
     The same score gives the same order. Time: rounds · 2^12 · out · in multiplications, and rounds · in/512 assignments
-    of 512 groups. Memory: two buffers of (out, in) and 16 of (512, out).
+    of 512 groups. Memory: two buffers of (out, in) and 16 + n of (512, out).
 
     Args:
         score: (out, in), finite, larger = keep.
@@ -88,13 +88,23 @@ def _reassigned(columns: Tensor, groups: Tensor, position: int, n: int) -> Tenso
 
     free = groups[:, position]
     others = torch.cat([groups[:, :position], groups[:, position + 1 :]], 1)
-    threshold = torch.stack([columns[inputs].topk(n, dim=0).values[-1] for inputs in others])
+    threshold = _nth_largest(columns, others, n)
     gain = _gains(columns[free], threshold)
     _, chosen = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
     given = free[torch.from_numpy(chosen).to(free.device)]
     # the gains are near ones, and no assignment is to lower the total
     before, after = ((columns[each] - threshold).clamp_min_(0).sum(dtype=torch.float64) for each in (free, given))
     return given if after > before else free
+
+
+def _nth_largest(columns: Tensor, inputs: Tensor, n: int) -> Tensor:
+    """The n-th largest of some inputs in every row: columns (in, out), inputs (groups, some), to (groups, out)."""
+    largest = [columns.new_full((len(inputs), columns.shape[1]), -torch.inf) for _ in range(n)]
+    for some in inputs.unbind(1):
+        value = columns[some]
+        for i, held in enumerate(largest):  # a value goes to its place, and the smaller ones move on
+            largest[i], value = torch.maximum(held, value), torch.minimum(held, value)
+    return largest[-1]
 
 
 def _gains(score: Tensor, threshold: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..pattern import NMPattern
-from .topn import check_score, topn_mask
+from .topn import topn_mask
 
 _CHUNK = 1 << 18  # numbers in the largest intermediate of one chunk of tiles: 2 MiB in float64, to stay in cache
+_CHUNK_ELSEWHERE = 1 << 25  # the same where it is no cache that counts, but launches
 
 
 def expander_mask(score: Tensor, pattern: NMPattern, min_degree: int = 1, band: int = 16) -> Tensor:
@@ -42,9 +43,8 @@ def expander_mask(score: Tensor, pattern: NMPattern, min_degree: int = 1, band: 
     tensor([[1, 0, 1, 0],
             [0, 1, 0, 1]], dtype=torch.int32)
     """
-    check_score(score, pattern)
+    mask = topn_mask(score, pattern)  # which checks the score
     check_floor(score.shape[0], pattern, min_degree, band)
-    mask = topn_mask(score, pattern)
     if min_degree == 0 or mask.numel() == 0:
         return mask
     for start, stop, height in bands(score.shape[0], band):
@@ -53,7 +53,8 @@ def expander_mask(score: Tensor, pattern: NMPattern, min_degree: int = 1, band: 
         degree = kept.sum(2, dtype=torch.int32)  # several times faster than in the default int64
         short = (degree < min_degree).any(-1)  # (bands, groups)
         if bool(short.any()):
-            size = max(1, _CHUNK // (height * pattern.m**2))
+            chunk = _CHUNK if score.device.type == "cpu" else _CHUNK_ELSEWHERE
+            size = max(1, chunk // (height * pattern.m**2))
             solved = [
                 _raise_short_columns(tiles.double(), chosen, min_degree)
                 for tiles, chosen in zip(part[short].split(size), kept[short].split(size), strict=True)

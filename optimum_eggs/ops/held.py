@@ -124,7 +124,7 @@ def _stamp(sources: tuple[Tensor, ...]) -> list[Any] | None:
 
 def _capturing(tensor: Tensor) -> bool:
     """Whether what is computed on the tensor's device is captured by a graph of it (CUDA, XPU)."""
-    of_device = getattr(torch, tensor.device.type, None)
+    of_device: Any = getattr(torch, tensor.device.type, None)
     if not hasattr(of_device, "is_current_stream_capturing"):
         return False
     with of_device.device(tensor.device):  # it asks of the current device

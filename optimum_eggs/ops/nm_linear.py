@@ -66,7 +66,7 @@ def _run(
     """Y by the backend chosen. `own`: the weight, before a cast, to hold a dense one of; without it none is held."""
     tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     choice = choose(x.dtype, x.device, tokens)
-    if choice.backend == "dense":
+    if choice.backend == "dense" and weight.dtype is x.dtype:
         dense = held.find_dense(weight if own is None else own, weight_meta, n, m, x.dtype)
         if dense is not None:
             return torch.nn.functional.linear(x, dense, bias)

@@ -245,6 +245,14 @@ def test_a_default_device_and_autocast_hold_one_too(unpacked):
     assert len(held._held[layer.weight].made) == 1
 
 
+def test_dtypes_that_differ_are_refused_whatever_is_held():
+    layer, x = make(bias=False), gaussian(3, 32, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(layer, x)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        call(layer, x.bfloat16())
+
+
 def test_state_dicts_copies_and_pickles_are_packed():
     layer = make()
     before = {name: value.clone() for name, value in layer.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What is there for GPUs, tested and timed in one go of at most 8 minutes: the first thing to run where there is a GPU.
+"""What is there for GPUs, tested and timed in one go of about 8 minutes: the first thing to run where there is a GPU.
 
     python benchmarks/gpu.py --json gpu.json
 
@@ -6,8 +6,8 @@ In this order: what the card does in a second; the tests of tests/cuda; one rand
 pruned by the presets `fast` and `best`, and what the whole model would take by that; every solver at the shapes of that
 block; packed layers by every backend, Triton's last, since a kernel that goes wrong can take the process with it.
 A result is checked before its time is told. Rows are in the file as they come, also those that failed or were left out,
-with the reason: what would not fit into `--budget` is left out. `docs/gpu.md` says what was predicted, and
-`python benchmarks/gpu_cost.py --card gpu.json` what follows from the rates found here.
+with the reason: what would not fit into `--budget` is left out, and what has begun is finished. `docs/gpu.md` says what
+was predicted, and `python benchmarks/gpu_cost.py --card gpu.json` what follows from the rates found here.
 
 Where there is no GPU, or with `--tiny`, the same runs on small shapes: worth nothing but to see that it runs.
 """
@@ -23,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -157,7 +158,10 @@ def rates(device: torch.device, tiny: bool) -> Card:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    definite = torch.eye(order, device=device, dtype=torch.float64).mul_(order).add_(1)
+    def cholesky(dtype: torch.dtype) -> float:
+        definite = torch.eye(order, device=device, dtype=dtype).mul_(order).add_(1)
+        return order**3 / 3 / seconds(lambda: torch.linalg.cholesky(definite), device, 3)
+
     source = torch.zeros(numbers, device=device)
     target, little = torch.empty_like(source), torch.zeros(1, device=device)
     gains = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)).double().numpy()
@@ -172,7 +176,8 @@ def rates(device: torch.device, tiny: bool) -> Card:
         tf32=product(torch.float32, "high"),
         half=product(torch.bfloat16),
         float64=product(torch.float64),
-        factor=order**3 / 3 / seconds(lambda: torch.linalg.cholesky(definite), device, 3),
+        factor32=cholesky(torch.float32),
+        factor=cholesky(torch.float64),
         bandwidth=8 * numbers / seconds(lambda: target.copy_(source), device),
         launch=seconds(lambda: [little.add_(1) for _ in range(1000)], device) / 1000,
         wait=seconds(lambda: [float(little) for _ in range(100)], device) / 100,
@@ -212,6 +217,20 @@ def outcomes(printed: str) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def factorisations() -> Iterator[Counter[torch.dtype]]:
+    """Counts those of ADMM within, by their dtype."""
+    original, found = Problem.penalised, Counter[torch.dtype]()
+
+    def penalised(problem: Problem, penalty: float) -> Tensor:
+        lower = original(problem, penalty)
+        found[lower.dtype] += 1
+        return lower
+
+    with patch.object(Problem, "penalised", penalised):
+        yield found
+
+
 def pruned(shape: Shape, preset: str, windows: int, seq_len: int, steps: int, device: torch.device) -> dict[str, Any]:
     """One random block of a shape pruned, stage by stage, and what a whole model of such blocks would take."""
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -236,14 +255,7 @@ def pruned(shape: Shape, preset: str, windows: int, seq_len: int, steps: int, de
     batch = ids[: settings.batch_size].to(device)
     with torch.no_grad():
         one_pass = seconds(lambda: model.model(input_ids=batch, use_cache=False), device, 3) * windows / len(batch)
-    original, factorised = Problem.penalised, 0
-
-    def penalised(problem: Problem, penalty: float) -> Tensor:
-        nonlocal factorised
-        factorised += 1
-        return original(problem, penalty)
-
-    with patch.object(Problem, "penalised", penalised):
+    with factorisations() as factorised:
         report = prune_model(model, settings, ids, progress=False)
     for layer in report.layers:
         least = layer.certificate.floors[layer.band]
@@ -259,7 +271,8 @@ def pruned(shape: Shape, preset: str, windows: int, seq_len: int, steps: int, de
         "seconds": measured["seconds"],
         "stages": stages,
         "one_pass": one_pass,
-        "factorisations": factorised,
+        "factorisations": factorised.total(),
+        "in_float64": factorised[torch.float64],
         "short": sum(each.short for each in alone) / sum(each.pairs for each in alone),
         "error": report.mean_relative_error,
         "tuning": [asdict(each) for each in report.tuning],
@@ -367,17 +380,13 @@ def solved(weight: Tensor, problem: Problem, device: torch.device) -> Iterable[S
         return timed(lambda: sparsegpt(weight, problem, PATTERN, choose=floored), 1) | {"error": found}
 
     def alternating() -> dict[str, Any]:
-        mask, values = admm(weight, problem, floored, 3)
+        with factorisations() as factorised:
+            mask, values = admm(weight, problem, floored, ADMM_STEPS)
         check_mask(mask, PATTERN, 1, BAND)
         found, before = error(masked_refit(weight, mask, problem, 10, values)), error(weight * plain()[1])
         require(found < before, f"an error below {before:.4f} (it is {found:.4f})")
-        # the third step counts what has changed, and factorises anew
-        runs = [partial(admm, weight, problem, floored, steps) for steps in (1, 2, 3)]
-        first, second, third = (each.median for each in alternate(runs, 2, devices=[device]))
-        step = second - first
-        again = third - second - step
-        all_steps = first + (ADMM_STEPS - 1) * step + ADMM_STEPS // 3 * again
-        return {"seconds": all_steps, "steps": ADMM_STEPS, "first": first, "step": step, "factorisation": again}
+        took = timed(lambda: admm(weight, problem, floored, ADMM_STEPS), 1)
+        return took | {"factorisations": factorised.total(), "in_float64": factorised[torch.float64]}
 
     def refit() -> dict[str, Any]:
         _, mask = plain()
@@ -402,7 +411,7 @@ def solved(weight: Tensor, problem: Problem, device: torch.device) -> Iterable[S
     yield "expander_mask", projection(made, rows, columns), 6, floor
     yield "inverse_factor", factor_work(columns), 5, factor
     yield "sparsegpt", one(sparsegpt_work(made, rows, columns)), 3, one_shot  # the problem keeps its factor
-    yield "admm", one(admm_work(made, rows, columns)), 2, alternating
+    yield "admm", one(admm_work(made, rows, columns)), 3, alternating
     yield "masked_refit", refit_work(made, rows, columns, 10), 6, refit
     if rows < columns:  # those that a fold reorders
         yield "channel_order", order_work(made, rows, columns, 3), 3, order

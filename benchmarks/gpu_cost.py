@@ -30,10 +30,13 @@ from optimum_eggs.masks import channel_order, expander_mask
 from optimum_eggs.pattern import NMPattern
 from optimum_eggs.presets import PRESETS
 from optimum_eggs.update import Problem, admm, masked_refit, sparsegpt
+from optimum_eggs.update.admm import _EVERY, _FIRST_PENALTY
 
 PATTERN, BAND = NMPattern(2, 4), 16
 ADMM_STEPS = 33  # of all layers looked at, in a block of SmolLM2-135M and one of Qwen2.5-0.5B
+_GROWTH = 1.3  # of its penalty at every third step, as at first, while more than 10 % of a mask changes
 SHORT = 0.005  # share of tiles that the largest scores leave short, from 0.0003 to 0.018 in these
+AFTER_LAYER = 4 + 9 + 11 + 3  # waits: are weights finite, error, bits; what scores alone lack; certificate; packing
 _TILES = 1024  # that `expander_mask` solves at a time
 _JUDGED = 7  # times that a block's held-out windows are run in tuning
 _ADAM = 60  # bytes moved for a parameter in a step: the optimizer's, the mask on the gradient, casts to and fro
@@ -43,13 +46,14 @@ _ADAM = 60  # bytes moved for a parameter in a step: the optimizer's, the mask o
 class Card:
     """What a GPU and its host do: operations and bytes a second; seconds of a launch, a wait and an assignment.
 
-    `factor` is Cholesky in float64; `assignment` is scipy's, of 512 groups, on the host.
+    `factor32` and `factor` are Cholesky in float32 and float64; `assignment` is scipy's, of 512 groups, on the host.
     """
 
     float32: float
     tf32: float
     half: float
     float64: float
+    factor32: float
     factor: float
     bandwidth: float
     launch: float
@@ -64,6 +68,7 @@ def stated(float32: float, tf32: float, half: float, float64: float, bandwidth: 
         tf32=0.6e12 * tf32,
         half=0.6e12 * half,
         float64=0.6e12 * float64,
+        factor32=0.3e12 * float32,
         factor=0.3e12 * float64,
         bandwidth=0.75e12 * bandwidth,
         launch=6e-6,
@@ -86,6 +91,7 @@ class Work:
     tf32: float = 0
     half: float = 0
     float64: float = 0
+    factor32: float = 0
     factor: float = 0
     bandwidth: float = 0
     launch: float = 0
@@ -103,7 +109,7 @@ class Work:
 
     def seconds(self, card: Card) -> float:
         """On a card."""
-        rates = ("float32", "tf32", "half", "float64", "factor", "bandwidth")
+        rates = ("float32", "tf32", "half", "float64", "factor32", "factor", "bandwidth")
         rated = sum(getattr(self, name) / getattr(card, name) for name in rates)
         return rated + sum(getattr(self, name) * getattr(card, name) for name in ("launch", "wait", "assignment"))
 
@@ -133,7 +139,7 @@ class _Counter(TorchDispatchMode):
 def counted(work: Callable[[], object]) -> Work:
     """Launches, waits and bytes of some work on the CPU, products included.
 
-    Give it float64: float32 may go to a kernel of the processor, that a GPU does not have. It counts as float32.
+    Under the dispatcher nothing goes to kernels of the processor, which a GPU does not have. float64 counts as float32.
     """
     with torch.no_grad(), _Counter() as counter:
         work()
@@ -213,18 +219,36 @@ def refit_work(found: Counts, rows: int, columns: int, steps: int) -> Work:
     return (steps + 1) * (Work(float32=2 * rows * columns**2) + _sized(found.refit, rows * columns))
 
 
+@cache
+def factor_dtype(columns: int, penalty: float) -> torch.dtype:
+    """That ADMM factorises in: asked of the code, with a Gram matrix that has a shape alone."""
+    return Problem(torch.empty(columns, columns, device="meta")).penalised(penalty).dtype
+
+
+def factorisation(columns: int, dtype: torch.dtype, inverted: bool) -> Work:
+    """One of ADMM's: Cholesky, an inverse if asked for, and two waits: what has changed before it, and its check."""
+    moved = Work(bandwidth=10 * dtype.itemsize * columns**2, wait=2)
+    cholesky, inverse = columns**3 / 3, 2 * columns**3 * inverted
+    if dtype is torch.float64:
+        return Work(factor=cholesky, float64=inverse) + moved
+    return Work(factor32=cholesky, float32=inverse) + moved
+
+
 def admm_work(found: Counts, rows: int, columns: int, steps: int = ADMM_STEPS) -> dict[str, Work]:
     """Products, factorisations and the rest of one layer; its rows decide whether a factor is inverted."""
     inverted = 2 * rows >= columns
-    factorisations = 1 + steps // 3
-    each = Work(factor=columns**3 / 3, float64=2 * columns**3 * inverted, bandwidth=80 * columns**2)
+    factorised = {torch.float32: Work(), torch.float64: Work()}
+    for number in range(1 + (steps - 1) // _EVERY):  # the last step ends it, and needs none
+        dtype = factor_dtype(columns, _FIRST_PENALTY * _GROWTH**number)
+        factorised[dtype] += factorisation(columns, dtype, inverted)
     # two triangular systems count twice: they reach half the rate of a product
     product = Work(float32=(2 if inverted else 4) * rows * columns**2)
     other = _sized(found.step, rows * columns)
     masks = projection(found, rows, columns)
     return {
         "ADMM: products": steps * product,
-        "ADMM: factorisations in float64": factorisations * each,
+        "ADMM: factorisations in float32": factorised[torch.float32],
+        "ADMM: factorisations in float64": factorised[torch.float64],
         "ADMM: elementwise": steps * (other - _sized(found.project, rows * columns)),
         "masks under a floor": (steps + 2) * masks,
     }
@@ -280,7 +304,8 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, float32
                 add(name, work)
             add("refit", refit_work(found, rows, inputs, values["refit_steps"]))
             # two products for the error; the score and its mask, certificate and packing once over
-            add("report and packing", Work(float32=4 * rows * inputs**2, bandwidth=200 * rows * inputs, wait=40))
+            after = Work(float32=4 * rows * inputs**2, bandwidth=200 * rows * inputs, wait=AFTER_LAYER)
+            add("report and packing", after)
     whole = 2 * before + attention
     extra = bool(values["permutation"]) + bool(values["block_tuning"])
     add("forward", Work(half=tokens * (passes + whole * (1 + extra))))
@@ -331,12 +356,14 @@ def main() -> None:
         stages = {name: shape.blocks * work for name, work in block.items()}
         stages["all"] = sum(stages.values(), Work())
         print(f"\n{args.shape}, {preset}, {args.num_samples} x {args.seq_len} tokens: operations, bytes and seconds\n")
-        columns = ["half, P", "float32, P", "float64, P", "moved, TB", "launches, k", "waits, k", *cards]
+        columns = ["half, 10¹⁵", "float32, 10¹⁵", "float64, 10¹⁵", "moved, TB", "launches, 10³", "waits, 10³"]
+        columns += [f"{card}, s" for card in cards]
         print(f"| stage | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
         for name, work in stages.items():
-            products = [work.half / 1e15, work.float32 / 1e15, (work.float64 + work.factor) / 1e15]
+            products = [work.half, work.float32 + work.factor32, work.float64 + work.factor]
             others = [work.bandwidth / 1e12, work.launch / 1e3, work.wait / 1e3]
-            cells = [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in (*products, *others)]
+            values = [*(product / 1e15 for product in products), *others]
+            cells = [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in values]
             seconds = [f"{work.seconds(card):.0f}" for card in cards.values()]
             print(f"| {name} | {' | '.join(['' if cell == '0' else cell for cell in cells] + seconds)} |")
 

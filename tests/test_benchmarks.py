@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from optimum_eggs.masks import expander_mask, shortfall, topn_mask
+from optimum_eggs.masks.certificate import certify
+from optimum_eggs.packing import pack
+from optimum_eggs.update import Problem
+
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -175,6 +180,7 @@ def test_what_is_for_gpus_runs_on_small_shapes(run, tmp_path):
     assert rows["prune", "best"]["whole_seconds"] == pytest.approx(rows["prune", "best"]["whole"]["all"])
     for solver in ("topn_mask", "expander_mask", "sparsegpt", "admm", "masked_refit", "channel_order"):
         assert rows["solver", f"{solver} 64x192"]["seconds"]
+    assert rows["solver", "admm 64x192"]["factorisations"] > 1
     assert rows["layer", "reference 192x64, 8 tokens"]["ratio"] > 0
     assert not any(row.get("failed") for row in found["rows"])
     assert f"{len(rows)} rows" in printed
@@ -213,11 +219,14 @@ def test_costs_on_a_gpu_are_counted_from_the_shapes(script, monkeypatch):
     monkeypatch.setattr(cost, "counts", lambda: cost.Counts(*[cost.Work()] * 6))
     shape = cost.SHAPES["8B"]
     found = cost.block_work(shape, 128, 2048, "best")
-    cubes = [4096**3] * 6 + [14336**3]  # q, k, v, o, gate, up; down: twelve factors each
-    factorised = found["ADMM: factorisations in float64"]
-    assert factorised.factor == pytest.approx(12 * sum(cubes) / 3)
+    # eleven factors each of q, k, v, o, gate, up and down; those of down in float64 while the penalty is below 0.17
+    narrow, wide = (found[f"ADMM: factorisations in {dtype}"] for dtype in ("float32", "float64"))
+    assert narrow.factor32 == pytest.approx((11 * 6 * 4096**3 + 8 * 14336**3) / 3)
+    assert wide.factor == pytest.approx(3 * 14336**3 / 3)
     # k, v and down have too few rows for an inverse
-    assert factorised.float64 == pytest.approx(12 * 2 * 4 * 4096**3)
+    assert (narrow.float32, wide.float64) == (pytest.approx(11 * 2 * 4 * 4096**3), 0)
+    assert (narrow.wait, wide.wait) == (2 * (11 * 6 + 8), 2 * 3)
+    assert found["report and packing"].wait == 7 * 27
     weights, attention = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336, 4 * 2048 * 4096
     tuning = found["tuning"]
     assert tuning.half == pytest.approx(2048 * 2 * weights * 3 * 200)
@@ -226,6 +235,15 @@ def test_costs_on_a_gpu_are_counted_from_the_shapes(script, monkeypatch):
     assert (alone.half, alone.float32) == (0, pytest.approx(tuning.half + tuning.float32))
     h100, consumer = (sum(found.values(), cost.Work()).seconds(card) for card in cost.CARDS.values())
     assert consumer > h100
+
+
+def test_factorisations_are_counted_by_their_dtype(script):
+    problem = Problem(torch.eye(4))
+    with script("gpu").factorisations() as found:
+        for penalty in (0.1, 0.2, 1e-6):
+            problem.penalised(penalty)
+    problem.penalised(0.1)
+    assert found == {torch.float32: 2, torch.float64: 1}
 
 
 @pytest.mark.slow
@@ -238,5 +256,14 @@ def test_launches_waits_and_bytes_are_counted_in_the_code(script):
     assert found.project.wait == 5
     assert found.chunk.wait > 5
     assert found.refit.wait == 0
+    score = cost.even(512, 32)
+    mask = expander_mask(score, cost.PATTERN)
+    after = [
+        cost.counted(lambda: shortfall(topn_mask(score, cost.PATTERN), cost.PATTERN, 1, 16)),
+        cost.counted(lambda: certify(mask, cost.PATTERN)),
+        cost.counted(lambda: pack(score, mask, cost.PATTERN)),
+    ]
+    # and what only a GPU waits for: `tolist`, the copy of a mask to pack by, two of `cpu`; two more in the engine
+    assert sum(work.wait for work in after) + 6 == cost.AFTER_LAYER
     # at least: the score read twice, written and read once as groups; all by torch
     assert found.project.bandwidth > 16

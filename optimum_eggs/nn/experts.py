@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ShapeError
+
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether `module` holds the experts of a mixture as 3-D parameters, in the way transformers does.
@@ -96,13 +98,21 @@ class SplitExperts(nn.Module):
         """Hidden states (tokens, hidden), the experts of each token and their weights (tokens, k), to (tokens, hidden).
 
         An index that is the number of experts stands for none.
+
+        Raises:
+            ShapeError: an index is negative, or above the number of experts.
         """
         shell = self._shell[0]
         first, last = _matrices(shell)
         output = torch.zeros_like(hidden_states)
         chosen, order = top_k_index.flatten().sort(stable=True)  # by expert, and by token within an expert
-        experts = torch.arange(shell.num_experts + 1, device=chosen.device, dtype=chosen.dtype)
-        bounds = torch.searchsorted(chosen, experts).tolist()  # the one place where a GPU is waited for
+        experts = torch.arange(shell.num_experts + 2, device=chosen.device, dtype=chosen.dtype)
+        *bounds, legal = torch.searchsorted(chosen, experts).tolist()  # the one place where a GPU is waited for
+        if bounds[0] or legal != len(chosen):
+            raise ShapeError(
+                f"top_k_index has {bounds[0]} values below 0 and {len(chosen) - legal} above {shell.num_experts}, the "
+                "number of experts; look at the router that chose them"
+            )
         for expert, (start, end) in enumerate(pairwise(bounds)):
             if start == end:
                 continue

@@ -28,9 +28,9 @@ class NMLinear(NonDynamicallyQuantizableLinear):
     that quantisers leave alone: torchao, quanto, bitsandbytes and torch's own do. Its `weight` is the packed one, of
     shape (out, in·n/m), so a tool that mistakes it for a dense one fails on the shape and cannot do silent harm.
 
-    On a GPU it holds its dense weight too, from the first call in eval mode on, and makes it again when the packed one
-    changes. torch does not count changes of `weight.data` in place: after one, change the mode, or change the weight
-    itself under `torch.no_grad()` instead.
+    On a GPU it holds its dense weight too, from the first call in eval mode without gradients of the weight on (under
+    `torch.no_grad()`, or with a frozen weight), and makes it again when the packed one changes. torch does not count
+    changes of `weight.data` in place, nor those by other means than its operations: call [`NMLinear.forget`] after one.
 
     Args:
         in_features, out_features, bias, device, dtype: As for `nn.Linear`.
@@ -160,17 +160,23 @@ class NMLinear(NonDynamicallyQuantizableLinear):
         meta, hold = self._buffers["weight_meta"], not self.training
         return nm_linear(x, weight, meta, bias, pattern.n, pattern.m, hold)  # type: ignore[arg-type]
 
+    def forget(self) -> None:
+        """Let go of all that is held beside the packed weight, to be made again of what the weight is now."""
+        held.forget(self._parameters.get("weight"), self._buffers.get("weight_meta"))
+
     def train(self, mode: bool = True) -> NMLinear:
-        """Set the mode. What is held beside the packed weight for calls in eval mode goes when that begins or ends."""
+        """Set the mode. What is held beside the packed weight goes when the mode changes."""
         if mode != self.training:
-            held.forget(self._parameters.get("weight"))
+            self.forget()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        dense = held.take(self._parameters.get("weight"))
-        super()._apply(fn, recurse)
-        held.put_back(dense, self._parameters.get("weight"), self.weight_meta)
-        return self
+        self.forget()  # it hangs on weak references, which keep torch from swapping tensors
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..packing import kept_positions, meta_width, packed_width, unpack
 from ..pattern import NMPattern
@@ -14,7 +13,6 @@ from .watch import may_hold, nothing_watches
 
 _ALL = slice(None)
 _NUMBERS = 1 << 22  # of positions that are worked out at a time
-_places = WeakIdKeyDictionary()  # the place of every kept value in its group, a byte each, by the tensor of bits
 
 
 def spread(values: Tensor, weight_meta: Tensor, pattern: NMPattern, rows: slice = _ALL) -> Tensor:
@@ -66,7 +64,7 @@ def gather(dense: Tensor, weight_meta: Tensor, pattern: NMPattern, rows: slice =
 def unpack_by_torch(values: Tensor, weight_meta: Tensor, pattern: NMPattern) -> Tensor:
     """`unpack`, by the places that training has worked out if there are any. It holds none by itself."""
     in_features = values.shape[1] // pattern.n * pattern.m
-    places = held.find(_places, (in_features, pattern), weight_meta) if holds() and may_hold(weight_meta) else None
+    places = held.find(("places", in_features, pattern), weight_meta) if holds() and may_hold(weight_meta) else None
     return _by_places(values, places, weight_meta, pattern)
 
 
@@ -95,7 +93,7 @@ def _hold_places(matrix: Tensor, weight_meta: Tensor, in_features: int, pattern:
         places = [(kept_positions(bits, in_features, pattern) % pattern.m).to(torch.uint8) for bits in some]
         return torch.cat(places).unflatten(1, (-1, pattern.n))
 
-    return held.hold(_places, (in_features, pattern), make, weight_meta)
+    return held.hold(("places", in_features, pattern), make, weight_meta)
 
 
 def _isa(matrix: Tensor, weight_meta: Tensor, in_features: int) -> str | None:

@@ -55,8 +55,8 @@ def nm_linear(
     if may_hold(x, own, weight_meta):  # not in the operation, which a compiled graph may run in its own memory
         if torch.is_grad_enabled() and own.requires_grad:
             held.forget(own)
-        elif hold and _is_dense(x, weight, weight_meta, bias, n, m):
-            held.hold_dense(own, weight_meta, n, m, x.dtype)
+        elif hold and _is_dense(x, weight, weight_meta, bias, n, m):  # gradients of x read it too
+            return torch.nn.functional.linear(x, held.hold_dense(own, weight_meta, n, m, x.dtype), bias)
     return torch.ops.optimum_eggs.nm_linear(x, weight, weight_meta, bias, n, m)
 
 
@@ -66,7 +66,7 @@ def _run(
     """Y by the backend chosen. `own`: the weight, before a cast, to hold a dense one of; without it none is held."""
     tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     choice = choose(x.dtype, x.device, tokens)
-    if choice.backend == "dense":
+    if choice.backend == "dense" and weight.dtype is x.dtype:
         dense = held.find_dense(weight if own is None else own, weight_meta, n, m, x.dtype)
         if dense is not None:
             return torch.nn.functional.linear(x, dense, bias)
@@ -141,10 +141,6 @@ def _by_panels(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: T
 
 @torch.library.custom_op("optimum_eggs::nm_linear", mutates_args=())
 def _op(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    in_graph = not torch.is_grad_enabled() and isinstance(weight, torch.nn.Parameter)
-    to_hold = in_graph and _is_dense(x, weight, weight_meta, bias, n, m)
-    if to_hold and held.find_dense(weight, weight_meta, n, m, x.dtype) is None:
-        held.say_unheld()
     with torch.no_grad():
         return _run(x, weight, weight_meta, bias, n, m)
 

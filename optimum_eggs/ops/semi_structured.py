@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..packing import unpack_mask
 from . import held
 
 _MIN_ROWS, _MIN_COLUMNS = 32, 64  # both dimensions are multiples of these, for 16-bit values
-_reordered = WeakIdKeyDictionary()  # bits as torch orders them, by the tensor of our bits
 
 
 def fits(weight: Tensor, n: int, m: int) -> bool:
@@ -41,7 +39,7 @@ def semi_structured(weight: Tensor, weight_meta: Tensor) -> Tensor:
     return SparseSemiStructuredTensorCUTLASS(
         torch.Size((rows, columns)),
         packed=weight,
-        meta=held.hold(_reordered, (columns, weight.dtype), reorder, weight_meta),
+        meta=held.hold(("reordered", columns, weight.dtype), reorder, weight_meta),
         packed_t=None,
         meta_t=None,
         compressed_swizzled_bitmask=None,

@@ -21,10 +21,10 @@ _CALLS = 8  # in a turn: a model calls layer after layer, and so finds the code 
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """Times of one product X Wᵀ, packed and dense, on the CPU.
+    """Times of one product X Wᵀ, packed and dense.
 
-    `gigabytes_per_second` is what the packed weight and its bits amount to, over the time of the packed product;
-    `others` holds further products that were timed in turn with these, by name.
+    `gigabytes_per_second` is what the packed product reads, over its time: the packed weight and its bits, or the dense
+    weight where the backend is `dense`; `others` holds further products that were timed in turn with these, by name.
     """
 
     out_features: int
@@ -97,6 +97,14 @@ def time_layer(
     del weight, mask
     _check(nm_linear(x, *packed[0], None, pattern.n, pattern.m, True), x, unpack(values, meta, pattern))
 
+    def packed_product(i: int) -> Tensor:
+        return nm_linear(x, *packed[i], None, pattern.n, pattern.m, True)
+
+    choice = choose(dtype, x.device, tokens)
+    if choice.backend in ("dense", "semi_structured"):  # which make what they hold at the first call
+        for i in range(copies):
+            packed_product(i)
+
     def through(product: Callable[[int], object]) -> Callable[[], object]:
         place = [0]
 
@@ -112,7 +120,7 @@ def time_layer(
     further = others or {}
     found = alternate(
         [
-            through(lambda i: nm_linear(x, *packed[i], None, pattern.n, pattern.m, True)),
+            through(packed_product),
             through_dense(torch.nn.functional.linear),
             *map(through_dense, further.values()),
         ],
@@ -120,8 +128,7 @@ def time_layer(
         _CALLS,
         devices=[x.device],
     )
-    choice = choose(dtype, x.device, tokens)
-    read = values.numel() * values.element_size() + meta.numel()
+    read = size if choice.backend == "dense" else values.nbytes + meta.nbytes
     return LayerTiming(
         out_features,
         in_features,

@@ -158,10 +158,13 @@ def test_a_captured_layer(warm, backend, device):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             y = moved(there)
-    moved.train()  # what the graph reads stays
-    taken = [torch.full((96, 128), torch.nan, device=device) for _ in range(8)]
+    moved.forget()
+    taken = [torch.full((96, 128), torch.nan, device=device) for _ in range(8)]  # where the dense weight was
     for seed in (3, 4):
         x = gaussian(3, 128, seed=seed)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+            moved.weight.mul_(2)
         there.copy_(x)
         graph.replay()
         assert_product(y, x, layer)
@@ -176,9 +179,13 @@ def test_a_compiled_layer_in_graphs(warm, device):
     with torch.no_grad():
         if warm:
             moved(gaussian(3, 128).to(device))
-        for seed in range(4):
+        for seed in range(6):
             x = gaussian(3, 128, seed=seed)
             assert_product(compiled(x.to(device)), x, layer)
+            layer.weight.mul_(2)
+            moved.weight.mul_(2)
+            moved.train()
+            moved.eval()
 
 
 def test_the_masked_low_rank_product_and_its_gradients(device):

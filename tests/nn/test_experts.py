@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from optimum_eggs.errors import ShapeError
 from optimum_eggs.nn.experts import SplitExperts, is_fused_experts, join_experts, split_experts
 
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss"]
@@ -40,6 +41,15 @@ def test_the_index_behind_the_last_expert_stands_for_none(name):
     fused, (states, chosen, weights) = experts_of(name), routed()
     chosen[::3, 0] = 4
     assert torch.equal(SplitExperts(fused)(states, chosen, weights), fused(states, chosen, weights))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("index", "message"), [(-1, "1 values below 0 and 0 above 4"), (5, "0 values below 0 and 1")])
+def test_an_index_of_no_expert_is_refused(index, message):
+    states, chosen, weights = routed()
+    chosen[3, 1] = index
+    with pytest.raises(ShapeError, match=f"top_k_index has {message}"):
+        SplitExperts(experts_of("mixtral"))(states, chosen, weights)
 
 
 @torch.no_grad()

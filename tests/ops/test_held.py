@@ -3,11 +3,14 @@
 Here on the CPU, where they are forced; that a GPU gets them is a choice by the name of the device.
 """
 
+import contextlib
 import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from oracles import gaussian, random_mask, same_bits
@@ -24,7 +27,7 @@ GPU = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def _dense_backend():
     held._say_dense.cache_clear()
-    held.say_unheld.cache_clear()
+    held._say_captured.cache_clear()
     with force("dense"):
         yield
 
@@ -61,8 +64,12 @@ def by_reference(layer, x):
         return layer(x)
 
 
+def held_dense(layer, dtype=torch.float32):
+    return held.find_dense(layer.weight, layer.weight_meta, 2, 4, dtype)
+
+
 def is_held(layer):
-    return layer.weight in held._dense
+    return layer.weight in held._held
 
 
 def test_what_has_no_kernel_known_to_be_faster_holds_dense_weights_unless_it_is_told_otherwise():
@@ -107,7 +114,7 @@ def replace_parameter(layer):
 
 
 def load(layer):
-    layer.load_state_dict({"weight": layer.weight * 2}, strict=False)
+    layer.load_state_dict(layer.state_dict() | {"weight": layer.weight * 2})
 
 
 def step(layer):
@@ -116,7 +123,16 @@ def step(layer):
 
 
 @pytest.mark.parametrize(
-    "change", [change_in_place, change_bits, replace_data, replace_parameter, load, step, NMLinear.double]
+    "change",
+    [
+        change_in_place,
+        change_bits,
+        replace_data,
+        replace_parameter,
+        load,
+        step,
+        NMLinear.double,
+    ],
 )
 def test_it_is_made_again_when_the_layer_changes(change, unpacked):
     layer, x = make(), gaussian(3, 32, seed=1)
@@ -127,6 +143,32 @@ def test_it_is_made_again_when_the_layer_changes(change, unpacked):
     assert same_bits(after, by_reference(layer, x))
     assert change is NMLinear.double or not torch.equal(after, before)
     assert len(unpacked) == 2
+
+
+def replace_bits(layer, bits):
+    layer.weight_meta = bits
+
+
+def replace_values(layer, values):
+    layer.weight.data = values
+
+
+@pytest.mark.parametrize(("name", "replace"), [("weight", replace_values), ("weight_meta", replace_bits)])
+def test_memory_at_an_address_that_was_free_meanwhile_is_other_memory(name, replace):
+    layer, x = make(), gaussian(3, 32, seed=1)
+    memory = getattr(layer, name).detach().clone().numpy()
+    for _ in range(3):
+        memory[:] = np.roll(memory, 1, 0)
+        replace(layer, torch.from_numpy(memory))  # the same address, and no change counted
+        assert same_bits(call(layer, x), by_reference(layer, x))
+
+
+@torch.no_grad()
+def test_a_weight_that_reads_its_memory_in_another_order_is_another_one():
+    layer, x = make(16), gaussian(3, 32, seed=1)
+    call(layer, x)
+    layer.weight.data = layer.weight.data.t()  # 16 x 16
+    assert same_bits(call(layer, x), by_reference(layer, x))
 
 
 def test_training_holds_no_dense_weight_and_lets_go_of_one(unpacked):
@@ -147,23 +189,41 @@ def test_training_holds_no_dense_weight_and_lets_go_of_one(unpacked):
     assert len(unpacked) == 2
 
 
-def test_changes_that_torch_does_not_count_are_seen_after_the_mode_changes():
+def change_mode(layer):
+    layer.train()
+    layer.eval()
+
+
+@pytest.mark.parametrize("forget", [NMLinear.forget, change_mode])
+def test_changes_that_torch_does_not_count_are_seen_after_all_is_forgotten(forget, sorted_out):
     layer, x = make(), gaussian(3, 32, seed=1)
     call(layer, x)
-    layer.train()
+    gather(gaussian(12, 32), layer.weight_meta, layer.pattern)
     layer.weight.data.mul_(2)
-    layer.eval()
+    layer.weight_meta.data.copy_(layer.weight_meta.roll(1, 0))
+    forget(layer)
+    assert layer.weight_meta not in held._held
     assert same_bits(call(layer, x), by_reference(layer, x))
+    dense = gaussian(12, 32, seed=3)
+    assert torch.equal(gather(dense, layer.weight_meta, layer.pattern), dense[layer.mask()].view(12, 16))
 
 
-def test_a_frozen_layer_is_held_where_gradients_pass_through_it(unpacked):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_frozen_layer_is_held_where_gradients_pass_through_it(autocast, unpacked, sorted_out):
     layer, x = make().requires_grad_(False), gaussian(3, 32, seed=1).requires_grad_()
-    for _ in range(2):
-        (found,) = torch.autograd.grad(layer(x).pow(2).sum(), x)
+
+    def gradient():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x)
+        return torch.autograd.grad(y.pow(2).sum(), x)[0]
+
     with force("reference"):
-        (expected,) = torch.autograd.grad(layer(x).pow(2).sum(), x)
-    assert same_bits(found, expected)
+        expected = gradient()
+    sorted_out.clear()
+    for _ in range(2):
+        assert same_bits(gradient(), expected)
     assert len(unpacked) == 1
+    assert not sorted_out  # the backward pass reads the dense weight too
 
 
 def test_a_default_device_and_autocast_hold_one_too(unpacked):
@@ -172,10 +232,25 @@ def test_a_default_device_and_autocast_hold_one_too(unpacked):
         for _ in range(2):
             assert same_bits(call(layer, x), by_reference(layer, x))
     assert len(unpacked) == 1
-    with torch.autocast("cpu", torch.bfloat16):
-        for _ in range(2):
+    for enabled in (True, False, True):  # one for each dtype
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             assert same_bits(call(layer, x), by_reference(layer, x))
     assert len(unpacked) == 2
+    with torch.device("cpu"), torch.autocast("cpu", torch.bfloat16):
+        call(layer, x)
+    assert len(unpacked) == 2
+    change_in_place(layer)
+    call(layer, x)
+    assert held_dense(layer, torch.bfloat16) is None
+    assert len(held._held[layer.weight].made) == 1
+
+
+def test_dtypes_that_differ_are_refused_whatever_is_held():
+    layer, x = make(bias=False), gaussian(3, 32, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(layer, x)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        call(layer, x.bfloat16())
 
 
 def test_state_dicts_copies_and_pickles_are_packed():
@@ -192,47 +267,45 @@ def test_state_dicts_copies_and_pickles_are_packed():
     assert [name for name, _ in layer.named_buffers()] == ["weight_meta"]
 
 
-def test_it_goes_with_the_weight_and_stays_with_a_layer_that_is_not_moved():
-    layer, x = make(), gaussian(3, 32)
-    call(layer, x)
-    kept = held.find_dense(layer.weight, layer.weight_meta, 2, 4, torch.float32)
-    layer.to("cpu")
-    assert held.find_dense(layer.weight, layer.weight_meta, 2, 4, torch.float32) is kept
-    gone = weakref.ref(kept)
-    del kept
-    layer.to("meta")
-    gc.collect()
-    assert gone() is None
-    layer = make()
-    call(layer, x)
-    gone = weakref.ref(held.find_dense(layer.weight, layer.weight_meta, 2, 4, torch.float32))
-    del layer
-    gc.collect()
-    assert gone() is None
+def test_it_goes_with_the_weight_and_when_the_layer_is_moved():
+    def move(layer):
+        layer.to("meta")
+
+    for leave in (move, lambda layer: layer.__dict__.clear()):
+        layer = make()
+        call(layer, gaussian(3, 32))
+        gone = weakref.ref(held_dense(layer))
+        leave(layer)
+        gc.collect()
+        assert gone() is None
 
 
 def test_weights_that_are_put_in_place_for_a_call_leave_nothing_behind():
+    gc.collect()
     layer, x = make(), gaussian(3, 32)
-    count, values = len(held._dense), layer.weight.detach()
+    count, values = len(held._held), layer.weight.detach()
     for _ in range(3):  # as when a model is offloaded
         layer.weight = torch.nn.Parameter(values.clone())
         call(layer, x)
         layer.weight = torch.nn.Parameter(values.to("meta"))
     gc.collect()
-    assert len(held._dense) == count
+    assert len(held._held) == count
     nm_linear(x, values, layer.weight_meta, None, 2, 4)  # not a layer's own
-    assert len(held._dense) == count
+    assert len(held._held) == count
 
 
-def test_parameters_can_be_swapped_as_torch_may_be_told_to():
+@pytest.mark.parametrize("change", [NMLinear.double, load])
+def test_parameters_can_be_swapped_as_torch_may_be_told_to(change):
     layer, x = make(), gaussian(3, 32)
     call(layer, x)
+    gather(gaussian(12, 32), layer.weight_meta, layer.pattern)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        layer.double()
+        change(layer)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-    assert same_bits(call(layer, x.double()), by_reference(layer, x.double()))
+    x = x.to(layer.weight.dtype)
+    assert same_bits(call(layer, x), by_reference(layer, x))
 
 
 def test_inference_tensors_are_not_held_since_their_changes_are_not_counted():
@@ -244,41 +317,71 @@ def test_inference_tensors_are_not_held_since_their_changes_are_not_counted():
     assert not is_held(layer)
 
 
-def test_a_graph_that_is_captured_takes_what_is_held_and_nothing_is_made_to_stay_in_it(monkeypatch, caplog):
-    layer, x, capturing = make(), gaussian(3, 32, seed=1), [True]
-    monkeypatch.setattr(held, "_capturing", lambda tensor: capturing[0])
-    assert same_bits(call(layer, x), by_reference(layer, x))
-    assert not is_held(layer)
-    assert "call the model once in eval mode" in caplog.text
-    capturing[0] = False
+def test_a_graph_that_is_captured_reads_nothing_that_is_held_and_says_so_once(monkeypatch, unpacked, caplog):
+    layer, x = make(), gaussian(3, 32, seed=1)
+    places = NMLinear.from_linear(torch.nn.Linear(32, 12), PATTERNS[0]).weight_meta
     call(layer, x)
-    capturing[0] = True
-    call(layer, x)
-    read = held.find_dense(layer.weight, layer.weight_meta, 2, 4, torch.float32)
-    capturing[0] = False
-    layer.train()  # the memory that the graph reads stays, and gets the new values
-    change_in_place(layer)
-    layer.eval()
-    assert same_bits(call(layer, x), by_reference(layer, x))
-    assert held.find_dense(layer.weight, layer.weight_meta, 2, 4, torch.float32) is read
-    assert same_bits(read, layer.dense_weight())
+    gather(gaussian(12, 32), places, PATTERNS[0])
+    monkeypatch.setattr(held, "_capturing", lambda tensor: True)
+    for _ in range(2):
+        assert same_bits(call(layer, x), by_reference(layer, x))
+    assert len(unpacked) == 3
+    assert caplog.text.count("call model.dequantize() first") == 1
+    assert held_dense(layer) is None
+    assert held.find(("places", 32, PATTERNS[0]), places) is None
+    fresh = make()
+    call(fresh, x)
+    assert not is_held(fresh)
 
 
-def test_a_compiled_layer_reads_what_is_held_and_says_so_where_nothing_is(monkeypatch, caplog):
+def test_whether_a_graph_is_captured_is_asked_of_the_device_of_the_tensor(monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(of):
+        before, current[0] = current[0], of.index
+        yield
+        current[0] = before
+
+    fake = SimpleNamespace(device=device, is_current_stream_capturing=lambda: current[0] == 1)
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(torch, kind, fake)
+        found = [held._capturing(SimpleNamespace(device=torch.device(kind, index))) for index in (0, 1)]
+        assert found == [False, True]
+    assert not held._capturing(torch.ones(1))
+
+
+def test_what_is_held_is_finished_before_other_streams_read_it(monkeypatch):
+    waited = []
+    monkeypatch.setattr(held, "finish", waited.append)
+    layer = make()
+    for _ in range(2):
+        call(layer, gaussian(3, 32))
+    assert waited == [[torch.device("cpu")]]
+
+
+def test_a_compiled_layer_reads_what_is_held(monkeypatch):
     layer, x, linears = make(), gaussian(3, 32, seed=1), []
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     expected = by_reference(layer, x)
     assert same_bits(call(compiled, x), expected)
     assert not is_held(layer)
-    assert caplog.text.count("call the model once in eval mode") == 1
     call(layer, x)
-    read = held.find_dense(layer.weight, layer.weight_meta, 2, 4, torch.float32)
+    read = held_dense(layer)
     with monkeypatch.context() as patch:
         plain = F.linear
         patch.setattr(F, "linear", lambda *given: linears.append(given[1]) or plain(*given))
         assert same_bits(call(compiled, x), expected)
     assert [weight is read for weight in linears] == [True]
-    assert caplog.text.count("call the model once in eval mode") == 1
+    change_in_place(layer)
+    assert same_bits(call(compiled, x), by_reference(layer, x))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_says_nothing(frozen, caplog):
+    layer = make().train().requires_grad_(not frozen)
+    layer(gaussian(3, 32).requires_grad_()).sum().backward()
+    assert not caplog.records
 
 
 def test_that_dense_weights_are_held_is_said_once(caplog):
@@ -304,7 +407,7 @@ def test_spread_and_gather_by_held_places_give_the_same_bits(pattern, dtype, sor
         assert same_bits(spread(values[rows], meta, pattern, rows), expected[0][rows])
         assert same_bits(gather(dense[rows], meta, pattern, rows), expected[1][rows])
     assert len(sorted_out) == 12
-    assert layout._places[meta].made.nbytes == values.numel()  # a byte each
+    assert held.find(("places", 32, pattern), meta).nbytes == values.numel()  # a byte each
 
 
 def test_places_are_worked_out_again_when_the_bits_change(sorted_out):

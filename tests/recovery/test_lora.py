@@ -18,6 +18,7 @@ from optimum_eggs import EGGSPruner, NMLinear
 from optimum_eggs.errors import ConfigError
 from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.ops import force
 from optimum_eggs.pattern import NMPattern
 from optimum_eggs.recovery.low_rank import masked_low_rank
 
@@ -282,6 +283,22 @@ def test_two_adapters_add_up_and_are_deleted(folders):
     model.base_model.set_adapter(["default", "second"])
     merged = model.merge_and_unload(adapter_names=["default", "second"])
     torch.testing.assert_close(logits(merged), both, rtol=1e-5, atol=1e-5)
+
+
+def test_held_weights_are_made_again_after_two_adapters_are_merged():
+    torch.manual_seed(0)
+    base = nn.Sequential(NMLinear.from_linear(nn.Linear(64, 32), NMPattern(2, 4)))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model, x = get_peft_model(base, config), gaussian(3, 64)
+    model.add_adapter("second", config)
+    model.eval().requires_grad_(False)
+    with force("dense"):
+        with model.disable_adapter():
+            model(x)  # holds
+        model.base_model.merge_adapter(["default", "second"])  # each puts other values in the place of the packed ones
+        found = model(x)
+    with force("reference"):
+        assert torch.equal(found, model(x))
 
 
 def test_an_adapter_comes_back_masked(folders, tmp_path):

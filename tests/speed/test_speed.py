@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_eggs.errors import NumericalError
-from optimum_eggs.ops import INSTRUCTION_SETS, force
+from optimum_eggs.ops import INSTRUCTION_SETS, force, held
 from optimum_eggs.pattern import NMPattern
 from optimum_eggs.speed import layers, read_bandwidth, time_layer, time_models, timing
 from optimum_eggs.speed.timing import alternate
@@ -58,6 +58,19 @@ def test_a_layer_is_timed_in_both_forms(dtype):
     read = 24 * 16 * dtype.itemsize + 24 * 8
     assert found.gigabytes_per_second == pytest.approx(read / found.packed.median / 1e9)
     assert seen == [((3, 64), (24, 64), 24 * 16)] * 3 * layers._CALLS
+
+
+def test_what_is_held_is_made_before_anything_is_timed(monkeypatch):
+    unpacked, timed, plain = [], [], held.unpack
+    monkeypatch.setattr(held, "unpack", lambda *given: unpacked.append(given) or plain(*given))
+    monkeypatch.setattr(
+        layers, "alternate", lambda *given, **more: timed.append(len(unpacked)) or alternate(*given, **more)
+    )
+    with force("dense"):
+        found = time_layer(24, 64, NMPattern(2, 4), torch.float32, 3, repeats=1, working_set=24 * 64 * 4 * 20)
+    assert timed == [20]
+    assert len(unpacked) == 20
+    assert found.gigabytes_per_second == pytest.approx(24 * 64 * 4 / found.packed.median / 1e9)  # the dense weight
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch):

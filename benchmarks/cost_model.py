@@ -1,6 +1,6 @@
 """What pruning with the preset `fast` costs: seconds, bytes sent and memory, by size of the model and processes.
 
-    OMP_NUM_THREADS=2 python benchmarks/cost_model.py --check MODEL --calibration TEXT
+    OMP_NUM_THREADS=1 python benchmarks/cost_model.py --check MODEL --calibration TEXT --processes 1 2
     python benchmarks/cost_model.py --shapes 8B 70B 405B --processes 1 8
 
 The model counts operations and divides by rates: `--gflops` of matrix products in float32 and in the model's dtype,
@@ -10,8 +10,8 @@ beside what it took. For a block whose stages (layers that read the same tensor)
 - forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens;
 - statistics: 2 d² operations for each of T/R tokens and each stage;
 - update: 14 products of a layer (out, d) with (d, d), of SparseGPT, 10 steps of the refit, its start and the error, its
-  rows shared by the processes; and once for each stage, by every process, 4 d³ for the factor in float64;
-- sent: 4 d² bytes for each stage, twice over if R > 1, and the block's pruned weights;
+  rows shared by the processes; and once for each stage 4 d³ for the factor in float64, of which they share half;
+- sent: 4 d² bytes for each stage, twice over if R > 1, 4 d² for the factor, and the block's pruned weights;
 - memory: the block, the largest layer's eight float32 copies and four (d, d) ones in float32, and the hidden states.
 """
 
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,8 +92,9 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
         before += inputs * sum(outputs)
         statistics += 2 * inputs**2
         rows = sum(outputs) / processes
-        update += (UPDATE_PRODUCTS * 2 * rows + FACTORISATION["sparsegpt"] * inputs) * inputs**2
-        sent += 4 * inputs**2 * 2 + shape.itemsize * sum(outputs) * inputs
+        factor = FACTORISATION["sparsegpt"] / 2 * (1 + 1 / processes) * inputs
+        update += (UPDATE_PRODUCTS * 2 * rows + factor) * inputs**2
+        sent += 4 * inputs**2 * 3 + shape.itemsize * sum(outputs) * inputs
     passes += 2 * before + 4 * seq_len * shape.hidden
     largest = max(inputs * max(outputs) for inputs, outputs in shape.stages)
     widest = max(inputs for inputs, _ in shape.stages)
@@ -142,19 +144,34 @@ def check(args: argparse.Namespace) -> None:
         dtype.itemsize,
     )
     rates = given_or_measured(args, dtype)
-    counted = cost(shape, args.num_samples * args.seq_len, args.seq_len, 1, rates)
+    print("| processes | stage | counted, s | took, s |")
+    print("|---:|---|---:|---:|")
+    for count in args.processes or [1]:
+        counted = cost(shape, args.num_samples * args.seq_len, args.seq_len, count, rates)
+        took = pruned(args, count)
+        for stage, seconds in counted.seconds.items():
+            print(f"| {count} | {stage} | {seconds:.1f} | {took['stages'][stage]['seconds']:.1f} |")
+        print(f"| {count} | all | {sum(counted.seconds.values()):.1f} | {took['seconds']:.1f} |", flush=True)
+
+
+def pruned(args: argparse.Namespace, processes: int) -> dict[str, Any]:
+    """Prune the model by so many processes. Returns what its report has measured, by the first of them."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
-        command = [sys.executable, "-m", "optimum_eggs", "prune", args.check, str(output), "--json"]
+        command = [
+            sys.executable,
+            *(launch if processes > 1 else []),
+            "-m",
+            "optimum_eggs",
+            "prune",
+            args.check,
+            output,
+        ]
         command += ["--calibration", args.calibration, "--preset", "fast"]
-        command += ["--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len)]
-        report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    stages = report["measurements"]["stages"]
-    print("| stage | counted, s | took, s |")
-    print("|---|---:|---:|")
-    for stage, seconds in counted.seconds.items():
-        print(f"| {stage} | {seconds:.1f} | {stages[stage]['seconds']:.1f} |")
-    print(f"| all | {sum(counted.seconds.values()):.1f} | {report['measurements']['seconds']:.1f} |")
+        command += ["--num-samples", args.num_samples, "--seq-len", args.seq_len]
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        return json.loads((output / "report.json").read_text())["measurements"]
 
 
 def given_or_measured(args: argparse.Namespace, dtype: torch.dtype) -> Rates:
@@ -175,7 +192,7 @@ def main() -> None:
     parser.add_argument("--check", metavar="MODEL", help="folder of a Llama to prune")
     parser.add_argument("--calibration", help="text file to calibrate on, with --check")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--processes", nargs="+", type=int, help="default: 1 and 8, and 1 with --check")
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--gflops", nargs=2, type=float, metavar=("FLOAT32", "DTYPE"), help="rates of products")
@@ -188,7 +205,7 @@ def main() -> None:
     print("| model | processes | forward, h | statistics, h | update, h | all, h | sent, GiB | memory, GiB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in args.shapes:
-        for count in args.processes:
+        for count in args.processes or [1, 8]:
             found = cost(SHAPES[name], args.num_samples * args.seq_len, args.seq_len, count, rates)
             hours = [*found.seconds.values(), sum(found.seconds.values())]
             cells = [f"{value / 3600:.1f}" for value in hours] + [f"{x / 2**30:.1f}" for x in (found.sent, found.held)]

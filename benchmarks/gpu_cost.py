@@ -36,7 +36,7 @@ PATTERN, BAND = NMPattern(2, 4), 16
 ADMM_STEPS = 33  # of all layers looked at, in a block of SmolLM2-135M and one of Qwen2.5-0.5B
 _GROWTH = 1.3  # of its penalty at every third step, as at first, while more than 10 % of a mask changes
 SHORT = 0.005  # share of tiles that the largest scores leave short, from 0.0003 to 0.018 in these
-AFTER_LAYER = 4 + 9 + 11 + 3  # waits: are weights finite, error, bits; what scores alone lack; certificate; packing
+AFTER_LAYER = 4 + 8 + 11 + 3  # waits: are weights finite, error, bits; what scores alone lack; certificate; packing
 _TILES = 1024  # that `expander_mask` solves at a time
 _JUDGED = 7  # times that a block's held-out windows are run in tuning
 _ADAM = 60  # bytes moved for a parameter in a step: the optimizer's, the mask on the gradient, casts to and fro
@@ -210,8 +210,8 @@ def _sized(work: Work, numbers: int) -> Work:
 
 
 def factor_work(columns: int) -> Work:
-    """SparseGPT's factor: Cholesky, and the inverse of the triangle by products."""
-    return Work(factor=columns**3 / 3, float64=2 / 3 * columns**3)
+    """SparseGPT's factor: Cholesky, and the inverse of the triangle by triangular systems."""
+    return Work(factor=columns**3 / 3, float64=columns**3 / 3)
 
 
 def refit_work(found: Counts, rows: int, columns: int, steps: int) -> Work:

@@ -129,7 +129,7 @@ def test_costs_are_counted_and_checked(run, dense_folder, text_file):
     assert float(lines[-1].split("|")[3]) == pytest.approx(operations / 400e9 / 3600, abs=0.06)
     sizes = ["--num-samples", 4, "--seq-len", 16]
     printed = run("cost_model.py", "--check", dense_folder, "--calibration", text_file, *sizes, *rates).stdout
-    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == [
+    assert [line.split("|")[2].strip() for line in printed.splitlines()[2:]] == [
         "forward",
         "statistics",
         "update",
@@ -252,8 +252,8 @@ def test_launches_waits_and_bytes_are_counted_in_the_code(script):
     counted = cost.counted(lambda: torch.ones(4)[torch.ones(4) > 0].sum().item())
     assert (counted.wait, counted.launch) == (2, 6)  # ones, ones, >, [], sum, item
     found = cost.counts()
-    # two ends of the score, twice; and whether a tile is short
-    assert found.project.wait == 5
+    # whether the score is finite, and whether a tile is short
+    assert found.project.wait == 2
     assert found.chunk.wait > 5
     assert found.refit.wait == 0
     score = cost.even(512, 32)

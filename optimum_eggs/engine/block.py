@@ -99,7 +99,7 @@ def _prune_wave(
     """Prune layers that do not hang on one another, shared out over the processes.
 
     Layers that read the same tensor are shared by their rows. Several tensors, as experts have them, are dealt out, or
-    every process would factorise every Gram matrix.
+    the processes would have to meet for every Gram matrix.
     """
     meter, ranks = walk.meter, walk.ranks
     names = [name for layers in wave for name in layers.names]
@@ -107,10 +107,10 @@ def _prune_wave(
     solved: dict[str, SolvedLayer] = {}
     with ranks.together():
         for layers in wave:
-            problem = Problem(layers.statistics.gram, config.damping)
+            sharing = ranks if owners is None else ALONE
+            problem = Problem(layers.statistics.gram, config.damping, sharing)
             for name in layers.names:
                 if owners is None or owners[name] == ranks.rank:
-                    sharing = ranks if owners is None else ALONE
                     module, gain = todo[name], gains.get(name)
                     solved[name] = prune_layer(name, module, layers, problem, config, meter, gain, sharing)
     with walk.exchange():

@@ -75,7 +75,7 @@ def solve_layer(
         raised = min(1.0, max(10 * damping, _LEAST_DAMPING))
         logger.warning("%s: damping is raised from %g to %g: %s", name, damping, raised, error)
         damping = raised
-        problem = Problem(problem.gram, raised)
+        problem = Problem(problem.gram, raised, ranks)
 
 
 def rows_together(config: EGGSConfig) -> int:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError, ShapeError
+from ..ranks import ALONE, Ranks
 
-_SMALL = 128  # columns of the triangles that are solved as a whole
+_COLUMNS = 512  # of an inverse, that are solved at a time
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Problem:
     Args:
         gram: XXᵀ (in, in), summed over the calibration tokens, float32 or float64: the dtype that solvers work in.
         damping: Relative size of λ; what keeps the problem definite when inputs are dead or dependent.
+        ranks: The processes that have the same problem, and share the work on it: all must ask for the same.
     """
 
     gram: Tensor
     damping: float = 0.01
+    ranks: Ranks = ALONE
 
     def check(self, weight: Tensor, mask: Tensor | None = None) -> None:
         """Raise unless weight (out, in) and mask (out, in) belong to these inputs.
@@ -77,8 +80,22 @@ class Problem:
         diagonal += self.damping * diagonal.mean()
         lower = self._cholesky(hessian)
         del hessian, diagonal  # two buffers at a time
-        _invert_lower(lower)
-        return lower.flip(0, 1).to(self.gram.dtype)
+        return self._inverse_of(lower).flip(0, 1).to(self.gram.dtype)
+
+    def _inverse_of(self, lower: Tensor) -> Tensor:
+        """Of a lower triangular matrix (in, in), its columns shared out over the processes."""
+        inverse = torch.zeros_like(lower)
+        starts = range(0, len(lower), _COLUMNS)
+        owners = self.ranks.deal({str(start): (len(lower) - start) ** 2 for start in starts})
+        for start in starts:
+            if owners[str(start)] == self.ranks.rank:
+                part = inverse[start:, start : start + _COLUMNS]
+                part.fill_diagonal_(1)
+                part.copy_(torch.linalg.solve_triangular(lower[start:, start:], part, upper=False))
+        self.ranks.agree(None)  # that all of them could
+        for start in starts:
+            self.ranks.copy_from(owners[str(start)], inverse[start:, start : start + _COLUMNS])
+        return inverse
 
     @cached_property
     def scale(self) -> Tensor:
@@ -112,16 +129,3 @@ class Problem:
                 f"gram cannot be factorised with damping={self.damping}: some inputs depend on others up to rounding; "
                 "raise `damping`, and if that does not help look for NaN or infinite values in the statistics"
             ) from error
-
-
-def _invert_lower(matrix: Tensor) -> None:
-    """Replace a lower triangular matrix by its inverse, half by half, so that nearly all of it is products."""
-    half = len(matrix) // 2
-    if half < _SMALL:
-        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
-        return
-    first, corner, second = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
-    _invert_lower(first)
-    _invert_lower(second)
-    corner.copy_((second @ corner @ first).neg_())

@@ -154,6 +154,25 @@ def check(args: argparse.Namespace) -> None:
         print(f"| {count} | all | {sum(counted.seconds.values()):.1f} | {took['seconds']:.1f} |", flush=True)
 
 
+def random_llama(folder: str, args: argparse.Namespace) -> None:
+    """Write a model of two blocks of random weights, with the tokenizer of another."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(args.wide)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def pruned(args: argparse.Namespace, processes: int) -> dict[str, Any]:
     """Prune the model by so many processes. Returns what its report has measured, by the first of them."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -190,13 +209,22 @@ def given_or_measured(args: argparse.Namespace, dtype: torch.dtype) -> Rates:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", metavar="MODEL", help="folder of a Llama to prune")
-    parser.add_argument("--calibration", help="text file to calibrate on, with --check")
+    parser.add_argument(
+        "--wide", metavar="MODEL", help="check on random wide layers, with the tokenizer of this folder"
+    )
+    parser.add_argument("--calibration", help="text file to calibrate on, with --check or --wide")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--processes", nargs="+", type=int, help="default: 1 and 8, and 1 with --check")
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--gflops", nargs=2, type=float, metavar=("FLOAT32", "DTYPE"), help="rates of products")
     args = parser.parse_args()
+    if args.wide:
+        with tempfile.TemporaryDirectory() as folder:
+            random_llama(folder, args)
+            args.check = folder
+            check(args)
+        return
     if args.check:
         check(args)
         return

@@ -226,7 +226,7 @@ def test_costs_on_a_gpu_are_counted_from_the_shapes(script, monkeypatch):
     # k, v and down have too few rows for an inverse
     assert (narrow.float32, wide.float64) == (pytest.approx(11 * 2 * 4 * 4096**3), 0)
     assert (narrow.wait, wide.wait) == (2 * (11 * 6 + 8), 2 * 3)
-    assert found["report and packing"].wait == 7 * 27
+    assert found["report and packing"].wait == 7 * 26
     weights, attention = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336, 4 * 2048 * 4096
     tuning = found["tuning"]
     assert tuning.half == pytest.approx(2048 * 2 * weights * 3 * 200)

@@ -33,7 +33,7 @@ SMALLER = {  # the last of two equal options counts
     "python benchmarks/kernels.py": "--shapes 64x64 --tokens 1 --repeats 1",
     "python benchmarks/streaming.py": "--layers 2 --hidden 128 --vocabulary 500 --num-samples 4 --seq-len 32",
     "python benchmarks/ranks.py": "--num-samples 8 --seq-len 16 --num-windows 2 --test-seq-len 32",
-    "python benchmarks/cost_model.py": "--num-samples 4 --seq-len 16",
+    "python benchmarks/cost_model.py": "--num-samples 4 --seq-len 16 --hidden 128 --intermediate 256",
     "python tests/fuzz/fuzz_checkpoints.py": "--runs 10",
     "python benchmarks/gpu.py": "--device cpu --tests",
     "python benchmarks/training.py": "--batch-size 1 --seq-len 16 --steps 1 --warm-up 1",

@@ -209,9 +209,9 @@ def given_or_measured(args: argparse.Namespace, dtype: torch.dtype) -> Rates:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", metavar="MODEL", help="folder of a Llama to prune")
-    parser.add_argument(
-        "--wide", metavar="MODEL", help="check on random wide layers, with the tokenizer of this folder"
-    )
+    parser.add_argument("--wide", metavar="MODEL", help="check on random wide layers; MODEL has a tokenizer")
+    parser.add_argument("--hidden", type=int, default=2048, help="with --wide")
+    parser.add_argument("--intermediate", type=int, default=8192, help="with --wide")
     parser.add_argument("--calibration", help="text file to calibrate on, with --check or --wide")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--processes", nargs="+", type=int, help="default: 1 and 8, and 1 with --check")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from cost_model import SHAPES, Shape
@@ -234,8 +235,9 @@ def factorisation(columns: int, dtype: torch.dtype, inverted: bool) -> Work:
     return Work(factor32=cholesky, float32=inverse) + moved
 
 
-def admm_work(found: Counts, rows: int, columns: int, steps: int = ADMM_STEPS) -> dict[str, Work]:
+def admm_work(found: Counts, rows: int, columns: int, steps: int | None = None) -> dict[str, Work]:
     """Products, factorisations and the rest of one layer; its rows decide whether a factor is inverted."""
+    steps = steps or ADMM_STEPS
     inverted = 2 * rows >= columns
     factorised = {torch.float32: Work(), torch.float64: Work()}
     for number in range(1 + (steps - 1) // _EVERY):  # the last step ends it, and needs none
@@ -340,6 +342,32 @@ def measured(path: Path) -> Mapping[str, Card]:
     return {found["machine"]["device"]: Card(**{each.name: rates[each.name] for each in fields(Card)})}
 
 
+def what_if(shape: Shape, windows: int, seq_len: int, cards: Mapping[str, Card]) -> str:
+    """A table of minutes that `best` takes, as counted and if something were otherwise."""
+
+    def scaled(factor: float, *names: str) -> list[Card]:
+        return [replace(card, **{name: factor * getattr(card, name) for name in names}) for card in cards.values()]
+
+    def row(label: str, cards: Iterable[Card], seq_len: int = seq_len, float32: bool = False, **constants: Any) -> str:
+        with patch.dict(globals(), constants):
+            work = sum(block_work(shape, windows, seq_len, "best", float32=float32).values(), Work())
+        return " | ".join([f"| {label}", *(f"{shape.blocks * work.seconds(card) / 60:.0f}" for card in cards)]) + " |"
+
+    plain, slow = list(cards.values()), scaled(1 / 3, "factor32", "factor", "float64")
+    rows = [
+        row("as above", plain),
+        row("ADMM does 90 steps a layer in place of 33", plain, ADMM_STEPS=90),
+        row("ADMM never settles, and does 300", plain, ADMM_STEPS=300),
+        row("ρ grows by 1.1", plain, _GROWTH=1.1),
+        row("ρ begins to grow from 0.02", plain, _FIRST_PENALTY=0.02),
+        row("every launch and every wait takes twice as long", scaled(2, "launch", "wait")),
+        row("Cholesky, and float64 altogether, take three times as long", slow),
+        row("tuning and statistics multiply in float32", plain, float32=True),
+        row("windows of 512 tokens", plain, seq_len=512),
+    ]
+    return "\n".join([f"| if | {', minutes | '.join(cards)}, minutes |", f"|---|{'---:|' * len(cards)}", *rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8B", choices=list(SHAPES))
@@ -347,10 +375,14 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--float32", action="store_true", help="statistics and tuning in float32 too")
+    parser.add_argument("--what-if", action="store_true", help="minutes of `best`, were something otherwise")
     parser.add_argument("--card", type=Path, help="a result of gpu.py, for its rates")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     cards = measured(args.card) if args.card else CARDS
+    if args.what_if:
+        print(what_if(shape, args.num_samples, args.seq_len, cards))
+        return
     for preset in args.presets:
         block = block_work(shape, args.num_samples, args.seq_len, preset, float32=args.float32)
         stages = {name: shape.blocks * work for name, work in block.items()}

@@ -237,6 +237,16 @@ def test_costs_on_a_gpu_are_counted_from_the_shapes(script, monkeypatch):
     assert consumer > h100
 
 
+def test_what_would_be_otherwise_is_counted_anew(script):
+    cost = script("gpu_cost")
+    printed = cost.what_if(cost.SHAPES["8B"], 128, 2048, cost.CARDS).splitlines()[2:]
+    minutes = {row.split("|")[1].strip(): int(row.split("|")[2]) for row in printed}
+    assert minutes["as above"] < minutes["ADMM does 90 steps a layer in place of 33"]
+    assert 4 * minutes["as above"] < minutes["ADMM never settles, and does 300"]
+    assert minutes["windows of 512 tokens"] < minutes["as above"] < minutes["tuning and statistics multiply in float32"]
+    assert cost.ADMM_STEPS == 33
+
+
 def test_factorisations_are_counted_by_their_dtype(script):
     problem = Problem(torch.eye(4))
     with script("gpu").factorisations() as found:

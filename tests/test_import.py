@@ -7,6 +7,7 @@ import pytest
 
 import optimum_eggs
 
+PACKAGE = Path(optimum_eggs.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "v1" / "packed"
 HIDE = """
 import sys
@@ -72,6 +73,13 @@ def test_the_operation_is_there_as_soon_as_torch_is(python):
     for first in ("torch, optimum_eggs", "optimum_eggs, torch"):
         done = run(python, f"import {first}; print(torch.ops.optimum_eggs.nm_linear.default)")
         assert done.stdout == "optimum_eggs.nm_linear.default\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", sorted(path.stem for path in PACKAGE.glob("[a-z]*") if path.suffix in ("", ".py")))
+def test_any_part_may_be_imported_first(part, python):
+    done = run(python, f"import optimum_eggs.{part}, torch; print(torch.ops.optimum_eggs.nm_linear.default)")
+    assert done.stdout == "optimum_eggs.nm_linear.default\n", done.stderr
 
 
 def test_importing_alone_imports_neither_torch_nor_transformers(python):

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..measure import finish
-from ..packing import unpack
+from .. import measure  # whole or not: it may be what imports torch, and so this module
+from ..packing.pack import unpack
 from ..pattern import NMPattern
 
 _held = WeakIdKeyDictionary()  # `Held`, by the first of the tensors it is made of
@@ -58,7 +58,7 @@ def hold(key: Hashable, make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
     stamp = _stamp(sources)
     if stamp is None or _capturing(sources[0]):
         return made
-    finish([made.device])  # once, since calls in other streams read it too
+    measure.finish([made.device])  # once, since calls in other streams read it too
     held = _held.get(sources[0])
     if held is None or held.stamp != stamp:
         held = _held[sources[0]] = Held(stamp)

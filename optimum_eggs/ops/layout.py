@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing import kept_positions, meta_width, packed_width, unpack
+from ..packing.layout import meta_width, packed_width
+from ..packing.pack import kept_positions, unpack
 from ..pattern import NMPattern
 from . import held, native
 from .select import choose, holds

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..packing import meta_width
+from ..packing.layout import meta_width
 from ..pattern import NMPattern
 from . import held, native, semi_structured, triton
 from .layout import gather, spread, unpack_by_torch

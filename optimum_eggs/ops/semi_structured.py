@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing import unpack_mask
+from ..packing.pack import unpack_mask
 from . import held
 
 _MIN_ROWS, _MIN_COLUMNS = 32, 64  # both dimensions are multiples of these, for 16-bit values

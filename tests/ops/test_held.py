@@ -353,7 +353,7 @@ def test_whether_a_graph_is_captured_is_asked_of_the_device_of_the_tensor(monkey
 
 def test_what_is_held_is_finished_before_other_streams_read_it(monkeypatch):
     waited = []
-    monkeypatch.setattr(held, "finish", waited.append)
+    monkeypatch.setattr(held.measure, "finish", waited.append)
     layer = make()
     for _ in range(2):
         call(layer, gaussian(3, 32))

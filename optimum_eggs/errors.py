@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sized
 from typing import Any, overload
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     r"""What another library's error says, in one line.
 
     >>> first_line(ValueError("\nno such thing\ndetails"))
@@ -128,6 +128,10 @@ class CheckpointError(EGGSError, RuntimeError):
 
 class OutputError(EGGSError, OSError):
     """An output folder cannot be written as asked."""
+
+
+class OutOfMemoryError(EGGSError, MemoryError):
+    """There is not enough memory, of the machine or of its accelerator, for what was asked."""
 
 
 class DistributedError(EGGSError, RuntimeError):

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from functools import partialmethod
 
-from ..errors import EGGSError, first_line, is_out_of_memory
+from ..errors import EGGSError, OutOfMemoryError, first_line, is_out_of_memory
 from ..folders import PUT_IN_PLACE, said_in_place
 from ..interrupts import held_back
 from ..logs import said_once
+from ..memory import on_accelerator
 from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
 from .arguments import check_model
 from .printing import printed_at_the_end, say, with_stderr
@@ -65,17 +66,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
         _quiet_libraries()
         with said_once(), printed_at_the_end():
             return args.run(args)
+    except OutOfMemoryError as error:
+        say(_without_memory(error.__cause__ or error, args))
+        return 1
     except EGGSError as error:
         say(f"error: {_with_flag(str(error), args)}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = [f"--{name.replace('_', '-')}" for name in _SAVE_MEMORY if hasattr(args, name)]
-        remedy = f"give a smaller {' or '.join(smaller)}" if smaller else "use a machine that has more"
-        if hasattr(args, "device") and type(error).__name__ == "OutOfMemoryError":  # torch's, of an accelerator
-            remedy += ", or --device cpu"
-        say(f"error: there is not enough memory ({first_line(error)}); {remedy}")
+        say(_without_memory(error, args))
         return 1
     except KeyboardInterrupt as error:
         known = said_in_place(before) or [str(error)]
@@ -83,6 +83,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
             known = ["nothing was written"]
         say("; ".join(["interrupted", *filter(None, known)]))
         return 130
+
+
+def _without_memory(error: BaseException, args: argparse.Namespace) -> str:
+    """What to say when memory was out, with the options of the command that take less of it."""
+    smaller = [f"--{name.replace('_', '-')}" for name in _SAVE_MEMORY if hasattr(args, name)]
+    remedy = f"give a smaller {' or '.join(smaller)}" if smaller else "use a machine that has more"
+    if hasattr(args, "device") and on_accelerator(error):
+        remedy += ", or --device cpu"
+    return f"error: there is not enough memory ({first_line(error)}); {remedy}"
 
 
 def _with_flag(message: str, args: argparse.Namespace) -> str:

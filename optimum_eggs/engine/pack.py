@@ -15,6 +15,7 @@ from ..masks import nonzero_mask, tightest_pattern
 from ..masks.certificate import certify
 from ..masks.recognise import USUAL, follows
 from ..measure import Meter
+from ..memory import enough_memory
 from ..nn import NMLinear, dense_weight
 from ..nn.experts import SplitExperts, join_experts
 from ..pattern import NMPattern
@@ -27,6 +28,7 @@ UNKNOWN = "unknown"
 
 
 @torch.no_grad()
+@enough_memory(remedy="use a machine that has more")
 def pack_model(
     model: nn.Module,
     pattern: NMPattern | None = None,

@@ -19,6 +19,7 @@ from ..calibration.windows import windows_digest
 from ..config import EGGSConfig
 from ..errors import CalibrationError
 from ..measure import Meter, devices_of
+from ..memory import enough_memory
 from ..nn import NMLinear
 from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
@@ -32,6 +33,7 @@ from .tune import check_tunable
 logger = logging.getLogger(__name__)
 
 
+@enough_memory("batch_size", "seq_len", "num_samples", remedy="prune from disk (optimum-cli eggs prune)")
 @torch.no_grad()
 def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress: bool | None = None) -> PruneReport:
     """Prune `model` in place: its linear layers become [`NMLinear`].
@@ -57,7 +59,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
 
     Raises:
         EGGSError: the plan or the windows do not fit the model (the model is untouched then), or an activation is
-            NaN or infinite (the blocks before are pruned by then; load the model again).
+            NaN or infinite, or memory is out (the blocks before are pruned by then; load the model again).
     """
     check_run(model, config, windows)
     plan = make_plan(model, config)

@@ -22,6 +22,7 @@ from ..folders import check_folder
 from ..hf.attach import packed_layers
 from ..hf.loading import load_config, load_model, load_tokenizer
 from ..masks.recognise import follows
+from ..memory import enough_memory
 from ..nn import NMLinear, dense_weight, is_dense_linear
 from ..packing.checkpoint import read_headers, weight_files
 from .paired import compare
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _SEQ_LEN = 1024
 
 
+@enough_memory("batch_size", "seq_len")
 def evaluate(
     model: PreTrainedModel | str | Path,
     against: PreTrainedModel | str | Path | None = None,
@@ -92,6 +94,7 @@ def evaluate(
     Raises:
         EGGSError: a model, the text or a task cannot be used, or the two models' tokenizers differ.
         NumericalError: a model predicts the text with a loss that is not finite; the first such layer is named.
+        OutOfMemoryError: there is not enough memory.
 
     Example:
         ```python

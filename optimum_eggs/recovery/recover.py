@@ -32,6 +32,7 @@ from ..folders import check_output, claimed, put_in_place, written
 from ..hf.attach import packed_layers
 from ..hf.loading import check_weights, has_tokenizer, load_config, load_model, load_tokenizer
 from ..measure import Meter
+from ..memory import enough_memory
 from ..names import public_name, public_names
 from ..presets import SEQ_LEN
 from ..ranks import Ranks, join_ranks
@@ -140,6 +141,7 @@ class RecoveryReport:
         return asdict(self)
 
 
+@enough_memory("batch_size", "seq_len")
 def recover(
     model_id: str | Path,
     output: str | Path,
@@ -176,6 +178,7 @@ def recover(
         CheckpointError: the model's report cannot be read.
         NumericalError: a loss or a gradient is not finite; the first such layer is named.
         OutputError: the output may not be written, before the work begins; or the disk is full.
+        OutOfMemoryError: there is not enough memory.
     """
     from ..sharing import own_card, put_card
 

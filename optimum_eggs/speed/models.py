@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..hf.attach import packed_layers
 from ..hf.loading import check_weights, load_config, load_model
 from ..measure import devices_of
+from ..memory import enough_memory
 from .timing import Seconds, alternate
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ModelTiming:
     weights: int
 
 
+@enough_memory("prompt", remedy="time fewer models at once")
 def time_models(
     folders: list[str | Path],
     *,
@@ -61,6 +63,7 @@ def time_models(
     Raises:
         ConfigError: as [`check_models`].
         ModelError, CheckpointError: a folder cannot be loaded.
+        OutOfMemoryError: there is not enough memory for all of them.
     """
     check_models(folders, prompt, new_tokens, trust_remote_code)
     where = choose_device(device)

@@ -74,28 +74,26 @@ class Problem:
             NumericalError: H cannot be factorised.
         """
         # With rows and columns turned round, H = LLᵀ; L⁻¹ turned round is U.
-        hessian = self.gram.to(torch.float64).flip(0, 1)
+        hessian = self.gram.flip(0, 1).to(torch.float64)
         diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1
         diagonal += self.damping * diagonal.mean()
-        lower = self._cholesky(hessian)
-        del hessian, diagonal  # two buffers at a time
-        return self._inverse_of(lower).flip(0, 1).to(self.gram.dtype)
+        return self._invert(self._cholesky(hessian)).to(self.gram.dtype).flip(0, 1)
 
-    def _inverse_of(self, lower: Tensor) -> Tensor:
-        """Of a lower triangular matrix (in, in), its columns shared out over the processes."""
-        inverse = torch.zeros_like(lower)
+    def _invert(self, lower: Tensor) -> Tensor:
+        """Invert a lower triangular matrix (in, in) in place, its columns shared out over the processes."""
         starts = range(0, len(lower), _COLUMNS)
         owners = self.ranks.deal({str(start): (len(lower) - start) ** 2 for start in starts})
         for start in starts:
             if owners[str(start)] == self.ranks.rank:
-                part = inverse[start:, start : start + _COLUMNS]
-                part.fill_diagonal_(1)
-                part.copy_(torch.linalg.solve_triangular(lower[start:, start:], part, upper=False))
+                # The columns to the right need none of these.
+                part = lower[start:, start : start + _COLUMNS]
+                ones = torch.zeros_like(part).fill_diagonal_(1)
+                part.copy_(torch.linalg.solve_triangular(lower[start:, start:], ones, upper=False))
         self.ranks.agree(None)  # that all of them could
         for start in starts:
-            self.ranks.copy_from(owners[str(start)], inverse[start:, start : start + _COLUMNS])
-        return inverse
+            self.ranks.copy_from(owners[str(start)], lower[start:, start : start + _COLUMNS])
+        return lower
 
     @cached_property
     def scale(self) -> Tensor:
@@ -121,9 +119,10 @@ class Problem:
         return self._cholesky(scaled)
 
     def _cholesky(self, matrix: Tensor) -> Tensor:
-        """The lower factor, (in, in)."""
+        """The lower factor of a symmetric matrix (in, in), in its place: of 10000 inputs it takes 800 MB in float64."""
+        columns = matrix.t()  # LAPACK's order, so that nothing is copied
         try:
-            return torch.linalg.cholesky(matrix)
+            return torch.linalg.cholesky(columns, out=columns)
         except torch.linalg.LinAlgError as error:
             raise NumericalError(
                 f"gram cannot be factorised with damping={self.damping}: some inputs depend on others up to rounding; "

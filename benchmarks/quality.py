@@ -11,6 +11,10 @@ Perplexity is exp of the mean loss over all predicted tokens of consecutive wind
 so that settings are not chosen by a test text; KL is that of the dense model to the pruned one, nats a token. With
 `--blocks`, only those are pruned. Memory growth is
 the peak while pruning over what was resident once the model was loaded, as a share of the dense model's bytes.
+
+With `--from-disk FOLDER` the model is pruned from disk to a folder in FOLDER, one block in memory at a time. A run that
+was cut goes on behind its last finished block, and its row counts the seconds of all of them. Memory is then the most
+that the process held resident, all libraries counted, as a share of the dense model's bytes in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -55,6 +61,7 @@ def identity(method: str, pattern: str, draw: int, args: argparse.Namespace) -> 
     calibration, judge = text_of(args)
     row |= {"model": Path(args.model).name, "text": Path(args.text or args.calibration).name, "method": method}
     row["text_sha256"] = digest(judge)
+    row["from_disk"] = args.from_disk is not None and method != "dense"
     if method == "dense":
         return row | {"pattern": "", "draw": 0}
     row["calibration_file_sha256"] = digest(calibration)
@@ -72,7 +79,7 @@ def is_row(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
     asked, had = wanted.get("config", {}), row.get("config", {})
     had = {key: value for key, value in had.items() if key in asked}
     newer = {key: value for key, value in EGGSConfig().to_dict().items() if key in asked and key not in had}
-    return wanted.items() <= (row | ({"config": newer | had} if had else {})).items()
+    return wanted.items() <= ({"from_disk": False} | row | ({"config": newer | had} if had else {})).items()
 
 
 def text_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -102,6 +109,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     """Prune with one method, judge the result, and return the row."""
     import psutil
     import torch
+    from transformers import AutoModelForCausalLM
 
     from optimum_eggs import EGGSPruner
     from optimum_eggs.evaluation import perplexity
@@ -109,36 +117,71 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     from optimum_eggs.evaluation.reading import read
     from optimum_eggs.evaluation.windows import evaluation_windows
 
+    row: dict[str, Any] = {"threads": torch.get_num_threads()}
+    from_disk = args.from_disk is not None and args.worker != "dense"
+    if from_disk:
+        row |= pruned_on_disk(args)
     pruner = EGGSPruner.from_pretrained(args.model, dtype="float32")
-    dense_bytes = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
+    row["dense_bytes"] = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
     loaded_rss = psutil.Process().memory_info().rss
-    row: dict[str, Any] = {"threads": torch.get_num_threads(), "dense_bytes": dense_bytes}
-    if args.worker != "dense":
+    if from_disk:
+        row["memory_growth"] = row["peak_rss"] / row["dense_bytes"]
+        del pruner.model
+        pruner.model = AutoModelForCausalLM.from_pretrained(output_of(args))
+    elif args.worker != "dense":
         report = pruner.prune(configuration(args.worker, args.pattern, args.draw, args), progress=False)
-        took = report.measurements
-        layers = report.layers
-        kept = [layer.certificate.input_degree_min / layer.out_features for layer in layers]
-        row |= {
-            "relative_error": report.mean_relative_error,
-            "starved_inputs": report.starved_inputs,
-            "floor_per_16_rows": min(layer.certificate.floors[min(16, layer.out_features)] for layer in layers),
-            "least_share_of_outputs": min(kept),
-            "seconds": took["seconds"],
-            "cpu_seconds": took["cpu_seconds"],
-            "seconds_by_stage": {name: stage["seconds"] for name, stage in took["stages"].items()},
-            "peak_rss": took["peak_rss"],
-            "memory_growth": (took["peak_rss"] - loaded_rss) / dense_bytes,
-            "tuning": [(block.error_before, block.error_after) for block in report.tuning],
-            "permutation_gains": [layer.permutation_gain for layer in layers if layer.permutation_gain is not None],
-            "calibration_sha256": report.calibration["sha256"],
-            "versions": report.versions,
-        }
+        row |= of_report(report)
+        row["memory_growth"] = (row["peak_rss"] - loaded_rss) / row["dense_bytes"]
     windows = evaluation_windows(text_of(args)[1], pruner.tokenizer, args.test_seq_len, args.test_windows)
     if args.development and args.worker != "dense":
         dense = EGGSPruner.from_pretrained(args.model, dtype="float32").model
         row["kl"] = compare(read([pruner.model, dense], windows, progress=False)).kl_divergence.value
         del dense
     return row | {"perplexity": perplexity(pruner.model, windows, progress=False).perplexity}
+
+
+def pruned_on_disk(args: argparse.Namespace) -> dict[str, Any]:
+    """Prune from disk to disk, unless that is done, and return what is known of it, which is kept beside the output."""
+    from optimum_eggs.streaming import prune_checkpoint
+
+    output = output_of(args)
+    kept = output.with_suffix(".json")
+    if not kept.exists():
+        config = configuration(args.worker, args.pattern, args.draw, args)
+        report = prune_checkpoint(args.model, output, config, dtype="float32", overwrite=True, progress=None)
+        row, took = of_report(report), report.measurements
+        row["seconds"] += took["seconds_of_earlier_runs"]
+        row["blocks_of_earlier_runs"] = took["blocks_of_earlier_runs"]
+        own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row["peak_rss"] = max(own, took["peak_rss_of_earlier_runs"])
+        kept.write_text(json.dumps(row))
+    return json.loads(kept.read_text())
+
+
+def output_of(args: argparse.Namespace) -> Path:
+    """Where a run from disk to disk puts its model."""
+    model = Path(args.model).name
+    return args.from_disk / re.sub(r"\W+", "-", f"{model}-{args.worker}-{args.pattern}-{args.draw}-{args.num_samples}")
+
+
+def of_report(report: Any) -> dict[str, Any]:
+    """What a row tells of a pruning."""
+    took, layers = report.measurements, report.layers
+    kept = [layer.certificate.input_degree_min / layer.out_features for layer in layers]
+    return {
+        "relative_error": report.mean_relative_error,
+        "starved_inputs": report.starved_inputs,
+        "floor_per_16_rows": min(layer.certificate.floors[min(16, layer.out_features)] for layer in layers),
+        "least_share_of_outputs": min(kept),
+        "seconds": took["seconds"],
+        "cpu_seconds": took["cpu_seconds"],
+        "seconds_by_stage": {name: stage["seconds"] for name, stage in took["stages"].items()},
+        "peak_rss": took["peak_rss"],
+        "tuning": [(block.error_before, block.error_after) for block in report.tuning],
+        "permutation_gains": [layer.permutation_gain for layer in layers if layer.permutation_gain is not None],
+        "calibration_sha256": report.calibration["sha256"],
+        "versions": report.versions,
+    }
 
 
 def run_worker(arguments: list[str], method: str, pattern: str, draw: int) -> dict[str, Any]:
@@ -150,9 +193,10 @@ def run_worker(arguments: list[str], method: str, pattern: str, draw: int) -> di
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, one line for each method and pattern, mean ± standard deviation over draws."""
+    memory = "peak memory" if any(row.get("from_disk") for row in rows) else "memory growth"
     lines = [
         "| pattern | method | draws | perplexity | relative error | starved inputs | least kept per 16 rows "
-        "| least share of outputs | seconds | memory growth | KL | blocks improved |",
+        f"| least share of outputs | seconds | {memory} | KL | blocks improved |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for pattern, method in dict.fromkeys((row["pattern"], row["method"]) for row in rows):
@@ -206,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--test-seq-len", type=int, default=1024)
+    parser.add_argument("--from-disk", type=Path, metavar="FOLDER", help="prune from disk to folders in this one")
     parser.add_argument("--json", type=Path, help="file that rows are read from and added to")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--pattern", help=argparse.SUPPRESS)

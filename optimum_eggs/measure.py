@@ -90,6 +90,10 @@ class Meter:
             self._switch()
             self._stack.pop()
 
+    def so_far(self) -> tuple[float, int]:
+        """Seconds since the meter was opened, and the most resident memory seen since, in bytes."""
+        return self._now()[0] - self._begin[0], self._peak_rss
+
     def summary(self) -> dict:
         """Totals and stages, after the meter is closed. Seconds; bytes."""
         stages = {

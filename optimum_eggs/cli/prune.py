@@ -166,8 +166,8 @@ def run(args: argparse.Namespace) -> int:
         print(strict_json.dumps(report.to_dict() | {"output": args.output}))
         return 0
     summary = report.to_dict()["summary"]
-    took = report.measurements
-    print(f"{summary['layers_pruned']} layers pruned to {summary['pattern']} in {took['seconds']:.0f} s")
+    seconds = report.measurements["seconds"] + report.measurements.get("seconds_of_earlier_runs", 0)
+    print(f"{summary['layers_pruned']} layers pruned to {summary['pattern']} in {seconds:.0f} s")
     print(f"mean relative error {summary['mean_relative_error']:.4f}, starved inputs {summary['starved_inputs']}")
     alone, least = summary["layers_by_weights_alone"], report.config["min_expert_tokens"]
     if alone:

@@ -83,7 +83,8 @@ class PruneReport:
         calibration: What the windows were: source, count, length, whether they overlap because the text was short, and
             the SHA-256 of the token ids. Empty for a model that was packed as it was.
         base_model: Id and revision of the dense model on the Hub; None for one from a folder.
-        measurements: Seconds, CPU seconds and peak resident bytes, in all and by stage.
+        measurements: Seconds, CPU seconds and peak resident bytes, in all and by stage; of a run that went on where
+            others were cut, theirs until their last finished block too.
     """
 
     config: dict[str, Any]

@@ -230,7 +230,9 @@ _OTHERS: dict[str, Check] = {
     "base_model": _or_empty(_object({}, {"id": _maybe(_TEXT)})),
     "tuning": _maybe(_list(_TUNED)),
     "left_dense": _maybe(_list(_object({"name": _TEXT}, {}))),
-    "measurements": _or_empty(_object({}, {"seconds": _NUMBER, "stages": _each(_STAGE)})),
+    "measurements": _or_empty(
+        _object({}, {"seconds": _NUMBER, "seconds_of_earlier_runs": _NUMBER, "stages": _each(_STAGE)})
+    ),
     "files": _maybe(_each(_maybe(_TEXT))),
     "evaluations": _maybe(_list(_EVALUATION)),
     "tasks": _maybe(_list(_TASK)),

@@ -154,12 +154,13 @@ def _summary(report: dict[str, Any]) -> str:
     ]
     preset = report["config"].get("preset")
     calibration = report["calibration"]
+    seconds = took.get("seconds", 0) + took.get("seconds_of_earlier_runs", 0)
     if calibration:
         overlapping = "overlapping " if calibration.get("overlapping") else ""
         lines.append(
             (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
             + f"alibrated on {calibration['windows']} {overlapping}windows of {calibration['seq_len']} tokens"
-            + (f", in {took['seconds']:,.0f} s." if "seconds" in took else ".")
+            + (f", in {seconds:,.0f} s." if seconds else ".")
         )
     else:
         lines.append("Packed as they were: how their zeros came about is not known.")

@@ -24,11 +24,16 @@ JOURNAL_NAME = "journal.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished block: its file, the SHA-256 of that, and what became of the block."""
+    """A finished block: its file, the SHA-256 of that, what became of the block, and what its run had taken for it.
+
+    `seconds`: since the block before was finished, or since the run began. `peak_rss`: of the run until then, in bytes.
+    """
 
     file: str
     sha256: str
     result: BlockResult
+    seconds: float
+    peak_rss: int
 
 
 class Journal:
@@ -57,20 +62,22 @@ class Journal:
                 file = folder / entry["file"]
                 if not file.is_file() or sha256(file) != entry["sha256"]:
                     break  # what follows was computed from it
-                self._append(Finished(entry["file"], entry["sha256"], _result(entry["result"])))
+                took = float(entry["seconds"]), int(entry["peak_rss"])
+                self._append(Finished(entry["file"], entry["sha256"], _result(entry["result"]), *took))
         except (NumericalError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s: cannot be read (%s), so the run starts from the beginning", path, error)
             self.finished, self._entries = [], []
 
-    def add(self, file: str, result: BlockResult) -> None:
+    def add(self, file: str, result: BlockResult, seconds: float, peak_rss: int) -> None:
         """Record that the next block is finished; its `file` is in the folder."""
         sync(self.folder / file)
         sync(self.folder)
-        self._append(Finished(file, sha256(self.folder / file), result))
+        self._append(Finished(file, sha256(self.folder / file), result, seconds, peak_rss))
         write_durably(self.folder / JOURNAL_NAME, "[" + ",\n".join(self._entries) + "]")
 
     def _append(self, block: Finished) -> None:
-        entry = {"file": block.file, "sha256": block.sha256, "result": _as_json(block.result)}
+        took = {"seconds": block.seconds, "peak_rss": block.peak_rss}
+        entry = {"file": block.file, "sha256": block.sha256, **took, "result": _as_json(block.result)}
         self._entries.append(strict_json.dumps(entry, indent=1))
         self.finished.append(block)
 

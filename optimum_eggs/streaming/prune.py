@@ -29,6 +29,7 @@ from ..folders import check_output, claimed, put_in_place, written
 from ..hf.attach import attach_quantizer
 from ..hf.loading import has_tokenizer, load_tokenizer, parse_dtype
 from ..measure import Meter
+from ..memory import enough_memory
 from ..nn import dense_weight
 from ..packing import unpack
 from ..pattern import NMPattern
@@ -42,6 +43,7 @@ from .source import DenseSource
 _ASSEMBLED = "assembled"
 
 
+@enough_memory("batch_size", "seq_len", "num_samples", "memory_budget")
 def prune_checkpoint(
     model: str | Path,
     output: str | Path,
@@ -148,6 +150,7 @@ def prune_checkpoint(
             raise OutputError(f"{work}: processes see {begun} finished blocks in it; use a disk that all of them share")
         try:
             with Meter([source.device]) as meter:
+                keeper.meter = meter
                 done = prune_blocks(
                     source.model,
                     source,
@@ -161,7 +164,7 @@ def prune_checkpoint(
                     ranks,
                 )
             report = make_report(plan, config, windows, done, meter)
-            report.measurements |= {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
+            report.measurements |= keeper.earlier | {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
             name_sources(report, config.calibration, drawn, source.model)
             with ranks.together():  # and the others end when the output is there
                 if ranks.first:
@@ -186,7 +189,12 @@ class _Keeper:
 
     def __init__(self, journal: Journal, source: DenseSource, ranks: Ranks) -> None:
         self.journal, self.source, self.ranks = journal, source, ranks
-        self.kept_by_first = 0
+        self.meter: Meter | None = None
+        self.kept_by_first, self.seconds_before = 0, 0.0
+        self.earlier = {
+            "seconds_of_earlier_runs": sum(block.seconds for block in journal.finished),
+            "peak_rss_of_earlier_runs": max((block.peak_rss for block in journal.finished), default=0),
+        }
 
     def __len__(self) -> int:
         return len(self.journal.finished) + self.kept_by_first
@@ -209,7 +217,10 @@ class _Keeper:
         begun = self.journal.folder / f"{name}.partial"
         save_file(tensors, begun, metadata={"format": "pt"})
         begun.replace(self.journal.folder / name)
-        self.journal.add(name, result)
+        assert self.meter is not None
+        seconds, peak_rss = self.meter.so_far()
+        self.journal.add(name, result, seconds - self.seconds_before, peak_rss)
+        self.seconds_before = seconds
 
     @torch.no_grad()
     def restore(self, block: nn.Module, index: int) -> None:

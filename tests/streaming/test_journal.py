@@ -21,12 +21,12 @@ def test_a_block_is_recorded_once_and_read_again(tmp_path, monkeypatch):
     own = Journal(tmp_path)
     for block in range(3):
         (tmp_path / f"block-{block}").write_bytes(bytes([block]))
-        own.add(f"block-{block}", result(block))
+        own.add(f"block-{block}", result(block), 1.5, 2**30)
         entries = json.loads((tmp_path / JOURNAL_NAME).read_text())
         assert [entry["file"] for entry in entries] == [f"block-{each}" for each in range(block + 1)]
     assert recorded == [result(block) for block in range(3)]  # not all of them again with every block
     again = Journal(tmp_path)
     assert again.finished == own.finished
     (tmp_path / "block-3").write_bytes(b"3")
-    again.add("block-3", result(3))
+    again.add("block-3", result(3), 0.5, 2**20)
     assert [block.result for block in Journal(tmp_path).finished] == [result(block) for block in range(4)]

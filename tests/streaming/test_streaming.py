@@ -178,11 +178,18 @@ def test_a_run_that_is_interrupted_goes_on(kind, blocks, deep, whole, text_file,
     config = config_for(text_file, **KINDS[kind])
     with monkeypatch.context() as patch:
         cut_after(patch, blocks, KeyboardInterrupt())
+        began = time.perf_counter()
         with pytest.raises(KeyboardInterrupt, match=f"{blocks} of 5 blocks are finished; the same command goes on"):
             prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+        first = time.perf_counter() - began
     assert not (tmp_path / "out").exists()
+    began = time.perf_counter()
     report = prune_checkpoint(deep, tmp_path / "out", config, progress=False)
-    assert report.measurements["blocks_of_earlier_runs"] == blocks
+    took = report.measurements
+    assert took["blocks_of_earlier_runs"] == blocks
+    assert 0 < took["seconds"] < time.perf_counter() - began
+    assert (0 < took["seconds_of_earlier_runs"] < first) is (blocks > 0)
+    assert (took["peak_rss_of_earlier_runs"] > 2**20) is (blocks > 0)
     same_bits(tensors(tmp_path / "out"), tensors(whole / kind))
     assert without_time(tmp_path / "out") == without_time(whole / kind)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -8,7 +8,7 @@ which are measured here first if they are not given. With `--check` MODEL is pru
 beside what it took. For a block whose stages (layers that read the same tensor) have d inputs:
 
 - forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens;
-- statistics: 2 d² operations for each of T/R tokens and each stage;
+- statistics: d² operations for each of T/R tokens and each stage, and 256 d more: half of a symmetric product;
 - update: 14 products of a layer (out, d) with (d, d), of SparseGPT, 10 steps of the refit, its start and the error, its
   rows shared by the processes; and once for each stage 4 d³ for the factor in float64, of which they share half;
 - sent: 4 d² bytes for each stage, twice over if R > 1, 4 d² for the factor, and the block's pruned weights;
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from optimum_eggs.calibration.statistics import STRIP
 from optimum_eggs.engine.estimate import FACTORISATION
 from optimum_eggs.measure import processor
 
@@ -90,7 +91,7 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
         attention = 4 * seq_len * shape.hidden if number else 0
         passes += 2 * before + attention
         before += inputs * sum(outputs)
-        statistics += 2 * inputs**2
+        statistics += inputs * (inputs + STRIP)
         rows = sum(outputs) / processes
         factor = FACTORISATION["sparsegpt"] / 2 * (1 + 1 / processes) * inputs
         update += (UPDATE_PRODUCTS * 2 * rows + factor) * inputs**2

@@ -41,8 +41,8 @@ def sparsegpt(
 
     Returns:
         The mask (out, in), boolean, with exactly n in every group, and the new weight (out, in), zero off the mask.
-        Memory: one buffer of (out, in), a boolean one and a few of (out, block_size); while factorising two of
-        (in, in) in float64, and then one in the dtype of the Gram matrix, which the problem keeps.
+        Memory: one buffer of (out, in), a boolean one and a few of (out, block_size); while factorising one of
+        (in, in) in float64, and one in the dtype of the Gram matrix, which the problem keeps.
 
     Raises:
         ShapeError: the shapes do not belong together, or in is not a multiple of m.

@@ -28,6 +28,18 @@ def test_the_products_of_one_token_are_exact_and_their_sum_is_float32(dtype):
     assert statistics.tokens == 2
 
 
+@pytest.mark.parametrize("width", [5, 256, 257, 600])
+def test_strips_of_columns_make_the_whole_sum(width):
+    statistics, x = GramAccumulator(width, CPU), gaussian(3, 7, width)
+    for part in x:
+        statistics.add(part)
+        before = statistics.gram.clone()  # asked for in between
+    exact = x.flatten(0, 1).double()
+    assert torch.equal(statistics.gram, statistics.gram.t())
+    assert torch.equal(statistics.gram, before)
+    torch.testing.assert_close(statistics.gram.double(), exact.t() @ exact, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_halves_are_multiplied_as_they_are_where_the_device_can(dtype, monkeypatch):
     assert multiplies_halves(GPU, dtype)

@@ -117,7 +117,7 @@ def sums_of_two(monkeypatch):
     def over_both(self, ranks):
         apart = vars(self).pop("apart", None)
         if apart is not None:
-            self.gram += apart.gram
+            self.gram.add_(apart.gram)
             self.tokens += apart.tokens
         return over_all(self, ranks)
 

@@ -255,9 +255,9 @@ def _assemble(
 
     for block in journal.finished:
         shards.add(final(load_file(journal.folder / block.file)))
-    shards.add(final(source.outside()))
+    for part in source.outside():
+        shards.add(final(part))
     shards.close()
-    source.entered()
 
     attach_quantizer(source.model, EGGSConfig.from_dict(report.config), report)
     source.model.config.architectures = [type(source.model).__name__]

@@ -39,6 +39,8 @@ class Shards:
                 self._write()
             self._held[name] = value.detach().cpu().contiguous()
             self._size += value.nbytes
+        if self._size >= self.limit:  # nothing more goes with it
+            self._write()
 
     def close(self) -> None:
         """Write what is left, name the files, and write the index."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
@@ -24,8 +23,7 @@ from ..nn.experts import SplitExperts, keep_names
 from ..packing.checkpoint import read_headers, weight_files
 from .fetch import fetch
 from .internals import conversions_of, fill_buffers, load_keys, name_of, one_key_fills_several
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from .stored import DTYPES, stored_tensors
 
 
 class DenseSource:
@@ -118,9 +116,17 @@ class DenseSource:
                 module.register_buffer(name, module.get_buffer(name).to("meta"))
 
     def run(self, window: Tensor) -> None:
-        """Run the model on windows (batch, tokens), what is outside the blocks being loaded where it is not yet."""
-        if any(value.is_meta for value in self._outside().values()):
-            self._load(None)
+        """Run the model on windows (batch, tokens), which must end in a block.
+
+        What is outside the blocks is loaded where it is not yet; the head only to find that it is whole.
+        """
+        head = self._of_the_head()
+        before = {name for name in self._outside() if name not in head}
+        if any(self._outside()[name].is_meta for name in before):
+            if head:
+                self._load(None, head)
+                self.entered()
+            self._load(None, before)
         self.model(**text_inputs(self.model, window.to(self.device)))
 
     def entered(self) -> None:
@@ -132,10 +138,14 @@ class DenseSource:
                     setattr(module, name, nn.Parameter(value.to("meta"), requires_grad=value.requires_grad))
         self.model.tie_weights()
 
-    def outside(self) -> dict[str, Tensor]:
-        """Load what is outside the blocks: name -> weight, tied ones once."""
-        self._load(None)
-        return self._outside()
+    def outside(self) -> Iterator[dict[str, Tensor]]:
+        """Load what is outside the blocks, tied ones once, one weight at a time where it can be: name -> weight."""
+        names = list(self._outside())
+        together = one_key_fills_several(self._conversions)
+        for part in [set(names)] if together else [{name} for name in names]:
+            self._load(None, part)
+            yield {name: value for name, value in self._outside().items() if name in part}
+            self.entered()
 
     def _outside(self) -> dict[str, Tensor]:
         prefix, tied = f"{self.block_list.name}.", self.model.all_tied_weights_keys
@@ -145,30 +155,37 @@ class DenseSource:
             if not name.startswith(prefix) and name not in tied
         }
 
+    def _of_the_head(self) -> set[str]:
+        """The weights of the head, but for what is tied."""
+        head = self.model.get_output_embeddings()
+        paths = [path for path, module in self.model.named_modules() if module is head]
+        outside = self._outside()
+        return {f"{path}.{name}" for path in paths for name in head.state_dict() if f"{path}.{name}" in outside}
+
     def _inside(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.block_list.block_name(index)}."
         return self.block_list.blocks[index].state_dict(prefix=prefix, keep_vars=True)
 
-    def _load(self, index: int | None) -> None:
-        """Load block `index`, or what is outside the blocks, into the model, in memory of its own."""
+    def _load(self, index: int | None, only: set[str] | None = None) -> None:
+        """Load block `index`, or what is outside the blocks, into the model, in memory of its own; or `only` these."""
+        keys = {key: file for key, file in self._keys[index].items() if only is None or self._names[key] in only}
         try:
-            with ExitStack() as stack:
-                stack.enter_context(_no_progress_bar())
-                stack.enter_context(self._fused())
-                opened: dict[Path, Any] = {}
-                for file in set(self._keys[index].values()):
-                    opened[file] = stack.enter_context(safe_open(str(file), framework="pt"))
-                slices = {key: opened[file].get_slice(key) for key, file in self._keys[index].items()}
+            with _no_progress_bar(), self._fused():
+                slices: dict[str, Any] = {}
+                for file in sorted(set(keys.values())):
+                    slices |= stored_tensors(file, [key for key in keys if keys[key] == file])
                 bad = load_keys(self.model, slices, self._conversions, self.dtype, self.device)
                 if bad:
                     raise CheckpointError(f"{self.folder}: {bad[0]} does not fit the model; download it again")
                 loaded = self._outside() if index is None else self._inside(index)
+                loaded = {name: value for name, value in loaded.items() if only is None or name in only}
                 for name, value in loaded.items():
                     if value.is_meta:
                         raise CheckpointError(f"{self.folder}: {name} is missing; download the model again")
-                    value.data = value.data.clone()  # what is loaded may be a view of the file
+                    if value.untyped_storage().nbytes() > value.nbytes:
+                        value.data = value.data.clone()  # a part of what was stored
                 _check_finite(loaded)
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
             raise CheckpointError(
                 f"{self.folder}: a weight file is damaged or cannot be read ({error}); download it again"
             ) from error
@@ -196,10 +213,10 @@ class DenseSource:
         """The checkpoint's keys and their files, by the block that they go to; None: outside of all."""
         known = self.model.state_dict()
         found: dict[int | None, dict[str, Path]] = {index: {} for index in (None, *range(len(self)))}
-        names = {key: name_of(key, self.model, self._conversions, known) for key in files}
-        for key, name in names.items():
+        self._names = {key: name_of(key, self.model, self._conversions, known) for key in files}
+        for key, name in self._names.items():
             found[self.block_of(name)][key] = files[key]
-        missing = sorted(known.keys() - set(names.values()) - self.model.all_tied_weights_keys.keys())
+        missing = sorted(known.keys() - set(self._names.values()) - self.model.all_tied_weights_keys.keys())
         if missing and not one_key_fills_several(self._conversions):  # else `_load` sees to it
             raise CheckpointError(f"{self.folder}: {missing[0]} is missing; download the model again")
         return found
@@ -239,7 +256,7 @@ def _settled_dtype(dtype: str | torch.dtype, config: Any, stored: list[str]) -> 
     named = config.dtype
     if isinstance(named, torch.dtype):
         return named
-    return next((_DTYPES[name] for name in stored if name in _DTYPES), torch.float32)
+    return next((DTYPES[name] for name in stored if name in ("F64", "F32", "F16", "BF16")), torch.float32)
 
 
 def _empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -389,7 +389,7 @@ def test_files_that_cannot_be_read_any_more_are_not_taken_for_a_full_disk(deep, 
     def gone(*arguments, **keywords):
         raise FileNotFoundError(2, "No such file or directory", "model.safetensors")
 
-    monkeypatch.setattr("optimum_eggs.streaming.source.safe_open", gone)
+    monkeypatch.setattr("optimum_eggs.streaming.source.stored_tensors", gone)
     with pytest.raises(CheckpointError, match=r"cannot be read .*model\.safetensors"):
         prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
 
@@ -436,8 +436,8 @@ def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):
     seen = []
     load = streaming.DenseSource._load
 
-    def watched(self, index):
-        load(self, index)
+    def watched(self, *which):
+        load(self, *which)
         seen.append(sum(value.nbytes for value in self.model.state_dict().values() if not value.is_meta))
 
     monkeypatch.setattr(streaming.DenseSource, "_load", watched)
@@ -447,6 +447,49 @@ def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):
     outside = sum(value.nbytes for name, value in values.items() if ".layers." not in name)
     assert max(seen) <= block + 2 * outside  # the head is tied, and listed twice
     assert sum(0 < size <= block for size in seen) >= 5
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory, tokenizer):
+    """A model with a head of its own, as large as a block."""
+    folder = tmp_path_factory.mktemp("untied") / "llama"
+    kind, config = tiny.CONFIGS["llama"]()
+    config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    kind._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_head_of_its_own_is_in_memory_alone(untied, text_file, tmp_path, monkeypatch):
+    seen = []
+    load = streaming.DenseSource._load
+
+    def watched(self, *which):
+        load(self, *which)
+        seen.append({name for name, value in self.model.named_parameters() if not value.is_meta})
+
+    monkeypatch.setattr(streaming.DenseSource, "_load", watched)
+    config = config_for(text_file)
+    prune_checkpoint(untied, tmp_path / "out", config, progress=False)
+    assert all(len(names) == 1 or {n for n in names if ".layers." in n} for names in seen if "lm_head.weight" in names)
+    assert sum("lm_head.weight" in names for names in seen) == 2  # looked at before the work, and written at the end
+    assert not any({"lm_head.weight", "model.embed_tokens.weight"} <= names for names in seen)
+    monkeypatch.undo()
+    pruner = EGGSPruner.from_pretrained(untied)
+    pruner.prune(config, progress=False)
+    pruner.save_pretrained(tmp_path / "memory")
+    same_bits(tensors(tmp_path / "memory"), tensors(tmp_path / "out"))
+
+
+def test_a_head_that_is_not_finite_is_found_before_the_work(untied, text_file, tmp_path, monkeypatch):
+    folder = shutil.copytree(untied, tmp_path / "model")
+    values = tensors(folder)
+    values["lm_head.weight"][3, 5] = torch.nan
+    save_file(values, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("optimum_eggs.engine.prune.prune_block", None)
+    with pytest.raises(NumericalError, match=r"lm_head\.weight: the weight holds NaN"):
+        prune_checkpoint(folder, tmp_path / "out", config_for(text_file), progress=False)
 
 
 RUN = """

@@ -3,8 +3,7 @@
     python benchmarks/streaming.py FOLDER --layers 36 --hidden 2560 --intermediate 8192
 
 Prints the dense bytes, the peak resident memory of the command, its seconds, and whether the result inspects clean.
-Resident memory counts the pages of the checkpoint's files that are mapped, which the kernel takes back when it needs
-them; `--limit` is for what the command allocates.
+`--limit` is for what the command allocates.
 FOLDER needs room for the dense model and the packed one. Without `--refit` weights stay as they are, since values
 that mean nothing need no fitting; memory is then that of the mask.
 """

@@ -70,8 +70,8 @@ def prune_checkpoint(
     folder that is there already). A run of other options that was cut is not in the way: its blocks stay until a run
     ends.
 
-    Memory: the largest block or what is outside the blocks, whichever is more; the buffers of its largest layer, as
-    `prune_model` says; and the windows' hidden states, unless they are on disk.
+    Memory: the largest block or what is outside the blocks (without a head that is not tied), whichever is more; the
+    buffers of its largest layer, as `prune_model` says; and the windows' hidden states, unless they are on disk.
 
     Args:
         model: A dense model in safetensors files: a folder, or an id on the Hub.

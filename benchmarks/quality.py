@@ -160,8 +160,9 @@ def pruned_on_disk(args: argparse.Namespace) -> dict[str, Any]:
 
 def output_of(args: argparse.Namespace) -> Path:
     """Where a run from disk to disk puts its model."""
-    model = Path(args.model).name
-    return args.from_disk / re.sub(r"\W+", "-", f"{model}-{args.worker}-{args.pattern}-{args.draw}-{args.num_samples}")
+    made = identity(args.worker, args.pattern, args.draw, args)
+    name = re.sub(r"\W+", "-", f"{made['model']}-{args.worker}-{args.pattern}-{args.draw}")
+    return args.from_disk / f"{name}-{digest([json.dumps(made, sort_keys=True)])[:12]}"
 
 
 def of_report(report: Any) -> dict[str, Any]:

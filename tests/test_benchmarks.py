@@ -53,6 +53,22 @@ def test_quality_goes_on_where_it_stopped(run, quality):
     assert "fast:min_degree=4,refit_steps=2" in done.stdout
 
 
+def test_a_run_from_disk_is_known_by_all_its_settings(run, quality, tmp_path):
+    in_memory, arguments, _ = quality
+    shorter = [*arguments, "--json", tmp_path / "rows.json", "--methods", "fast", "--from-disk", tmp_path / "work"]
+    printed = run("quality.py", *shorter).stdout
+    assert "peak memory" in printed
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    same = next(each for each in json.loads(in_memory.read_text())["rows"] if each["method"] == "fast")
+    assert row["perplexity"] == pytest.approx(same["perplexity"], rel=1e-5)
+    assert row["memory_growth"] == row["peak_rss"] / row["dense_bytes"] > 1
+    (tmp_path / "rows.json").unlink()  # cut before its row was written: nothing is pruned again
+    run("quality.py", *shorter)
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"][0]["seconds"] == row["seconds"]
+    run("quality.py", *shorter, "--seq-len", 12)
+    assert len(list((tmp_path / "work").glob("*.json"))) == 2
+
+
 def test_settings_are_judged_on_the_end_of_the_calibration_text(run, quality, tmp_path):
     arguments = [*quality[1][:3], "--development", "--blocks", "1", "--json", tmp_path / "rows.json"]
     sizes = ["--num-samples", 8, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32]

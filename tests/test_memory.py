@@ -49,16 +49,8 @@ CALLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("memory") / "llama"
-    tiny.make_model("llama").save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize("within", list(CALLS))
-def test_what_takes_less_memory_is_named(within, folder, text_file, tmp_path, monkeypatch):
+def test_what_takes_less_memory_is_named(within, dense_folder, text_file, tmp_path, monkeypatch):
     def is_out(*args, **kwargs):
         raise GPU
 
@@ -66,7 +58,7 @@ def test_what_takes_less_memory_is_named(within, folder, text_file, tmp_path, mo
     module, _, function = within.rpartition(".")
     monkeypatch.setattr(importlib.import_module(module), function, is_out)
     with pytest.raises(OutOfMemoryError) as found:
-        call(folder, tmp_path / "out", text_file)
+        call(dense_folder, tmp_path / "out", text_file)
     assert str(found.value) == f"there is not enough memory ({SAID}); {remedy}, or use device='cpu'"
     assert found.value.__cause__ is GPU
     assert not (tmp_path / "out").exists()

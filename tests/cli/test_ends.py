@@ -12,6 +12,15 @@ import torch
 
 from optimum_eggs import folders
 from optimum_eggs.cli import main as command
+from optimum_eggs.errors import OutOfMemoryError
+from optimum_eggs.memory import enough_memory
+
+
+def typed(error):
+    """What a function of this package makes of another library's error."""
+    with pytest.raises(OutOfMemoryError) as found, enough_memory("batch_size"):
+        raise error
+    return found.value
 
 
 @pytest.mark.parametrize(
@@ -20,8 +29,9 @@ from optimum_eggs.cli import main as command
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried\n"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        typed(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")),
     ],
-    ids=lambda failure: type(failure).__name__,
+    ids=["python", "torch", "gpu", "typed"],
 )
 @pytest.mark.parametrize(
     ("arguments", "remedy"),

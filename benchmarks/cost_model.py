@@ -7,12 +7,16 @@ The model counts operations and divides by rates: `--gflops` of matrix products 
 which are measured here first if they are not given. With `--check` MODEL is pruned, and what was counted is printed
 beside what it took. For a block whose stages (layers that read the same tensor) have d inputs:
 
-- forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens;
-- statistics: d² operations for each of T/R tokens and each stage, and 256 d more: half of a symmetric product;
-- update: 14 products of a layer (out, d) with (d, d), of SparseGPT, 10 steps of the refit, its start and the error, its
-  rows shared by the processes; and once for each stage 4 d³ for the factor in float64, of which they share half;
-- sent: 4 d² bytes for each stage, twice over if R > 1, 4 d² for the factor, and the block's pruned weights;
-- memory: the block, the largest layer's eight float32 copies and four (d, d) ones in float32, and the hidden states.
+- forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens; and all that
+  again in the dense model;
+- statistics: d² operations for each of T/R tokens and each stage, and 256 d more: half of a symmetric product; and 2 d²
+  for the products with the dense model's inputs;
+- update: 17 products of a layer (out, d) with (d, d), of the corrected target, SparseGPT, 10 steps of the refit, its
+  start and the error, its rows shared by the processes; and once for each stage 4 d³ for the factor in float64, of
+  which they share half;
+- sent: 8 d² bytes for each stage, twice over if R > 1, 4 d² for the factor, and the block's pruned weights;
+- memory: the block twice, the largest layer's nine float32 copies and five (d, d) ones in float32, and three times the
+  hidden states.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from optimum_eggs.calibration.statistics import STRIP
 from optimum_eggs.engine.estimate import FACTORISATION
 from optimum_eggs.measure import processor
 
-UPDATE_PRODUCTS = 14
+UPDATE_PRODUCTS = 17
 
 
 @dataclass(frozen=True)
@@ -91,20 +95,21 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
         attention = 4 * seq_len * shape.hidden if number else 0
         passes += 2 * before + attention
         before += inputs * sum(outputs)
-        statistics += inputs * (inputs + STRIP)
+        statistics += inputs * (inputs + STRIP) + 2 * inputs**2
         rows = sum(outputs) / processes
         factor = FACTORISATION["sparsegpt"] / 2 * (1 + 1 / processes) * inputs
         update += (UPDATE_PRODUCTS * 2 * rows + factor) * inputs**2
-        sent += 4 * inputs**2 * 3 + shape.itemsize * sum(outputs) * inputs
+        sent += 4 * inputs**2 * 5 + shape.itemsize * sum(outputs) * inputs
     passes += 2 * before + 4 * seq_len * shape.hidden
     largest = max(inputs * max(outputs) for inputs, outputs in shape.stages)
     widest = max(inputs for inputs, _ in shape.stages)
     seconds = {
-        "forward": share * passes / rates.dtype,
+        "forward": 2 * share * passes / rates.dtype,
         "statistics": share * statistics / rates.float32,
         "update": update / rates.float32,
     }
-    held = shape.itemsize * shape.weights + 32 * largest + 16 * widest**2 + share * shape.hidden * shape.itemsize
+    held = 2 * shape.itemsize * shape.weights + 36 * largest + 20 * widest**2
+    held += 3 * share * shape.hidden * shape.itemsize
     return Cost(
         {stage: value * shape.blocks for stage, value in seconds.items()},
         sent * shape.blocks * (processes > 1),

@@ -297,20 +297,24 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, float32
     for number, (inputs, outputs) in enumerate(shape.stages):
         passes += 2 * before + attention * (number > 0)
         before += inputs * sum(outputs)
-        add("statistics", product(2 * inputs**2 * tokens))
+        products = 2 if values["error_correction"] else 1
+        add("statistics", product(products * 2 * inputs**2 * tokens))
         if values["solver"] == "sparsegpt":
             add("SparseGPT: factor in float64", factor_work(inputs))
         for rows in outputs:
             solver = admm_work if values["solver"] == "admm" else sparsegpt_work
             for name, work in solver(found, rows, inputs).items():
                 add(name, work)
+            if values["error_correction"]:
+                add("corrected target", Work(float32=6 * rows * inputs**2, bandwidth=20 * rows * inputs))
             add("refit", refit_work(found, rows, inputs, values["refit_steps"]))
             # two products for the error; the score and its mask, certificate and packing once over
             after = Work(float32=4 * rows * inputs**2, bandwidth=200 * rows * inputs, wait=AFTER_LAYER)
             add("report and packing", after)
     whole = 2 * before + attention
-    extra = bool(values["permutation"]) + bool(values["block_tuning"])
-    add("forward", Work(half=tokens * (passes + whole * (1 + extra))))
+    dense = bool(values["error_correction"])  # whose statistics take as many passes
+    extra = bool(values["permutation"]) + (dense or bool(values["block_tuning"]))
+    add("forward", Work(half=tokens * ((1 + dense) * passes + whole * (1 + extra))))
     if values["permutation"]:
         head = head_size(shape)
         heads, queries = shape.keys // head, shape.hidden // shape.keys

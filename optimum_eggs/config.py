@@ -23,7 +23,7 @@ SOLVERS = ("score", "admm", "sparsegpt")
 SELECTIONS = ("optimal", "diagonal", "none")
 UPDATES = ("refit", "none")
 SAMPLINGS = ("random", "sequential")
-RETIRED = ("allocation", "descent_sweeps", "error_correction", "floor_tolerance", "tuning_target")
+RETIRED = ("allocation", "descent_sweeps", "floor_tolerance", "tuning_target")
 """Keys of earlier releases, that packed models may hold; no measurement supported what they did."""
 
 
@@ -58,6 +58,9 @@ class EGGSConfig(QuantizationConfigMixin):
         refit_steps: Conjugate gradient steps of the refit.
         damping: Ridge of every solver, relative to the mean diagonal of the Gram matrix.
         permutation: Reorder channels before they are cut into groups, where the order folds into the layer before.
+        error_correction: How far, from 0 to 1, each layer makes up for what pruning the layers before it has done to
+            its inputs: what it is to come near to is that share of the way from what it gives on them to what the dense
+            model's gives.
         block_tuning: Adam steps on each block once it is pruned, on the weights kept, the biases beside them and the
             norms, so that its output comes near the dense model's; each on `batch_size` windows. A part of the windows
             is held out to stop by. 0 for none.
@@ -125,6 +128,7 @@ class EGGSConfig(QuantizationConfigMixin):
         refit_steps: int | None = None,
         damping: float | None = None,
         permutation: bool | None = None,
+        error_correction: float | None = None,
         block_tuning: int | None = None,
         tuning_lr: float | None = None,
         calibration: Any = None,
@@ -194,6 +198,11 @@ class EGGSConfig(QuantizationConfigMixin):
         """The pattern asked for, n kept of every m."""
         return NMPattern(self.n, self.m)
 
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's hidden states are taken along beside the pruned one's."""
+        return bool(self.block_tuning or self.error_correction)
+
     def _set_method(
         self, base: Mapping[str, Any], given: Mapping[str, Any], band: int | None, pattern: NMPattern, stored: bool
     ) -> None:
@@ -209,6 +218,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.refit_steps = check.integer("refit_steps", value["refit_steps"], least=1)
         self.damping = check.number("damping", value["damping"], least=0)
         self.permutation = check.flag("permutation", value["permutation"])
+        self.error_correction = check.number("error_correction", value["error_correction"], least=0, most=1)
         self.block_tuning = check.integer("block_tuning", value["block_tuning"], least=0)
         self.tuning_lr = check.number("tuning_lr", value["tuning_lr"], least=0)
         if not stored:
@@ -378,6 +388,11 @@ def _check_combination(config: EGGSConfig) -> None:
         )
     if config.swaps and solver != "score":
         raise ConfigError(f"swaps={config.swaps} with solver={solver!r}: swaps are for solver='score'; use swaps=0")
+    if config.error_correction and solver == "score" and config.weight_update == "none":
+        raise ConfigError(
+            f"error_correction={config.error_correction} with solver='score' and weight_update='none': no weight would "
+            "change; use weight_update='refit', or error_correction=0"
+        )
     if config.block_tuning and not config.tuning_lr:
         raise ConfigError(f"tuning_lr={config.tuning_lr} with block_tuning={config.block_tuning} would tune nothing")
 

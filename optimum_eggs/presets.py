@@ -23,6 +23,7 @@ METHOD: dict[str, Any] = {
     "refit_steps": 15,
     "damping": 0.01,
     "permutation": False,
+    "error_correction": 0.0,
     "block_tuning": 0,
     "tuning_lr": 0.01,
 }
@@ -31,7 +32,9 @@ METHOD: dict[str, Any] = {
 _FLOOR = {"selection": "optimal", "min_degree": 1}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": METHOD | _FLOOR | {"solver": "sparsegpt", "weight_update": "refit", "refit_steps": 10},
+    "fast": METHOD
+    | _FLOOR
+    | {"solver": "sparsegpt", "weight_update": "refit", "refit_steps": 10, "error_correction": 0.5},
     "best": METHOD
     | _FLOOR
     | {"permutation": True, "solver": "admm", "weight_update": "refit", "refit_steps": 10, "block_tuning": 200},
@@ -44,10 +47,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Preset -> the values it stands for.
 
-`fast`: SparseGPT under a floor of one output per band, masked refit. `best`: channels reordered
-where that folds, ADMM under that floor, masked refit, blocks tuned to the dense model. `paper`: RIA scores and whole
-wrapped diagonals in m x m tiles, weights untouched. The rest are baselines without a floor: `alps` (ADMM, masked
-refit), `sparsegpt`, and the scores alone.
+`fast`: SparseGPT under a floor of one output per band and masked refit, where every layer makes up for half of what
+those before it lost. `best`: channels reordered where that folds, ADMM under that floor, masked refit, blocks tuned to
+the dense model. `paper`: RIA scores and whole wrapped diagonals in m x m tiles, weights untouched. The rest are
+baselines without a floor: `alps` (ADMM, masked refit), `sparsegpt`, and the scores alone.
 """
 
 

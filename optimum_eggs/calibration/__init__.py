@@ -3,12 +3,13 @@
 from .blocks import BlockList, find_block_list
 from .providers import BlockProvider, InMemoryBlocks
 from .statistics import GramAccumulator
-from .walk import Walk
+from .walk import DenseTwin, Walk
 from .windows import Windows, token_windows
 
 __all__ = [
     "BlockList",
     "BlockProvider",
+    "DenseTwin",
     "GramAccumulator",
     "InMemoryBlocks",
     "Walk",

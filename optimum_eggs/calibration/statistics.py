@@ -13,6 +13,9 @@ STRIP = 256  # columns: of wide matrices 0.55 of the time of the whole product, 
 class GramAccumulator:
     """Sums XXᵀ over batches: `gram` (in, in), float32, and `tokens`.
 
+    Attributes:
+        cross: YXᵀ (in, in), float32, if each batch came with other inputs Y of the same tokens; else None.
+
     On a CPU the entries below the diagonal are summed, in strips of columns, and copied above when they are asked for.
 
     >>> statistics = GramAccumulator(2, torch.device("cpu"))
@@ -26,11 +29,14 @@ class GramAccumulator:
         # float32: a bfloat16 running sum of ones sticks at 256
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._lower_alone = False
+        self.cross: Tensor | None = None
         self.tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Add a batch of inputs (..., in)."""
+    def add(self, inputs: Tensor, others: Tensor | None = None) -> None:
+        """Add a batch of inputs (..., in), and other inputs of the same tokens."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._sum.device)
+        if others is not None:
+            self._add_products(others.detach().reshape(rows.shape).to(rows), rows)
         if multiplies_halves(rows.device, rows.dtype):
             self._sum += torch.mm(rows.t(), rows, out_dtype=torch.float32)
         elif rows.device.type != "cpu":
@@ -44,6 +50,15 @@ class GramAccumulator:
             self._lower_alone = True
         self.tokens += len(rows)
 
+    def _add_products(self, others: Tensor, rows: Tensor) -> None:
+        """Add to `cross`; both (tokens, in)."""
+        if self.cross is None:
+            self.cross = torch.zeros_like(self._sum)
+        if multiplies_halves(rows.device, rows.dtype):
+            self.cross += torch.mm(others.t(), rows, out_dtype=torch.float32)
+        else:
+            self.cross.addmm_(others.t().to(torch.float32), rows.to(torch.float32))
+
     @property
     def gram(self) -> Tensor:
         """XXᵀ (in, in), the sum itself and no copy."""
@@ -54,17 +69,27 @@ class GramAccumulator:
             self._lower_alone = False
         return self._sum
 
-    def over_all(self, ranks: Ranks) -> GramAccumulator:
-        """Sum the statistics of all processes."""
-        count = torch.tensor(self.tokens)
-        ranks.add(self.gram, count)
-        self.tokens = int(count)
+    def over_all(self, ranks: Ranks, paired: bool = False) -> GramAccumulator:
+        """Sum the statistics of all processes. `paired`: whether this one has all of its products with others."""
+        counts = torch.tensor([self.tokens, int(paired)])
+        ranks.add(self.gram, counts)
+        self.tokens = int(counts[0])
+        if int(counts[1]) < ranks.size:
+            self.cross = None
+        elif self.cross is not None:
+            ranks.add(self.cross)
         return self
+
+    def take_drift(self) -> Tensor | None:
+        """(Y − X)Xᵀ (in, in), in the memory of `cross`, which is None from then on; None without others Y."""
+        cross, self.cross = self.cross, None
+        return None if cross is None else cross.sub_(self.gram)
 
     def forget_inputs(self) -> None:
         """Leave the weights alone to go by: as if the inputs were independent and of one size."""
         self._sum = torch.eye(len(self._sum), device=self._sum.device)
         self._lower_alone = False
+        self.cross = None
 
     @property
     def input_norm(self) -> Tensor:
@@ -73,7 +98,8 @@ class GramAccumulator:
 
     def is_finite(self) -> bool:
         """Whether every input seen was finite."""
-        return bool(torch.isfinite(self._sum.diagonal()).all())
+        finite = bool(torch.isfinite(self._sum.diagonal()).all())
+        return finite and (self.cross is None or bool(torch.isfinite(self.cross).all()))
 
 
 def multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:

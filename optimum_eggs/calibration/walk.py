@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,15 @@ from .hooks import Stop, hooked, input_of
 from .providers import BlockProvider
 from .states import states_in_memory
 from .statistics import GramAccumulator
+
+
+@dataclass(frozen=True)
+class DenseTwin:
+    """A block as it was before it was pruned, the hidden states of the dense model before it, and a layer of it."""
+
+    block: nn.Module
+    hidden: Sequence[Tensor]
+    linear: nn.Module
 
 
 class Walk:
@@ -109,18 +119,30 @@ class Walk:
             self.run(block, index, batch)
         return seen
 
-    def statistics(self, block: nn.Module, index: int, linear: nn.Module) -> GramAccumulator:
-        """The Gram matrix of the inputs of `linear`, one of block `index`, over all windows."""
+    def statistics(
+        self, block: nn.Module, index: int, linear: nn.Module, dense: DenseTwin | None = None
+    ) -> GramAccumulator:
+        """The Gram matrix of the inputs of `linear`, one of block `index`, over all windows.
+
+        With `dense`, also the products with the inputs that its layer gets, unless they are not of the same tokens:
+        experts may be sent others.
+        """
         weight = dense_weight(linear)
         accumulator = GramAccumulator(weight.shape[1], weight.device)
+        paired = dense is not None
         with self.meter.stage("forward"), torch.no_grad():
-            for batch in range(len(self.hidden)):
-                x = self._input_of(linear, block, index, batch)
+            for batch, hidden in enumerate(self.hidden):
+                x = self._input_of(linear, block, index, batch, hidden)
+                other = None
+                if dense is not None and paired:
+                    other = self._input_of(dense.linear, dense.block, index, batch, dense.hidden[batch])
+                    tokens = hidden.shape[:-1].numel()
+                    paired = all(seen is not None and seen.shape[:-1].numel() == tokens for seen in (x, other))
                 if x is not None:
                     with self.meter.stage("statistics"):
-                        accumulator.add(x)
+                        accumulator.add(x, other if paired else None)
         with self.exchange():
-            return accumulator.over_all(self.ranks)
+            return accumulator.over_all(self.ranks, paired)
 
     def statistics_together(
         self, block: nn.Module, index: int, linears: Mapping[str, nn.Module]
@@ -199,7 +221,7 @@ class Walk:
             call, states = cast(call, dtype), states.to(dtype)
         return call.apply(block, states.to(next(block.parameters()).device))
 
-    def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int) -> Tensor | None:
+    def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor | None:
         """The input of `linear` on one batch, or None if that does not reach it; the rest of the block is not run."""
         seen: list[Tensor] = []
 
@@ -208,7 +230,7 @@ class Walk:
             raise Stop
 
         with hooked({linear: hook}), suppress(Stop):
-            self.run(block, index, batch)
+            self.run(block, index, batch, hidden)
         return seen[0] if seen else None
 
 

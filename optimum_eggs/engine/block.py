@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..calibration import Walk
+from ..calibration import DenseTwin, Walk
 from ..config import EGGSConfig
 from ..masks.certificate import Certificate, certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
 from ..nn.experts import SplitExperts
-from ..ranks import ALONE
+from ..ranks import ALONE, Ranks
 from ..update import Problem
 from .inputs import LayersAlike, layers_with_inputs
-from .layer import SolvedLayer, prune_layer
+from .layer import SolvedLayer, own_rows, prune_layer
 from .permute import permute
 from .plan import PrunePlan
 from .report import DenseLayer, LayerReport
@@ -36,14 +38,19 @@ class BlockResult:
 
 
 class DenseStream:
-    """The hidden states of the dense model, block by block, beside those of the pruned one."""
+    """The hidden states of the dense model, block by block, beside those of the pruned one.
+
+    Attributes:
+        hidden: Before the block at hand, or behind it once it has been passed.
+        apart: Whether any block before was pruned, so that they are others than the walk's.
+    """
 
     def __init__(self, walk: Walk) -> None:
-        self.walk, self.hidden = walk, walk.store()
+        self.walk, self.hidden, self.apart = walk, walk.store(), False
         self.hidden.extend(walk.hidden)
 
     def advance(self, block: nn.Module, index: int) -> None:
-        """Pass through block `index`, which must still be dense."""
+        """Pass through block `index`, which must be dense."""
         self.hidden = self.walk.outputs(block, index, self.hidden)
 
 
@@ -60,15 +67,28 @@ def prune_block(
     """Prune block `index` in place and, with `go_on`, pass the walk and the dense stream through it."""
     todo, plan.layers[index] = plan.layers[index], {}  # the plan must not keep the dense layers in memory
     prefix = f"{plan.block_list.block_name(index)}."
-    if stream is not None and (todo or go_on):
+    correcting = bool(config.error_correction and todo)
+    if stream is not None and not correcting and (todo or go_on):
         stream.advance(block, index)
     gains = permute(walk, block, index, prefix, todo, config)
+    twin = copy.deepcopy(block) if correcting else None
     solved: list[SolvedLayer] = []
-    for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens):
+
+    def dense_layer(name: str) -> DenseTwin | None:
+        if twin is None or stream is None or not (stream.apart or solved):
+            return None
+        return DenseTwin(twin, stream.hidden, twin.get_submodule(name.removeprefix(prefix)))
+
+    for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens, dense_layer):
         solved += _prune_wave(walk, wave, todo, gains, config)
+    if stream is not None and twin is not None and (config.block_tuning or go_on):
+        stream.advance(twin, index)
+    twin = None  # so that its memory is free
+    if stream is not None:
+        stream.apart |= bool(solved)
 
     tuning = None
-    if stream is not None and solved:
+    if stream is not None and config.block_tuning and solved:
         with meter.stage("tuning"):
             masks = {todo[layer.name]: layer.mask() for layer in solved}
             steps, rate = config.block_tuning, config.tuning_lr
@@ -108,11 +128,12 @@ def _prune_wave(
     with ranks.together():
         for layers in wave:
             sharing = ranks if owners is None else ALONE
+            missing = _missing(layers, todo, config, meter, sharing)
             problem = Problem(layers.statistics.gram, config.damping, sharing)
             for name in layers.names:
                 if owners is None or owners[name] == ranks.rank:
-                    module, gain = todo[name], gains.get(name)
-                    solved[name] = prune_layer(name, module, layers, problem, config, meter, gain, sharing)
+                    module, gain, lost = todo[name], gains.get(name), missing.pop(name, None)
+                    solved[name] = prune_layer(name, module, layers, problem, config, meter, gain, sharing, lost)
     with walk.exchange():
         for name in names:
             if owners is None:
@@ -122,6 +143,26 @@ def _prune_wave(
         if owners is not None:
             solved = ranks.merge(solved)
     return [solved[name] for name in names]
+
+
+def _missing(
+    layers: LayersAlike, todo: Mapping[str, nn.Module], config: EGGSConfig, meter: Meter, ranks: Ranks
+) -> dict[str, Tensor]:
+    """What each layer no longer gives, of this process's own rows, if that is to be corrected.
+
+    For all layers that read the inputs, before the first is pruned: nothing else asks for the products with the dense
+    model's inputs, and their memory is free afterwards.
+    """
+    missing: dict[str, Tensor] = {}
+    with meter.stage("update"):
+        drift = layers.statistics.take_drift()
+        if drift is None:
+            return missing
+        for name in layers.names:
+            weight = dense_weight(todo[name])
+            own = own_rows(len(weight), config, ranks)[ranks.rank]
+            missing[name] = weight[own].to(torch.float32) @ drift
+    return missing
 
 
 def _pack(walk: Walk, solved: Sequence[SolvedLayer], block: nn.Module, prefix: str, index: int) -> list[LayerReport]:

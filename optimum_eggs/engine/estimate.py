@@ -54,7 +54,7 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
 
     matrices = {name if name in experts else reader: reader[1] for name, reader in readers.items()}
     work = _solving(layers.values(), matrices.values(), config) + sum(
-        2 * tokens * width**2 for _, width in set(readers.values())
+        (2 + 2 * bool(config.error_correction)) * tokens * width**2 for _, width in set(readers.values())
     )
     seconds = one_pass * passes(readers.values(), len(waves), config) + work / rate
     if config.block_tuning:
@@ -63,7 +63,9 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
     held = 4 * _LAYER_COPIES * rows * columns + 4 * _GRAM_COPIES * columns**2
     held += max((4 * sum(layers[name][1] ** 2 for name in wave) for wave in waves), default=0)
     if not isinstance(walk.hidden, StatesOnDisk):
-        held += first.numel() * first.element_size() * len(walk.hidden) * (3 if config.block_tuning else 1)
+        held += first.numel() * first.element_size() * len(walk.hidden) * (3 if config.follows_dense else 1)
+    if config.error_correction:
+        held += sum(parameter.nbytes for parameter in block.parameters())
     if config.block_tuning:
         held += 4 * _BLOCK_COPIES * sum(parameter.numel() for parameter in block.parameters())
     return Estimate(seconds * blocks, held)
@@ -73,7 +75,8 @@ def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -
     """Passes of a block over all batches.
 
     Layers that read the same tensor take half of one on average, since the pass ends with them; a wave of experts takes
-    one, what leaves the block one, tuning and permutation one each.
+    one, what leaves the block one, tuning and permutation one each; to correct errors the dense block takes as many as
+    the statistics, and one.
 
     Args:
         readers: What each layer reads: the module it is in, and its width; `""` for the module of experts.
@@ -81,7 +84,8 @@ def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -
         config: What is done.
     """
     stages = len({reads for reads in readers if reads[0]}) + 1
-    return 1 + stages / 2 + waves + bool(config.permutation) + bool(config.block_tuning)
+    found = 1 + stages / 2 + waves + bool(config.permutation) + bool(config.follows_dense)
+    return found + bool(config.error_correction) * (stages - 1) / 2
 
 
 def announcement(
@@ -117,10 +121,15 @@ def _solving(layers: Collection[torch.Size], widths: Iterable[int], config: EGGS
     products = _PRODUCTS[config.solver] + 2
     if config.weight_update == "refit":
         products += config.refit_steps + 1
+    if config.error_correction:
+        products += 3
     # ADMM factorises anew for every layer, as its penalty goes another way
     factorised = [columns for _, columns in layers] if config.solver == "admm" else widths
     found = sum(2 * products * rows * columns**2 for rows, columns in layers)
-    return found + sum(FACTORISATION[config.solver] * columns**3 for columns in factorised)
+    found += sum(FACTORISATION[config.solver] * columns**3 for columns in factorised)
+    if config.error_correction and config.solver != "sparsegpt":  # which has that of its own
+        found += sum(FACTORISATION["sparsegpt"] * columns**3 for columns in widths)
+    return found
 
 
 def _weights(layers: Mapping[str, nn.Module]) -> int:

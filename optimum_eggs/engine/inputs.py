@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..calibration import GramAccumulator, Walk
+from ..calibration import DenseTwin, GramAccumulator, Walk
 from ..calibration.states import free_bytes
 from ..errors import NumericalError
 from ..nn import dense_weight
 from ..nn.experts import SplitExperts
+
+logger = logging.getLogger(__name__)
 
 _ON_CPU = 2**30  # bytes
 _SHARE = 4  # of a GPU's free memory, one part is taken
@@ -38,6 +41,7 @@ def layers_with_inputs(
     prefix: str,
     todo: Mapping[str, nn.Module],
     min_expert_tokens: int,
+    dense: Callable[[str], DenseTwin | None] = lambda name: None,
 ) -> Iterator[list[LayersAlike]]:
     """The layers `todo` of block `index`, with statistics taken once those before them have been dealt with.
 
@@ -50,6 +54,7 @@ def layers_with_inputs(
         prefix: Its full dotted name, with a dot at the end.
         todo: The layers, by full dotted name.
         min_expert_tokens: Tokens that an expert must see; one that sees fewer is pruned by its weights alone.
+        dense: The layer in the dense model, by full dotted name, where its inputs are wanted beside those here.
 
     Raises:
         NumericalError: inputs are NaN or infinite.
@@ -59,8 +64,12 @@ def layers_with_inputs(
     experts = {name for wave in waves for name in wave}
     others = {name: module for name, module in todo.items() if name not in experts}
     for stage in walk.stages(block, index, others) if others else []:
-        statistics = walk.statistics(block, index, todo[stage[0]])
+        twin = dense(stage[0])
+        statistics = walk.statistics(block, index, todo[stage[0]], twin)
         check_finite(stage[0], statistics.is_finite())
+        if twin is not None and statistics.cross is None:
+            logger.warning("%s: its error is not corrected: it gets other tokens than in the dense model", stage[0])
+        del twin
         yield [LayersAlike(stage, statistics)]
     for wave in waves:
         together = walk.statistics_together(block, index, {name: todo[name] for name in wave})

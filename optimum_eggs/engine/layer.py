@@ -87,8 +87,11 @@ def prune_layer(
     meter: Meter,
     permutation_gain: float | None,
     ranks: Ranks = ALONE,
+    missing: Tensor | None = None,
 ) -> SolvedLayer:
     """Prune the layer called `name` in place, on the statistics of its inputs and the problem that they are.
+
+    `missing` is what its own rows no longer give, as `corrected_target` takes it.
 
     Several `ranks` solve whole bands of its rows each, and then `exchange` them.
 
@@ -97,9 +100,9 @@ def prune_layer(
     """
     stored, statistics, pattern = dense_weight(module), alike.statistics, config.pattern
     weight = stored.to(torch.float32)
-    rows = ranks.rows(len(weight), rows_together(config))
+    rows = own_rows(len(weight), config, ranks)
     own = rows[ranks.rank]
-    found = solve_layer(name, weight, problem, config, meter, own, ranks)
+    found = solve_layer(name, weight, problem, config, meter, own, ranks, missing)
     with meter.stage("update"):
         pruned = found.weight.to(stored.dtype)
         if not bool(torch.isfinite(pruned).all()):
@@ -108,7 +111,7 @@ def prune_layer(
                 "model in a wider dtype"
             )
     with meter.stage("report"):
-        energy = energies(weight[own], pruned.to(torch.float32), statistics.gram)
+        energy = energies(found.target, pruned.to(torch.float32), statistics.gram)
         scores_alone = _scores_alone(weight, statistics, config)
     # Written in place, so that the rest of the block runs on it; packed when the block is done.
     stored[own] = pruned
@@ -129,6 +132,11 @@ def prune_layer(
         alike.weights_alone,
         found.damping,
     )
+
+
+def own_rows(rows: int, config: EGGSConfig, ranks: Ranks) -> list[slice]:
+    """The rows of a layer that each process solves."""
+    return ranks.rows(rows, rows_together(config))
 
 
 def _scores_alone(weight: Tensor, statistics: GramAccumulator, config: EGGSConfig) -> Shortfall | None:

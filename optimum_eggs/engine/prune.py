@@ -41,11 +41,12 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Blocks are pruned in order, each on inputs that passed the pruned blocks before it; within a block the layers are
     pruned in the order in which they run, those that read the same tensor on one Gram matrix.
 
-    Memory beyond the model's: the windows' hidden states (three times with block tuning), which leave a GPU for the
-    host's memory where they would take more than an eighth of what is free; one batch's activations; and for the layer
-    at hand a few (in, in) matrices, some of them in float64, and some eight float32 buffers of (out, in).
-    Block tuning takes five float32 copies of a block. Pruned blocks shrink as they are packed. Experts take up to 1 GiB
-    of Gram matrices at a time, on a GPU up to a quarter of what is free.
+    Memory beyond the model's: the windows' hidden states (three times with block tuning or error correction), which
+    leave a GPU for the host's memory where they would take more than an eighth of what is free; one batch's
+    activations; and for the layer at hand a few (in, in) matrices, some of them in float64, and some eight float32
+    buffers of (out, in). Block tuning takes five float32 copies of a block, error correction one as it is. Pruned
+    blocks shrink as they are packed. Experts take up to 1 GiB of Gram matrices at a time, on a GPU up to a quarter of
+    what is free.
 
     Args:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.
@@ -124,7 +125,7 @@ def prune_blocks(
     done = list(keeper.results) if keeper is not None else []
     with evaluation_mode(model):
         walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
-        stream = DenseStream(walk) if config.block_tuning else None
+        stream = DenseStream(walk) if config.follows_dense else None
         hide = ranks.hide_bar(progress)
         announced = progress is False or not ranks.first
         bar = tqdm(range(len(blocks)), desc=f"Pruning to {config.pattern}", unit="block", disable=hide)
@@ -133,6 +134,7 @@ def prune_blocks(
             if keeper is not None and index < len(keeper):
                 if stream is not None:
                     stream.advance(block, index)
+                    stream.apart |= bool(done[index].layers)
                 keeper.restore(block, index)
                 walk.advance(block, index)
                 plan.layers[index] = {}

@@ -31,8 +31,9 @@ class LayerReport:
     """One pruned layer.
 
     Attributes:
-        relative_error: ‖(W − Z)X‖²/‖WX‖² on the calibration inputs that it was fitted on, before its block was tuned;
-            None for a layer that was packed as it was.
+        relative_error: ‖(T − Z)X‖²/‖TX‖² on the calibration inputs that it was fitted on, before its block was tuned,
+            where T is what it was fitted to: the dense weight, or with `error_correction` that corrected. None for a
+            layer that was packed as it was.
         min_degree, band: The floor that it was pruned under; `min_degree` is 0 without one.
         permutation_gain: Share of score that reordering its inputs won, if that was tried.
         scores_alone: What the mask of the largest importance scores, without the floor, would have lacked of it; None

@@ -15,7 +15,7 @@ from ..importance import importance_score
 from ..masks import diagonal_mask, expander_mask, swap_mask
 from ..measure import Meter
 from ..ranks import ALONE, LeftError, Ranks, ToldError
-from ..update import Problem, admm, masked_refit, sparsegpt
+from ..update import Problem, admm, corrected_target, masked_refit, sparsegpt
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,14 @@ _LEAST_DAMPING = 1e-6  # what a damping of 0 is raised to: float32 rounds at 1e-
 
 @dataclass(frozen=True)
 class Solution:
-    """Rows of a layer solved: mask (out, in), weight (out, in) that is zero off the mask.
+    """Rows of a layer solved: mask (out, in), weight (out, in) that is zero off the mask, what it comes near to.
 
     `damping` is that which it took, where it had to be raised.
     """
 
     mask: Tensor
     weight: Tensor
+    target: Tensor
     damping: float | None = None
 
 
@@ -42,12 +43,14 @@ def solve_layer(
     meter: Meter,
     own: slice = slice(None),
     ranks: Ranks = ALONE,
+    missing: Tensor | None = None,
 ) -> Solution:
     """Find mask and new weight of the layer called `name`, or of the rows of it that are this process's `own`.
 
-    weight (out, in), float32, and the problem of its calibration inputs, both finite; the same in all `ranks`. Where
-    the Gram matrix cannot be factorised with the problem's damping, or what comes out is not finite in any of them, the
-    damping is raised tenfold.
+    weight (out, in), float32, and the problem of its calibration inputs, both finite; the same in all `ranks`. With
+    `missing`, what the own rows no longer give, the configuration's share of it is corrected. Where the Gram matrix
+    cannot be factorised with the problem's damping, or what comes out is not finite in any of them, the damping is
+    raised tenfold.
 
     Raises:
         NumericalError: a damping of 1 is not enough either.
@@ -55,7 +58,11 @@ def solve_layer(
     damping = problem.damping
     while True:
         try:
-            mask, values = _solve(weight, problem, config, meter, own, ranks)
+            target = weight[own]
+            if missing is not None:
+                with meter.stage("update"):
+                    target = corrected_target(target, missing, problem, config.error_correction)
+            mask, values = _solve(weight, target, problem, config, meter, own, ranks)
             if not bool(torch.isfinite(values).all()):
                 raise NumericalError(f"with damping={damping} the solution holds NaN or infinite values")
             ranks.agree(None)
@@ -67,7 +74,7 @@ def solve_layer(
             ranks.tell(found)
             error = found
         else:
-            return Solution(mask, values, damping if damping != config.damping else None)
+            return Solution(mask, values, target, damping if damping != config.damping else None)
         if not isinstance(error, NumericalError):
             raise error
         if damping >= 1:
@@ -84,9 +91,12 @@ def rows_together(config: EGGSConfig) -> int:
 
 
 def _solve(
-    weight: Tensor, problem: Problem, config: EGGSConfig, meter: Meter, own: slice, ranks: Ranks
+    weight: Tensor, target: Tensor, problem: Problem, config: EGGSConfig, meter: Meter, own: slice, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Mask and values of some rows that come near the weight (out, in) on the calibration inputs."""
+    """Mask and values of the `own` rows that come near their target on the calibration inputs.
+
+    Scores are those of the weight (out, in), whose sums go over all rows.
+    """
     pattern = config.pattern
 
     def allowed(score: Tensor) -> Tensor:
@@ -97,19 +107,17 @@ def _solve(
     if config.solver == "score":
         with meter.stage("mask"):
             score = importance_score(config.importance, weight, problem.gram.diagonal().sqrt(), config.exponent)
-            weight = weight[own]
             mask = allowed(score[own])
             if config.swaps:
-                mask = swap_mask(weight, mask, problem.gram, pattern, config.min_degree, config.band, config.swaps)
-            values = weight * mask
+                mask = swap_mask(target, mask, problem.gram, pattern, config.min_degree, config.band, config.swaps)
+            values = target * mask
     else:
-        weight = weight[own]
         with meter.stage("update"):
             if config.solver == "admm":
-                mask, values = admm(weight, problem, allowed, total=lambda count: sum(ranks.agree(count)))
+                mask, values = admm(target, problem, allowed, total=lambda count: sum(ranks.agree(count)))
             else:
-                mask, values = sparsegpt(weight, problem, pattern, choose=allowed)
+                mask, values = sparsegpt(target, problem, pattern, choose=allowed)
     if config.weight_update == "refit":
         with meter.stage("update"):
-            values = masked_refit(weight, mask, problem, config.refit_steps, values)
+            values = masked_refit(target, mask, problem, config.refit_steps, values)
     return mask, values

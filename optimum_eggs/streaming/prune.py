@@ -302,8 +302,8 @@ def _same_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> int:
     """Bytes of the hidden states that a walk holds at the most."""
-    # with tuning, what the dense block gets and gives, beside what the pruned one gets
-    copies = 3 if config.block_tuning else 1
+    # with tuning or correction, what the dense block gets and gives, beside what the pruned one gets
+    copies = 3 if config.follows_dense else 1
     hidden = source.model.config.get_text_config().hidden_size
     of_batch = config.batch_size * windows.shape[1] * hidden * source.dtype.itemsize
     if source.device.type == "cuda":  # what torch pins on the host, it rounds up to a power of two

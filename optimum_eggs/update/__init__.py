@@ -5,5 +5,6 @@ from .objective import relative_error
 from .problem import Problem
 from .refit import masked_refit
 from .sparsegpt import sparsegpt
+from .target import corrected_target
 
-__all__ = ["Problem", "admm", "masked_refit", "relative_error", "sparsegpt"]
+__all__ = ["Problem", "admm", "corrected_target", "masked_refit", "relative_error", "sparsegpt"]

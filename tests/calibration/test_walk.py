@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
 from torch import nn
 
-from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list
+from optimum_eggs.calibration import DenseTwin, InMemoryBlocks, Walk, find_block_list
 from optimum_eggs.errors import ConfigError, ModelError
 from optimum_eggs.measure import Meter
 from optimum_eggs.nn import is_dense_linear
@@ -37,6 +39,29 @@ def test_the_walk_gives_the_hidden_states_of_the_whole_forward(name):
             walk.advance(block, index)
     assert len(walk.hidden) == len(outputs) == 3
     assert all(torch.equal(a, b) for a, b in zip(walk.hidden, outputs, strict=True))
+
+
+def test_statistics_beside_a_dense_twin_pair_the_same_tokens():
+    model = tiny.make_model("llama")
+    model.config.use_cache = False
+    found = find_block_list(model)
+    block = found.blocks[0]
+    linear = linears_of(model, found.block_name(0))["mlp.down_proj"]
+    twin = copy.deepcopy(block)
+    with Meter() as meter:
+        walk = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter)
+        hidden = [states + 1 for states in walk.hidden]
+        dense = DenseTwin(twin, hidden, twin.mlp.down_proj)
+        statistics = walk.statistics(block, 0, linear, dense)
+        walk.hidden = hidden
+        other = walk.statistics(block, 0, linear, dense)
+        alone = walk.statistics(block, 0, linear)
+    assert alone.cross is None
+    assert torch.equal(other.gram, alone.gram)
+    assert torch.allclose(other.cross, other.gram)  # on the same hidden states they are the same inputs
+    assert not torch.allclose(statistics.cross, statistics.gram)
+    # Cauchy-Schwarz, input by input
+    assert (statistics.cross.diagonal() ** 2 <= statistics.gram.diagonal() * other.gram.diagonal() * 1.0001).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox", "bert"])

@@ -67,9 +67,10 @@ def test_refit_lowers_the_error_and_the_floor_costs_little():
     assert errors["fast"] < errors["ria"] < errors["paper"]
 
 
-def test_blocks_see_the_inputs_that_pruned_blocks_give(config):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_blocks_see_the_inputs_that_pruned_blocks_give(share, config):
     model, twin = tiny.make_model("llama"), tiny.make_model("llama")
-    report = prune_model(model, config, WINDOWS)
+    report = prune_model(model, config.replace(error_correction=share), WINDOWS)
     inputs = []
     twin.model.layers[0] = model.model.layers[0]
     twin.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -77,10 +78,46 @@ def test_blocks_see_the_inputs_that_pruned_blocks_give(config):
         twin(input_ids=WINDOWS)
     x = inputs[0].flatten(0, 1).double()
     before = dense_weight(twin.model.layers[1].self_attn.q_proj).double()
+    if share:
+        dense = tiny.make_model("llama")
+        dense.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        with torch.no_grad():
+            dense(input_ids=WINDOWS)
+        gram = x.T @ x
+        gram.diagonal().add_(config.damping * gram.diagonal().mean())
+        drift = (inputs[1].flatten(0, 1).double() - x).T @ x
+        before = before + share * torch.linalg.solve(gram, before @ drift, left=False)
     after = model.model.layers[1].self_attn.q_proj.dense_weight().double()
     expected = ((x @ (before - after).T) ** 2).sum() / ((x @ before.T) ** 2).sum()
     reported = next(layer for layer in report.layers if layer.name == "model.layers.1.self_attn.q_proj")
     assert reported.relative_error == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("values", [{}, {"preset": "alps"}, {"preset": "ria", "weight_update": "refit"}])
+def test_error_correction_brings_the_output_nearer_to_the_dense_model(values):
+    windows = tiny.make_windows(32, 16)
+    with torch.no_grad():
+        dense = tiny.make_model("llama")(input_ids=windows, output_hidden_states=True).hidden_states[-1]
+    lost = {}
+    for share in (0.0, 1.0):
+        model = tiny.make_model("llama")
+        prune_model(model, EGGSConfig("2:4", **values, error_correction=share), windows)
+        with torch.no_grad():
+            pruned = model(input_ids=windows, output_hidden_states=True).hidden_states[-1]
+        lost[share] = float((pruned - dense).square().sum())
+    assert lost[1.0] < lost[0.0]
+
+
+@pytest.mark.parametrize(
+    "targets", [["layers.0.self_attn.q_proj"], ["layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj"]]
+)
+def test_the_first_layers_have_nothing_to_correct(targets):
+    results = []
+    for share in (0.0, 1.0):
+        model = tiny.make_model("llama")
+        prune_model(model, EGGSConfig("2:4", targets=targets, error_correction=share), WINDOWS)
+        results.append([layer.dense_weight() for layer in packed(model).values()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_the_report_says_it_all_in_json(config):
@@ -225,7 +262,9 @@ class Routed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("values", [{}, {"preset": "best", "block_tuning": 2}])
+@pytest.mark.parametrize(
+    "values", [{}, {"error_correction": 0.0}, {"preset": "best", "block_tuning": 2, "error_correction": 0.5}]
+)
 def test_experts_that_some_windows_do_not_reach(values, batch_size):
     torch.manual_seed(0)
     model = tiny.make_model("llama")

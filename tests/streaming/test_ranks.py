@@ -32,6 +32,7 @@ KINDS = {
     "fast": {},
     "best": {"preset": "best", "block_tuning": 6},
     "untuned": {"preset": "best", "block_tuning": 0},
+    "corrected": {"preset": "best", "block_tuning": 4, "error_correction": 0.5},
     "permuted": {"preset": "ria", "permutation": True},
     "paper": {"preset": "paper", "band": 4},
 }
@@ -106,20 +107,22 @@ def sums_of_two(monkeypatch):
     """
     add, over_all = GramAccumulator.add, GramAccumulator.over_all
 
-    def add_apart(self, inputs):
-        parts = (inputs,)
+    def add_apart(self, inputs, others=None):
+        parts, pairs = (inputs,), (others,)
         if inputs.dim() == 3:  # not an expert's tokens
-            parts = inputs.chunk(2)
+            parts, pairs = inputs.chunk(2), (None, None) if others is None else others.chunk(2)
             vars(self).setdefault("apart", GramAccumulator(inputs.shape[-1], inputs.device))
-        for statistics, mine in zip((self, vars(self).get("apart")), parts, strict=False):
-            add(statistics, mine)
+        for statistics, mine, theirs in zip((self, vars(self).get("apart")), parts, pairs, strict=False):
+            add(statistics, mine, theirs)
 
-    def over_both(self, ranks):
+    def over_both(self, ranks, paired=False):
         apart = vars(self).pop("apart", None)
         if apart is not None:
             self.gram.add_(apart.gram)
             self.tokens += apart.tokens
-        return over_all(self, ranks)
+            if self.cross is not None:
+                self.cross += apart.cross
+        return over_all(self, ranks, paired)
 
     monkeypatch.setattr(GramAccumulator, "add", add_apart)
     monkeypatch.setattr(GramAccumulator, "over_all", over_both)

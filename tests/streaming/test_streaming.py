@@ -30,13 +30,17 @@ SIZE = {"num_samples": 8, "seq_len": 16, "band": 8, "batch_size": 2}
 KINDS = {
     "fast": {},
     "best": {"preset": "best", "block_tuning": 4},
+    "corrected": {"preset": "best", "block_tuning": 4, "error_correction": 0.5},
+    "alone": {"error_correction": 0.0},
 }
 
 
 # Lists of hidden states that a run over so many blocks makes: what each block gets and, where it is asked for, gave.
 STORES = {
-    "fast": lambda blocks: 1,
+    "fast": lambda blocks: 2 + blocks,
     "best": lambda blocks: 2 + blocks,
+    "corrected": lambda blocks: 2 + blocks,
+    "alone": lambda blocks: 1,
 }
 
 

@@ -72,13 +72,16 @@ def identity(method: str, pattern: str, draw: int, args: argparse.Namespace) -> 
 def is_row(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether a row is of what is wanted.
 
-    An option newer than the row had the value that is now the default; of one that is gone since, the method tells.
+    An option newer than the row had the value that is now the default, and what makes a method the one that leaves it
+    out; of one that is gone since, the method tells.
     """
     from optimum_eggs import EGGSConfig
+    from optimum_eggs.presets import METHOD
 
     asked, had = wanted.get("config", {}), row.get("config", {})
     had = {key: value for key, value in had.items() if key in asked}
-    newer = {key: value for key, value in EGGSConfig().to_dict().items() if key in asked and key not in had}
+    defaults = EGGSConfig().to_dict() | METHOD
+    newer = {key: value for key, value in defaults.items() if key in asked and key not in had}
     return wanted.items() <= ({"from_disk": False} | row | ({"config": newer | had} if had else {})).items()
 
 

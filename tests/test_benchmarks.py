@@ -93,6 +93,18 @@ def test_quality_knows_rows_that_are_older_than_an_option(run, quality, tmp_path
     assert len(json.loads(older.read_text())["rows"]) == len(rows) + 1
 
 
+@pytest.mark.parametrize(("method", "known"), [("ria", True), ("fast", False)])
+def test_quality_takes_a_value_that_a_row_lacks_for_one_that_the_method_had_not(method, known, run, quality, tmp_path):
+    older = tmp_path / "older.json"
+    arguments = [older if argument is quality[0] else argument for argument in quality[1]]
+    run("quality.py", *arguments, "--methods", method)
+    (row,) = json.loads(older.read_text())["rows"]
+    del row["config"]["error_correction"]
+    older.write_text(json.dumps({"rows": [row]}))
+    run("quality.py", *arguments, "--methods", method)
+    assert len(json.loads(older.read_text())["rows"]) == (1 if known else 2)
+
+
 def test_the_picture_shows_every_method(run, quality, tmp_path):
     result, _, _ = quality
     run("draw.py", result, tmp_path / "out.svg")

@@ -81,7 +81,10 @@ class GramAccumulator:
         return self
 
     def take_drift(self) -> Tensor | None:
-        """(Y − X)Xᵀ (in, in), in the memory of `cross`, which is None from then on; None without others Y."""
+        """(Y − X)Xᵀ (in, in), of the other inputs Y, or None if there were none.
+
+        It takes the memory of `cross`, which is None from then on.
+        """
         cross, self.cross = self.cross, None
         return None if cross is None else cross.sub_(self.gram)
 

@@ -28,8 +28,9 @@ def corrected_target(weight: Tensor, missing: Tensor, problem: Problem, correcti
         ShapeError: the shapes do not belong together.
         NumericalError: the Gram matrix cannot be factorised.
 
-    Half of what the one input was:
+    The one input is half of what it was in the dense model:
 
+    >>> import torch
     >>> gram, cross = torch.tensor([[1.0]]), torch.tensor([[2.0]])
     >>> weight = torch.tensor([[3.0]])
     >>> corrected_target(weight, weight @ (cross - gram), Problem(gram, damping=0.0))

@@ -73,8 +73,10 @@ def test_what_torch_keeps_unused_is_free(monkeypatch):
     assert states.free_bytes(GPU) == 110
 
 
-@pytest.mark.parametrize("values", [{}, {"preset": "best", "block_tuning": 4}])
-def test_the_model_is_the_same_bit_for_bit(values, monkeypatch):
+@pytest.mark.parametrize(
+    ("values", "passed"), [({"preset": "alps"}, 0), ({}, 1), ({"preset": "best", "block_tuning": 4}, 2)]
+)
+def test_the_model_is_the_same_bit_for_bit(values, passed, monkeypatch):
     made, init = [], StatesOnHost.__init__
     monkeypatch.setattr(StatesOnHost, "__init__", lambda held: made.append(held) or init(held))
     found = []
@@ -84,8 +86,8 @@ def test_the_model_is_the_same_bit_for_bit(values, monkeypatch):
         assert not made
         prune_model(model, EGGSConfig("2:4", batch_size=2, **values), WINDOWS)
         found.append(model.state_dict())
-    # one list of the walk; with tuning another of the dense stream, and one for each block that it passes
-    assert len(made) == (1 if not values else 2 + 2)
+    # one list of the walk; where the dense stream is followed another of it, and one for each block that it passes
+    assert len(made) == passed + (2 if passed else 1)
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 

@@ -357,7 +357,7 @@ def test_training_that_makes_it_worse_keeps_what_was(packed_folder, text_file, t
     before = shutil.copytree(packed_folder, tmp_path / "before")
     report = json.loads((before / "report.json").read_text()) | {"evaluations": [], "benchmark": None}
     (before / "report.json").write_text(json.dumps(report))
-    command = ["recover", str(before), str(tmp_path / "out"), "--train", str(text_file), "--lr", "3", "--steps", "2"]
+    command = ["recover", str(before), str(tmp_path / "out"), "--train", str(text_file), "--lr", "30", "--steps", "2"]
     assert main([*command, "--seq-len", "16", "--batch-size", "2", "--method", "values"]) == 0
     assert "training made it worse: the values of before were kept" in capsys.readouterr().out
     found = read_report(tmp_path / "out")

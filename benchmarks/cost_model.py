@@ -108,8 +108,8 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
         "statistics": share * statistics / rates.float32,
         "update": update / rates.float32,
     }
-    held = 2 * shape.itemsize * shape.weights + 36 * largest + 20 * widest**2
-    held += 3 * share * shape.hidden * shape.itemsize
+    states = 3 * share * shape.hidden * shape.itemsize
+    held = 2 * shape.itemsize * shape.weights + 36 * largest + 20 * widest**2 + states
     return Cost(
         {stage: value * shape.blocks for stage, value in seconds.items()},
         sent * shape.blocks * (processes > 1),

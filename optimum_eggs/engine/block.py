@@ -19,10 +19,11 @@ from ..nn.experts import SplitExperts
 from ..ranks import ALONE, Ranks
 from ..update import Problem
 from .inputs import LayersAlike, layers_with_inputs
-from .layer import SolvedLayer, own_rows, prune_layer
+from .layer import SolvedLayer, prune_layer
 from .permute import permute
 from .plan import PrunePlan
 from .report import DenseLayer, LayerReport
+from .solve import own_rows
 from .tune import BlockTuning, tune_block
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from ..update import Problem
 from ..update.objective import energies, ratio
 from .inputs import LayersAlike
 from .report import LayerReport
-from .solve import rows_together, solve_layer
+from .solve import own_rows, solve_layer
 
 
 @dataclass
@@ -132,11 +132,6 @@ def prune_layer(
         alike.weights_alone,
         found.damping,
     )
-
-
-def own_rows(rows: int, config: EGGSConfig, ranks: Ranks) -> list[slice]:
-    """The rows of a layer that each process solves."""
-    return ranks.rows(rows, rows_together(config))
 
 
 def _scores_alone(weight: Tensor, statistics: GramAccumulator, config: EGGSConfig) -> Shortfall | None:

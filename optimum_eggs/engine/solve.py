@@ -85,9 +85,10 @@ def solve_layer(
         problem = Problem(problem.gram, raised, ranks)
 
 
-def rows_together(config: EGGSConfig) -> int:
-    """Rows of a layer that only one process can solve: those of a band, or of tiles."""
-    return math.lcm(config.band, config.pattern.m) if config.selection == "diagonal" else config.band
+def own_rows(rows: int, config: EGGSConfig, ranks: Ranks) -> list[slice]:
+    """The rows of a layer that each process solves: whole bands, and tiles."""
+    together = math.lcm(config.band, config.pattern.m) if config.selection == "diagonal" else config.band
+    return ranks.rows(rows, together)
 
 
 def _solve(

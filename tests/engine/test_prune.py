@@ -265,7 +265,7 @@ class Routed(torch.nn.Module):
 @pytest.mark.parametrize(
     "values", [{}, {"error_correction": 0.0}, {"preset": "best", "block_tuning": 2, "error_correction": 0.5}]
 )
-def test_experts_that_some_windows_do_not_reach(values, batch_size):
+def test_experts_that_some_windows_do_not_reach(values, batch_size, caplog):
     torch.manual_seed(0)
     model = tiny.make_model("llama")
     for layer in model.model.layers:
@@ -285,3 +285,5 @@ def test_experts_that_some_windows_do_not_reach(values, batch_size):
     # Block 0 reads the same in the pruned model: what its windows reach is pruned, whatever runs in the first batch.
     assert {layer.name for layer in report.layers if layer.block == 0} == reached
     assert all(layer.tokens < WINDOWS.numel() for layer in report.layers if layer.block == 0)
+    corrects = values.get("error_correction", 0.5) > 0
+    assert ("its error is not corrected: it gets other tokens" in caplog.text) == corrects

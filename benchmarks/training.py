@@ -27,8 +27,8 @@ def worker(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from optimum_eggs.hf.attach import packed_layers
     from optimum_eggs.hf.loading import own_memory
+    from optimum_eggs.nn import packed_layers
     from optimum_eggs.recovery.memory import keep_freed_memory
 
     keep_freed_memory()

@@ -12,9 +12,11 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import validation as check
+from .dtypes import BITS, GROUP
 from .errors import ConfigError
 from .importance import IMPORTANCE, unknown_importance
-from .packing import FORMAT_VERSION
+from .packing import FLOAT_VERSION, FORMAT_VERSION
+from .packing.codes import Coding
 from .pattern import NMPattern
 from .presets import METHOD, NUM_SAMPLES, PRESETS, preset
 
@@ -23,6 +25,8 @@ SOLVERS = ("score", "admm", "sparsegpt")
 SELECTIONS = ("optimal", "diagonal", "none")
 UPDATES = ("refit", "none")
 SAMPLINGS = ("random", "sequential")
+ROUNDINGS = ("gptq", "nearest")
+HEADS = ("int8",)
 RETIRED = ("allocation", "descent_sweeps", "floor_tolerance", "tuning_target")
 """Keys of earlier releases, that packed models may hold; no measurement supported what they did."""
 
@@ -66,6 +70,15 @@ class EGGSConfig(QuantizationConfigMixin):
             is held out to stop by. 0 for none.
         tuning_lr: Peak learning rate of block tuning, as a share of the root mean square of what is not zero in each
             tensor.
+        values: How the values that stay are stored: `"int8"` or `"int4"`, integers with a scale for every
+            `value_group` inputs of a row; or None, as floats. A layer with an odd number of values in a row has
+            `"int8"` in place of `"int4"`.
+        value_group: Inputs that share a scale, a multiple of 64. Default: 128.
+        rounding: How values become integers: `"nearest"` (each to the nearest) or `"gptq"` (the error of each is passed
+            on to those after it, on the calibration inputs). Default: `"nearest"` for `"int8"`, `"gptq"` for `"int4"`.
+        rounding_tuning: As `block_tuning`, once the values are rounded, with the rounding in the loop. Default: half of
+            `block_tuning` for `"int4"`, else 0.
+        head: `"int8"` to store the input embeddings and the output head so too, tied or not; or None, as floats.
         calibration: A text file, the name of a data set, a list of texts, token ids, a `datasets.Dataset` of texts or
             of token ids, or a mapping of files and names to the share of the windows that each gives. A data set is
             named `"wikitext2"`, `"c4"`, or by any id on the Hub, with its configuration and revision behind it if need
@@ -95,7 +108,9 @@ class EGGSConfig(QuantizationConfigMixin):
         token: For data sets on the Hub that are private or gated and, when pruning on load, for the tokenizer. Default:
             that of `hf auth login`, or HF_TOKEN. Never stored.
         pruned_modules: The layers pruned: name -> `"n:m"`. Written by the pruner; it is what a loader goes by.
-        format_version: Version of the packed format.
+        coded_modules: The modules whose values are integers: name -> their kind and group, such as `"int8:128"`.
+            Written as `pruned_modules` is.
+        format_version: Version of the packed format: 2 where values are integers, else 1.
 
     Raises:
         ConfigError: an unknown key, or a value out of its range.
@@ -131,6 +146,11 @@ class EGGSConfig(QuantizationConfigMixin):
         error_correction: float | None = None,
         block_tuning: int | None = None,
         tuning_lr: float | None = None,
+        values: str | None = None,
+        value_group: int | None = None,
+        rounding: str | None = None,
+        rounding_tuning: int | None = None,
+        head: str | None = None,
         calibration: Any = None,
         split: str | None = None,
         text_column: str | None = None,
@@ -148,7 +168,8 @@ class EGGSConfig(QuantizationConfigMixin):
         tokenizer: Any = None,
         token: str | None = None,
         pruned_modules: Mapping[str, str] | None = None,
-        format_version: int = FORMAT_VERSION,
+        coded_modules: Mapping[str, str] | None = None,
+        format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -159,18 +180,16 @@ class EGGSConfig(QuantizationConfigMixin):
         _refuse_unknown(unknown)
         if quant_method != QUANT_METHOD:
             raise ConfigError(f"quant_method={quant_method!r} is not this package's; it must be {QUANT_METHOD!r}")
-        if format_version != FORMAT_VERSION:
-            raise ConfigError(
-                f"format_version={format_version!r} is unknown to this release, which reads version {FORMAT_VERSION}; "
-                "upgrade optimum-eggs, or prune the model again"
-            )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.format_version = FORMAT_VERSION
         chosen = _pattern(pattern, n, m)
         self.n, self.m = chosen.n, chosen.m
 
         given = {key: value for key, value in locals().items() if key in METHOD and value is not None}
         self._set_method(_preset_values(preset), given, band, chosen, stored)
+
+        self._set_coding(values, value_group, rounding, rounding_tuning, head)
+        self.coded_modules = check.modules("coded_modules", coded_modules, Coding.parse, "codings such as 'int8:128'")
+        self.format_version = self._version(format_version)
 
         self.calibration = calibration
         self.split = check.text("split", split)
@@ -181,7 +200,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.seq_len = None if seq_len is None else check.integer("seq_len", seq_len, least=2)
         self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
         self.seed = check.integer("seed", seed, least=0, most=check.TORCH_SEEDS)
-        size = _batch_size(self.block_tuning) if batch_size is None else batch_size
+        size = _batch_size(self.block_tuning or self.rounding_tuning) if batch_size is None else batch_size
         self.batch_size = check.integer("batch_size", size, least=1)
         self.min_expert_tokens = check.integer("min_expert_tokens", min_expert_tokens, least=0)
 
@@ -190,7 +209,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.block_list = check.text("block_list", block_list)
         self.tokenizer = tokenizer
         self.token = token
-        self.pruned_modules = check.pruned_modules(pruned_modules)
+        self.pruned_modules = check.modules("pruned_modules", pruned_modules, NMPattern.parse, "patterns such as '2:4'")
         self.preset = self._matching_preset(preset)
 
     @property
@@ -201,7 +220,7 @@ class EGGSConfig(QuantizationConfigMixin):
     @property
     def follows_dense(self) -> bool:
         """Whether the dense model's hidden states are taken along beside the pruned one's."""
-        return bool(self.block_tuning or self.error_correction)
+        return bool(self.block_tuning or self.rounding_tuning or self.error_correction)
 
     def _set_method(
         self, base: Mapping[str, Any], given: Mapping[str, Any], band: int | None, pattern: NMPattern, stored: bool
@@ -223,6 +242,60 @@ class EGGSConfig(QuantizationConfigMixin):
         self.tuning_lr = check.number("tuning_lr", value["tuning_lr"], least=0)
         if not stored:
             _check_combination(self)
+
+    def coding(self, kept: int) -> Coding:
+        """The coding of the values of a layer that keeps so many in a row; `values` must not be None."""
+        assert self.values is not None
+        assert self.value_group is not None
+        return Coding("int8" if kept % 2 else self.values, self.value_group)
+
+    def head_coding(self) -> Coding:
+        """The coding of embeddings and head; `head` must not be None."""
+        assert self.head is not None
+        assert self.value_group is not None
+        return Coding(self.head, self.value_group)
+
+    def _set_coding(
+        self, values: str | None, group: int | None, rounding: str | None, tuning: int | None, head: str | None
+    ) -> None:
+        self.values = None if values is None else check.one_of("values", values, BITS)
+        self.head = None if head is None else check.one_of("head", head, HEADS)
+        if values is None:
+            for name, value in {"rounding": rounding, "rounding_tuning": tuning}.items():
+                if value:
+                    raise ConfigError(f"{name}={value!r} without `values`: no value is rounded; add values='int8'")
+            if group is not None and head is None:
+                raise ConfigError(f"value_group={group!r} without `values`: there is no scale; add values='int8'")
+        coded = values is not None or head is not None
+        self.value_group = Coding("int8", GROUP if group is None else group).group if coded else None
+        self.rounding, self.rounding_tuning = None, 0
+        if values is not None:
+            by_default = "gptq" if values == "int4" else "nearest"
+            self.rounding = by_default if rounding is None else check.one_of("rounding", rounding, ROUNDINGS)
+            steps = _rounding_tuning(self.values, self.block_tuning) if tuning is None else tuning
+            self.rounding_tuning = check.integer("rounding_tuning", steps, least=0)
+            if self.rounding_tuning and not self.tuning_lr:
+                raise ConfigError(f"tuning_lr={self.tuning_lr} with rounding_tuning={steps} would tune nothing")
+
+    def list_modules(self, pruned: Mapping[str, str], coded: Mapping[str, str]) -> None:
+        """Take what a model's modules are, in place, in the place of what was listed."""
+        self.pruned_modules, self.coded_modules = dict(pruned), dict(coded) or None
+        self.format_version = self._version(None)
+
+    def _version(self, stored: int | None) -> int:
+        """Of the format; `stored` must be it."""
+        needed = FORMAT_VERSION if self.values or self.head or self.coded_modules else FLOAT_VERSION
+        if stored not in (None, FLOAT_VERSION, FORMAT_VERSION):
+            raise ConfigError(
+                f"format_version={stored!r} is unknown to this release, which reads versions up to {FORMAT_VERSION}; "
+                "upgrade optimum-eggs, or prune the model again"
+            )
+        if stored not in (None, needed):
+            raise ConfigError(
+                f"format_version={stored!r} with values={self.values!r} and head={self.head!r}: what holds integers is "
+                f"of version {FORMAT_VERSION}, what does not of {FLOAT_VERSION}; leave it out"
+            )
+        return needed
 
     def _matching_preset(self, asked: str | None) -> str | None:
         """The preset that stands for the values held, `asked` first."""
@@ -256,13 +329,21 @@ class EGGSConfig(QuantizationConfigMixin):
         by_default = {
             "min_degree": _min_degree(None, _preset_values(self.preset)["min_degree"], self.selection, self.pattern),
             "band": _band(None, self.min_degree, self.selection, self.pattern),
-            "batch_size": _batch_size(self.block_tuning),
+            "batch_size": _batch_size(self.block_tuning or self.rounding_tuning),
+            "value_group": GROUP,
+            "rounding": "gptq" if self.values == "int4" else "nearest",
+            "rounding_tuning": _rounding_tuning(self.values, self.block_tuning),
         }
-        dropped = {key for key, value in by_default.items() if getattr(self, key) == value}
+        dropped = {key for key, value in by_default.items() if getattr(self, key) == value} | {"format_version"}
         if "pattern" in changes:
             dropped |= {"n", "m"}
         if "preset" in changes:
             dropped |= {*METHOD, "band"}
+        values, head = (changes.get(key, getattr(self, key)) for key in ("values", "head"))
+        if values is None:
+            dropped |= {"rounding", "rounding_tuning"}
+        if values is None and head is None:
+            dropped |= {"value_group", "coded_modules"}
         kept = {key: value for key, value in vars(self).items() if key not in dropped}
         return type(self)(**kept | changes)
 
@@ -325,7 +406,7 @@ class EGGSConfig(QuantizationConfigMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> EGGSConfig:
         # transformers copies the configuration on the way in; data and tokenizer are shared, not copied.
         twin = copy.copy(self)
-        for name in ("targets", "ignore", "pruned_modules"):
+        for name in ("targets", "ignore", "pruned_modules", "coded_modules"):
             setattr(twin, name, copy.copy(getattr(self, name)))
         return twin
 
@@ -434,6 +515,10 @@ def _band(given: int | None, min_degree: int, selection: str, pattern: NMPattern
             f"group and the floor takes {min_degree * pattern.m}; use a band of {need} or more, or a smaller min_degree"
         )
     return band
+
+
+def _rounding_tuning(values: str | None, block_tuning: int) -> int:
+    return block_tuning // 2 if values == "int4" else 0
 
 
 def _batch_size(block_tuning: int) -> int:

@@ -21,7 +21,9 @@ from .masks.certificate import Certificate, certify
 from .masks.spectra import Spectra, spectra
 from .packing import unpack
 from .packing.checkpoint import (
+    PARTS,
     TensorEntry,
+    codings,
     header_problems,
     pruned_patterns,
     read_config,
@@ -30,8 +32,12 @@ from .packing.checkpoint import (
     tensor_problems,
     weight_files,
 )
+from .packing.codes import Coding, decode
 from .packing.pack import unpack_mask
 from .pattern import NMPattern
+
+_DENSE_SIZE = 2
+"""Bytes of a dense value beside which integers are measured: bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,15 @@ class Violation:
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One packed layer of a checkpoint. `spectra` is None where it was not asked for."""
+    """One packed layer of a checkpoint.
+
+    Attributes:
+        packed_bytes: Of values, scales and bits.
+        dense_bytes: Of the dense weight in the dtype of the values; in bfloat16 where these are integers.
+        certificate: Of the mask.
+        spectra: None where it was not asked for.
+        coding: Kind and group of integers, such as `"int8:128"`; None for floats.
+    """
 
     name: str
     out_features: int
@@ -55,6 +69,7 @@ class InspectedLayer:
     dense_bytes: int
     certificate: Certificate
     spectra: Spectra | None = None
+    coding: str | None = None
 
 
 @dataclass
@@ -110,7 +125,8 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
     found = Inspection(str(folder))
     try:
         found.config = read_config(folder)
-        patterns = pruned_patterns(found.config)
+        kinds = codings(found.config)
+        patterns: dict[str, NMPattern | None] = {**dict.fromkeys(kinds), **pruned_patterns(found.config)}
     except CheckpointError as error:
         found.violations.append(Violation("config.json", "config", _detail(error, folder, "config.json")))
         return found
@@ -130,13 +146,14 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
     keys = stored_names(entries, patterns)
     listed = {keys[name]: (name, pattern) for name, pattern in patterns.items()}
     for key in entries:
-        if key.endswith(".weight_meta") and key.removesuffix(".weight_meta") not in listed:
-            where = key.removesuffix(".weight_meta")
-            found.violations.append(Violation(where, "not listed", "is packed, and config.json does not list it"))
+        where, _, part = key.rpartition(".")
+        what = {"weight_meta": "packed", "weight_scale": "stored in integers"}.get(part)
+        if what is not None and where not in listed:
+            found.violations.append(Violation(where, "not listed", f"is {what}, and config.json does not list it"))
     quiet = None if progress is None else not progress
     for key, (name, pattern) in tqdm(listed.items(), desc="Inspecting", unit="layer", disable=quiet):
-        _inspect_layer(found, key, name, pattern, entries, with_spectra)
-    looked_at = {f"{key}.{part}" for key in listed for part in ("weight", "weight_meta")}
+        _inspect_layer(found, key, name, pattern, kinds.get(name), entries, with_spectra)
+    looked_at = {f"{key}.{part}" for key in listed for part in ("weight", "weight_meta", "weight_scale")}
     others = [key for key in entries if key not in looked_at]
     for key in tqdm(others, desc="Inspecting what is dense", unit="tensor", disable=quiet):
         if not _is_finite(_read(entries, key)):
@@ -172,18 +189,25 @@ def _inspect_layer(
     found: Inspection,
     key: str,
     name: str,
-    pattern: NMPattern,
+    pattern: NMPattern | None,
+    coding: Coding | None,
     entries: dict[str, TensorEntry],
     with_spectra: bool,
 ) -> None:
-    problems = list(header_problems(key, pattern, entries))
+    problems = list(header_problems(key, pattern, entries, coding))
     if not problems:
-        weight, meta = (_read(entries, f"{key}.{part}") for part in ("weight", "weight_meta"))
-        problems = list(tensor_problems(weight, meta, pattern))
+        weight = _read(entries, f"{key}.weight")
+        meta, scale = (
+            _read(entries, f"{key}.{part}") if f"{key}.{part}" in entries else None
+            for part in ("weight_meta", "weight_scale")
+        )
+        problems = list(tensor_problems(weight, meta, pattern, scale, coding))
     found.violations += [Violation(name, rule, problem) for rule, problem in problems]
-    if problems:
+    if problems or pattern is None:
         return
-    in_features = weight.shape[1] // pattern.n * pattern.m
+    assert meta is not None
+    width = weight.shape[1] if coding is None else coding.held(weight.shape[1])
+    in_features = width // pattern.n * pattern.m
     min_degree, band = _promised_floor(found.config)
     mask = unpack_mask(meta, in_features)
     certificate = certify(mask, pattern, extra_bands=(band,) if min_degree else ())
@@ -194,16 +218,20 @@ def _inspect_layer(
                 f"config.json promises that every input keeps {min_degree} of every {band} rows, and one keeps {holds}"
             )
             found.violations.append(Violation(name, "floor", detail))
+    dense_size = weight.element_size() if coding is None else _DENSE_SIZE
+    if with_spectra and coding is not None and scale is not None:
+        weight = decode(weight, scale, width, coding, coding.per_scale(pattern), torch.float32)
     found.layers.append(
         InspectedLayer(
             name,
-            weight.shape[0],
+            len(mask),
             in_features,
             str(pattern),
-            packed_bytes=weight.numel() * weight.element_size() + meta.numel(),
-            dense_bytes=mask.numel() * weight.element_size(),
+            packed_bytes=sum(entries[f"{key}.{part}"].nbytes for part in PARTS[:3] if f"{key}.{part}" in entries),
+            dense_bytes=mask.numel() * dense_size,
             certificate=certificate,
             spectra=spectra(mask, unpack(weight, meta, pattern)) if with_spectra else None,
+            coding=None if coding is None else str(coding),
         )
     )
 

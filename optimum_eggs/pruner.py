@@ -16,7 +16,7 @@ from .engine import PruneReport, calibrate_and_prune, pack_model
 from .errors import ConfigError, ModelError, with_article
 from .files import REPORT_NAME
 from .folders import new_folder
-from .hf.attach import attach_quantizer
+from .hf.attach import attach_quantizer, cast_parameters
 from .hf.loading import hub_options, load_config, load_model, load_tokenizer, own_memory, parse_dtype
 from .names import hub_id
 from .pattern import NMPattern
@@ -200,8 +200,7 @@ class EGGSPruner(OptimumQuantizer):
         own = own_card(path)
         with new_folder(save_directory, overwrite, sources=[read], needs=needs) as folder:
             if cast is not None:
-                for parameter in self.model.parameters():  # not buffers: rotary tables are computed in float32
-                    parameter.data = parameter.data.to(cast)
+                cast_parameters(self.model, cast)
             self.model.save_pretrained(folder, max_shard_size=shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)

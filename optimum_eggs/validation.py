@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from .errors import ConfigError
-from .pattern import NMPattern
 
 TORCH_SEEDS = 2**64 - 1
 """The largest seed of torch's generators."""
@@ -86,10 +85,10 @@ def names(name: str, value: Any) -> list[str] | None:
     return items
 
 
-def pruned_modules(value: Any) -> dict[str, str] | None:
-    """`value` as a dictionary name -> pattern, if it is None or such a mapping."""
+def modules(name: str, value: Any, parse: Callable[[str], Any], what: str) -> dict[str, str] | None:
+    """`value` as a dictionary name -> `what` can be parsed, as it is written, if it is None or such a mapping."""
     if value is None:
         return None
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"pruned_modules={value!r} must map the names of layers to patterns such as '2:4'")
-    return {name: str(NMPattern.parse(pattern)) for name, pattern in value.items()}
+    if not isinstance(value, Mapping) or not all(isinstance(module, str) for module in value):
+        raise ConfigError(f"{name}={value!r} must map the names of layers to {what}")
+    return {module: str(parse(text)) for module, text in value.items()}

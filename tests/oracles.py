@@ -192,3 +192,22 @@ def dense_sigma2(adjacency: Tensor) -> float:
     edges = edges[edges.sum(1) > 0][:, edges.sum(0) > 0]
     scaled = edges / edges.sum(1, keepdim=True).sqrt() / edges.sum(0).sqrt()
     return float(torch.linalg.svdvals(scaled)[1])
+
+
+def coded_product(x, codes, scale, weight_meta, bias, n, m, kind, group):
+    """What a layer of integers gives for few tokens: inputs rounded to bytes, group by group, and exact products."""
+    rows, columns = len(codes), x.shape[-1]
+    mask = torch.ones(rows, columns, dtype=torch.bool)
+    if weight_meta is not None:
+        bits = [[byte >> i & 1 for byte in line for i in range(8)] for line in weight_meta.tolist()]
+        mask = torch.tensor(bits, dtype=torch.bool)[:, :columns]
+    numbers = codes.long() if kind == "int8" else torch.stack([codes & 15, codes >> 4], -1).flatten(1).long() - 8
+    spread = scale.double().repeat_interleave(group, 1)[:, :columns]
+    weight = torch.zeros(rows, columns, dtype=torch.float64)
+    weight[mask] = numbers[:, : columns // m * n].flatten().double()
+    inputs = torch.nn.functional.pad(x.double().reshape(-1, columns), (0, -columns % group)).unflatten(1, (-1, group))
+    step = inputs.abs().amax(2, keepdim=True) / 127
+    inputs = (inputs / torch.where(step == 0, 1, step)).round() * step
+    y = inputs.flatten(1)[:, :columns] @ (weight * spread).t()
+    y = y if bias is None else y + bias.double()
+    return y.to(x.dtype).view(*x.shape[:-1], rows)

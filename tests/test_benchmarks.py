@@ -137,6 +137,35 @@ def test_training_is_timed_packed_and_dense(run, packed_folder, dense_folder):
 
 
 @pytest.mark.slow
+def test_integers_are_timed_beside_floats(run):
+    arguments = ["--shapes", "64x128", "--tokens", 1, 9, "--repeats", 2, "--group", 64]
+    printed = run("integers.py", *arguments).stdout
+    assert [line.split("|")[3].strip() for line in printed.splitlines() if line.startswith("| 64x128 | 9 ")] == [
+        "packed bfloat16",
+        "dense bfloat16",
+        "int8",
+        "int4",
+        "dense int8",
+    ]
+
+
+def test_values_are_judged_and_kept_as_they_come(run, packed_folder, text_file, tmp_path):
+    result = tmp_path / "values.json"
+    arguments = [packed_folder, "--calibration", text_file, "--text", text_file, "--json", result, "--head", "int8"]
+    arguments += ["--num-samples", 4, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32, "--single", 8]
+    variants = ["floats", "int4:rounding_tuning=2", "int4:rounding=nearest"]
+    printed = run("values.py", *arguments, "--variants", *variants).stdout
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["variant"] for row in rows] == variants
+    assert rows[0]["share_of_bfloat16"] == pytest.approx(2 * 9 / 16 - 1 / 16)  # float32
+    assert rows[1]["share_of_bfloat16"] < 0.26
+    assert rows[1]["file_bytes"] < rows[0]["file_bytes"] / 2
+    assert len(rows[1]["tuning"]) == 2
+    assert f"| {rows[1]['perplexity']:.2f} | {rows[1]['perplexity'] / rows[0]['perplexity']:.4f} |" in printed
+    run("values.py", *arguments, "--variants", *variants)
+    assert json.loads(result.read_text())["rows"] == rows
+
+
 def test_processes_are_compared(run, dense_folder, text_file, tmp_path):
     sizes = ["--num-samples", 8, "--seq-len", 16, "--num-windows", 2, "--test-seq-len", 32]
     texts = ["--calibration", text_file, "--text", text_file]

@@ -26,7 +26,24 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
         ({"min_degre": 1}, r"min_degre=1: EGGSConfig has no such key; did you mean 'min_degree'\?"),
         ({"zzzz": 1}, r"zzzz=1: EGGSConfig has no such key; the keys are \['pattern', 'n', 'm', .*\]"),
         ({"quant_method": "gptq"}, r"quant_method='gptq' is not this package's; it must be 'eggs'"),
-        ({"format_version": 2}, r"format_version=2 is unknown .* reads version 1; upgrade optimum-eggs, or prune"),
+        (
+            {"format_version": 3},
+            r"format_version=3 is unknown .* reads versions up to 2; upgrade optimum-eggs, or prune",
+        ),
+        ({"format_version": 2}, r"format_version=2 with values=None and head=None: .*; leave it out"),
+        (
+            {"values": "int8", "format_version": 1},
+            r"format_version=1 with values='int8' and head=None: .*; leave",
+        ),
+        ({"values": "int3"}, r"values='int3' is unknown; use one of \['int8', 'int4'\]"),
+        ({"values": "int8", "value_group": 96}, r"value_group=96 is no multiple of 64 inputs of up to 65536; use 64"),
+        ({"value_group": 64}, r"value_group=64 without `values`: there is no scale; add values='int8'"),
+        ({"rounding": "nearest"}, r"rounding='nearest' without `values`: no value is rounded; add values='int8'"),
+        ({"rounding_tuning": 3}, r"rounding_tuning=3 without `values`"),
+        ({"values": "int4", "rounding": "up"}, r"rounding='up' is unknown; use one of \['gptq', 'nearest'\]"),
+        ({"head": "int4"}, r"head='int4' is unknown; use one of \['int8'\]"),
+        ({"coded_modules": {"a": "int8"}}, r"coding='int8' is not of the form 'int8:128'"),
+        ({"coded_modules": ["a"]}, r"coded_modules=\['a'\] must map the names of layers to codings such as 'int8:128'"),
         ({"pattern": "4:2"}, r"pattern 4:2: n=4 is the number kept"),
         ({"pattern": "0:4"}, r"pattern 0:4: n=0 is the number kept"),
         ({"pattern": "2:5"}, r"pattern 2:5: m=5 is not a supported group size"),
@@ -377,3 +394,25 @@ def test_an_update_is_checked_and_gives_back_what_is_no_key():
         assert config.to_dict() == before
     assert config.update(to_dict=3) == {"to_dict": 3}
     assert config.to_dict() == before
+
+
+def test_what_follows_from_the_values_follows_again():
+    config = EGGSConfig(preset="best", values="int4")
+    assert (config.rounding, config.value_group, config.rounding_tuning, config.format_version) == ("gptq", 128, 100, 2)
+    eight = config.replace(values="int8")
+    assert (eight.rounding, eight.rounding_tuning) == ("nearest", 0)
+    other = EGGSConfig(preset="best", values="int4", value_group=64, rounding="nearest", rounding_tuning=7, head="int8")
+    assert other.replace(values=None, head=None) == EGGSConfig(preset="best")
+    assert other.replace(values=None).value_group == 64
+    floats = config.replace(values=None)
+    assert floats == EGGSConfig(preset="best")
+    assert floats.format_version == 1
+    assert config.preset == "best"
+    assert EGGSConfig(values="int4").rounding_tuning == 0  # fast tunes nothing
+    assert EGGSConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_row_with_an_odd_number_of_values_has_bytes():
+    config = EGGSConfig("1:4", values="int4")
+    assert str(config.coding(5)) == "int8:128"
+    assert str(config.coding(6)) == "int4:128"

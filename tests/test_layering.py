@@ -23,7 +23,7 @@ LAYERS = [
     ["calibration"],
     ["engine"],
     ["hf"],
-    ["pruner", "inspection", "evaluation", "speed", "streaming"],
+    ["pruner", "quantize", "inspection", "evaluation", "speed", "streaming"],
     ["recovery", "sharing", "report"],
     ["cli"],
     ["__init__", "__main__"],

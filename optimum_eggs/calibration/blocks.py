@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..nn import is_dense_linear
+from ..nn import is_dense_linear, is_packed
 from .context import text_inputs
 
 
@@ -68,7 +68,8 @@ def find_block_list(model: nn.Module, name: str | None = None) -> BlockList:
 def _outermost_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
     for name, child in module.named_children():
         full = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList) and any(is_dense_linear(inner) for inner in child.modules()):
+        linear = any(is_dense_linear(inner) or is_packed(inner) for inner in child.modules())
+        if isinstance(child, nn.ModuleList) and linear:
             yield full, child
         else:
             yield from _outermost_lists(child, f"{full}.")

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from ..inspection import inspect_checkpoint
     from ..measure import processor
     from ..ops import INSTRUCTION_SETS
+    from ..packing.codes import Coding
     from ..pattern import NMPattern
     from ..speed import check_models, read_bandwidth, time_layer, time_models
     from .recording import may_record, recorded
@@ -69,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     with others_on_stderr():
         found = inspect_checkpoint(args.model)
     found.raise_first("`inspect` lists all")
-    shapes: dict[tuple[int, int, str], int] = {}
+    shapes: dict[tuple[int, int, str, str | None], int] = {}
     for layer in found.layers:
-        shape = (layer.out_features, layer.in_features, layer.pattern)
+        shape = (layer.out_features, layer.in_features, layer.pattern, layer.coding)
         shapes[shape] = shapes.get(shape, 0) + 1
     folders = [args.model] + ([args.against] if args.against else [])
     if not args.layers_only:
@@ -82,8 +83,17 @@ def run(args: argparse.Namespace) -> int:
 
     bandwidth = read_bandwidth()
     timings = [
-        time_layer(out, inner, NMPattern.parse(pattern), dtype, batch, args.layer_repeats, device=device)
-        for out, inner, pattern in shapes
+        time_layer(
+            out,
+            inner,
+            NMPattern.parse(pattern),
+            dtype,
+            batch,
+            args.layer_repeats,
+            device=device,
+            coding=None if coding is None else Coding.parse(coding),
+        )
+        for out, inner, pattern, coding in shapes
         for batch in args.batch
     ]
     models = []
@@ -117,18 +127,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     read = f"{bandwidth:.1f} GB/s read" if bandwidth else "native kernels missing"
     print(f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, {read}\n")
-    print(
-        f"{'out x in':>14} {'n:m':>5} {'layers':>6} {'tokens':>6} {'backend':>9} {'µs':>9} {'times dense':>12}   GB/s"
-    )
+    heads = f"{'out x in':>14} {'n:m':>5} {'values':>9} {'layers':>6} {'tokens':>6} {'backend':>9}"
+    print(f"{heads} {'µs':>9} {'times dense':>12}   GB/s")
     for timing in timings:
         size = f"{timing.out_features} x {timing.in_features}"
         share = f"{timing.gigabytes_per_second:6.1f}" + (
             f" ({timing.gigabytes_per_second / bandwidth:.0%})" if bandwidth else ""
         )
-        print(
-            f"{size:>14} {timing.pattern:>5} {shapes[_shape(timing)]:>6} {timing.tokens:>6} {timing.backend:>9} "
-            f"{timing.packed.median * 1e6:9.1f} {timing.ratio:12.2f} {share}"
-        )
+        what = f"{size:>14} {timing.pattern:>5} {timing.coding or timing.dtype:>9} {shapes[_shape(timing)]:>6}"
+        took = f"{timing.packed.median * 1e6:9.1f} {timing.ratio:12.2f} {share}"
+        print(f"{what} {timing.tokens:>6} {timing.backend:>9} {took}")
     for line in _model_table(models, args):
         print(line)
     return 0
@@ -139,8 +147,8 @@ def _without_folder(model: Any) -> dict[str, Any]:
     return {key: value for key, value in asdict(model).items() if key != "folder"}
 
 
-def _shape(timing: Any) -> tuple[int, int, str]:
-    return timing.out_features, timing.in_features, timing.pattern
+def _shape(timing: Any) -> tuple[int, int, str, str | None]:
+    return timing.out_features, timing.in_features, timing.pattern, timing.coding
 
 
 def _model_table(models: list[Any], args: argparse.Namespace) -> list[str]:

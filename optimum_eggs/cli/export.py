@@ -22,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, make dense, save."""
     from ..errors import ModelError
+    from ..evaluation.size import model_size
     from ..folders import check_output, new_folder
-    from ..hf.attach import packed_layers
     from ..hf.loading import has_tokenizer, load_model, load_tokenizer
+    from ..nn import packed_layers
     from ..sharing import own_card, put_card
 
     path = check_output(args.output, args.overwrite, sources=[args.model])
@@ -34,8 +35,7 @@ def run(args: argparse.Namespace) -> int:
         layers = packed_layers(model)
         if not layers:
             raise ModelError(f"{args.model}: has no packed layers, so it is dense already")
-        zeros = sum((layer.in_features * layer.out_features - layer.weight.numel()) for layer in layers.values())
-        needs = sum(value.nbytes for value in model.parameters()) + zeros * model.dtype.itemsize
+        needs = model_size(model, None).parameters * model.dtype.itemsize
         count = len(layers)
         del layers  # or packed and dense ones are in memory together
         with new_folder(args.output, args.overwrite, sources=[args.model], needs=needs) as folder:

@@ -32,14 +32,15 @@ def run(args: argparse.Namespace) -> int:
         print(strict_json.dumps(found.to_dict()))
     elif found.layers:
         width = max(len(layer.name) for layer in found.layers)
-        heads = f"{'out':>6} {'in':>6} {'n:m':>5} {'min/mean degree':>16} {'starved':>8} {'floor':>9}"
+        heads = f"{'out':>6} {'in':>6} {'n:m':>5} {'values':>9} {'min/mean degree':>16} {'starved':>8} {'floor':>9}"
         print(f"{'layer':<{width}} {heads}" + (f" {'gap':>7} {'weighted':>8}" if args.spectra else ""))
         for layer in found.layers:
             c = layer.certificate
             degrees = f"{c.input_degree_min}/{c.input_degree_mean:.0f}"
+            size = f"{layer.out_features:>6} {layer.in_features:>6} {layer.pattern:>5} {layer.coding or 'floats':>9}"
             print(
-                f"{layer.name:<{width}} {layer.out_features:>6} {layer.in_features:>6} {layer.pattern:>5} "
-                f"{degrees:>16} {c.starved_inputs:>8} {_floor(c.floors):>9}{_gaps(layer.spectra)}"
+                f"{layer.name:<{width}} {size} {degrees:>16} {c.starved_inputs:>8} {_floor(c.floors):>9}"
+                f"{_gaps(layer.spectra)}"
             )
         packed = sum(layer.packed_bytes for layer in found.layers)
         dense = sum(layer.dense_bytes for layer in found.layers)

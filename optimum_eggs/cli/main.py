@@ -13,13 +13,14 @@ from ..folders import PUT_IN_PLACE, said_in_place
 from ..interrupts import held_back
 from ..logs import said_once
 from ..memory import on_accelerator
-from . import benchmark, evaluate, export, inspect, pack, prune, push, recover, report
+from . import benchmark, evaluate, export, inspect, pack, prune, push, quantize, recover, report
 from .arguments import check_model
 from .printing import printed_at_the_end, say, with_stderr
 
 _SUBCOMMANDS = {  # docstrings would be gone in a Python without them (-OO)
     "prune": (prune, "Prune a model to N:M and save it packed."),
     "pack": (pack, "Pack a dense model that has the zeros of an N:M pattern already, without a change of any value."),
+    "quantize": (quantize, "Store the values of a packed model as integers, under the masks that it has."),
     "evaluate": (
         evaluate,
         "Measure a saved model: perplexity, tasks, size on disk, parameters kept; against another model, if one is "

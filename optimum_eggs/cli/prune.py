@@ -33,6 +33,9 @@ _FLAGS = (
     "batch_size",
     "min_degree",
     "block_tuning",
+    "values",
+    "value_group",
+    "head",
     "targets",
     "ignore",
 )
@@ -41,7 +44,7 @@ _FLAGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prune`."""
-    from ..dtypes import DTYPES
+    from ..dtypes import BITS, DTYPES, GROUP
     from ..presets import NUM_SAMPLES, PRESETS, SEQ_LEN
 
     parser.usage = "%(prog)s MODEL OUT --calibration TEXT [options]"
@@ -78,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["lm_head"],
         help="leave these dense, such as lm_head down_proj 'layers.0.*' (default: lm_head)",
     )
+    add("--values", choices=list(BITS), help="integers for the values that are kept (default: none, floats)")
+    add("--head", choices=["int8"], help="integers for embeddings and output head (default: none, floats)")
     add_device(add)
     add(
         "--memory-budget",
@@ -115,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="steps that a block is tuned for (default: as the preset says; 200 with best, else 0: none)",
     )
+    add_rare("--value-group", type=integer(64), metavar="N", help=f"inputs that share a scale (default: {GROUP})")
     add_rare(
         "--targets",
         nargs="+",

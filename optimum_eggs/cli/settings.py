@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 _NOT_TO_BE_SET = {
     "tokenizer": "it is an object; the model's own is used",
     "pruned_modules": "the pruner writes it",
-    "format_version": "this release writes one version",
+    "coded_modules": "the pruner writes it",
+    "format_version": "it follows from the values",
     "quant_method": "it is this package's",
 }
 

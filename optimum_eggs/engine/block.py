@@ -23,6 +23,7 @@ from .layer import SolvedLayer, prune_layer
 from .permute import permute
 from .plan import PrunePlan
 from .report import DenseLayer, LayerReport
+from .rounding import RoundedLayer, check_runs, code_layer, round_block
 from .solve import own_rows
 from .tune import BlockTuning, tune_block
 
@@ -31,11 +32,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class BlockResult:
-    """What became of a block."""
+    """What became of a block; `rounding` is how it was tuned with the rounding of its values in the loop."""
 
     layers: list[LayerReport]
     tuning: BlockTuning | None = None
     left_dense: list[DenseLayer] = field(default_factory=list)
+    rounding: BlockTuning | None = None
 
 
 class DenseStream:
@@ -82,7 +84,7 @@ def prune_block(
 
     for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens, dense_layer):
         solved += _prune_wave(walk, wave, todo, gains, config)
-    if stream is not None and twin is not None and (config.block_tuning or go_on):
+    if stream is not None and twin is not None and (config.block_tuning or config.rounding_tuning or go_on):
         stream.advance(twin, index)
     twin = None  # so that its memory is free
     if stream is not None:
@@ -94,6 +96,13 @@ def prune_block(
             masks = {todo[layer.name]: layer.mask() for layer in solved}
             steps, rate = config.block_tuning, config.tuning_lr
             tuning = tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed)
+    rounded: dict[str, RoundedLayer] = {}
+    rounding = None
+    if config.values:
+        rounded, rounding = _round(walk, block, index, prefix, todo, solved, config, stream)
+        if rounded and not plan.runs_in_integers:
+            check_runs(walk, block, index, prefix, rounded, {layer.name: layer.pattern for layer in solved})
+            plan.runs_in_integers = True
     if go_on:
         walk.advance(block, index)
 
@@ -103,11 +112,11 @@ def prune_block(
         reason = "not reached by the calibration text, or run more than once in its block"
         left_dense.append(DenseLayer(name, reason, dense_weight(todo[name]).numel()))
         logger.warning("%s: left dense: %s", name, reason)
-    layers = _pack(walk, solved, block, prefix, index)
+    layers = _pack(walk, solved, rounded, block, prefix, index)
     for module in block.modules():
         if isinstance(module, SplitExperts):
             module.own_memory()
-    return BlockResult(layers, tuning, left_dense)
+    return BlockResult(layers, tuning, left_dense, rounding)
 
 
 def _prune_wave(
@@ -166,7 +175,36 @@ def _missing(
     return missing
 
 
-def _pack(walk: Walk, solved: Sequence[SolvedLayer], block: nn.Module, prefix: str, index: int) -> list[LayerReport]:
+def _round(
+    walk: Walk,
+    block: nn.Module,
+    index: int,
+    prefix: str,
+    todo: Mapping[str, nn.Module],
+    solved: Sequence[SolvedLayer],
+    config: EGGSConfig,
+    stream: DenseStream | None,
+) -> tuple[dict[str, RoundedLayer], BlockTuning | None]:
+    """Round the values of solved layers in place, and tune the block with the rounding in the loop."""
+    layers = {layer.name: todo[layer.name] for layer in solved}
+    masks = {layers[layer.name]: layer.mask() for layer in solved}
+    rounded = round_block(walk, block, index, prefix, layers, masks, config, walk.meter)
+    if config.rounding_tuning and stream is not None and rounded:
+        with walk.meter.stage("tuning"):
+            coded = {layers[name]: layer for name, layer in rounded.items()}
+            steps, rate = config.rounding_tuning, config.tuning_lr
+            return rounded, tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed, coded)
+    return rounded, None
+
+
+def _pack(
+    walk: Walk,
+    solved: Sequence[SolvedLayer],
+    rounded: Mapping[str, RoundedLayer],
+    block: nn.Module,
+    prefix: str,
+    index: int,
+) -> list[LayerReport]:
     """Put packed layers in place of the dense ones. The certificates are shared out over the processes."""
     meter, ranks = walk.meter, walk.ranks
     mine = set(ranks.mine({layer.name: len(layer.mask_bits) * layer.in_features for layer in solved}))
@@ -176,12 +214,15 @@ def _pack(walk: Walk, solved: Sequence[SolvedLayer], block: nn.Module, prefix: s
         with meter.stage("pack"):
             module = block.get_submodule(path)
             mask = layer.mask().to(dense_weight(module).device)
-            block.set_submodule(path, NMLinear.from_linear(module, layer.pattern, mask))
-            del module  # so that its memory is free
+            packed = NMLinear.from_linear(module, layer.pattern, mask)
+            codes = rounded.get(layer.name)
+            block.set_submodule(path, packed if codes is None else code_layer(packed, codes))
+            del module, packed, codes  # so that their memory is free
         with meter.stage("report"):
             if layer.name in mine:
                 extra = (layer.band,) if layer.min_degree else ()
                 certificates[layer.name] = certify(mask, layer.pattern, extra_bands=extra)
     with walk.exchange():
         certificates = ranks.merge(certificates)
-    return [layer.report(index, certificates[layer.name]) for layer in solved]
+    codings = {name: str(layer.coding) for name, layer in rounded.items()}
+    return [layer.report(index, certificates[layer.name], codings.get(layer.name)) for layer in solved]

@@ -22,6 +22,7 @@ from .plan import PrunePlan
 _PRODUCTS = {"score": 1, "sparsegpt": 3, "admm": 60}
 FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 20}
 """Operations over in³ of the factorisation of a Gram matrix (in, in) that a solver does."""
+_ROUNDING = 10  # products too
 _BACKWARD = 3  # a step of tuning over a forward pass
 _LAYER_COPIES, _GRAM_COPIES, _BLOCK_COPIES = 8, 6, 5  # float32 buffers: of the largest layer, its Gram matrix, a block
 
@@ -54,11 +55,12 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
 
     matrices = {name if name in experts else reader: reader[1] for name, reader in readers.items()}
     work = _solving(layers.values(), matrices.values(), config) + sum(
-        (2 + 2 * bool(config.error_correction)) * tokens * width**2 for _, width in set(readers.values())
+        (2 + 2 * bool(config.error_correction) + 2 * (config.rounding == "gptq")) * tokens * width**2
+        for _, width in set(readers.values())
     )
     seconds = one_pass * passes(readers.values(), len(waves), config) + work / rate
-    if config.block_tuning:
-        seconds += config.block_tuning * _BACKWARD * one_pass / len(walk.hidden)
+    steps = config.block_tuning + config.rounding_tuning
+    seconds += steps * _BACKWARD * one_pass / len(walk.hidden)
     blocks = sum(_weights(each) for each in plan.layers) / _weights(plan.layers[index])
     held = 4 * _LAYER_COPIES * rows * columns + 4 * _GRAM_COPIES * columns**2
     held += max((4 * sum(layers[name][1] ** 2 for name in wave) for wave in waves), default=0)
@@ -66,7 +68,7 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
         held += first.numel() * first.element_size() * len(walk.hidden) * (3 if config.follows_dense else 1)
     if config.error_correction:
         held += sum(parameter.nbytes for parameter in block.parameters())
-    if config.block_tuning:
+    if steps:
         held += 4 * _BLOCK_COPIES * sum(parameter.numel() for parameter in block.parameters())
     return Estimate(seconds * blocks, held)
 
@@ -76,7 +78,7 @@ def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -
 
     Layers that read the same tensor take half of one on average, since the pass ends with them; a wave of experts takes
     one, what leaves the block one, tuning and permutation one each; to correct errors the dense block takes as many as
-    the statistics, and one.
+    the statistics, and one. Rounding that passes its errors on takes the statistics again.
 
     Args:
         readers: What each layer reads: the module it is in, and its width; `""` for the module of experts.
@@ -85,7 +87,7 @@ def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -
     """
     stages = len({reads for reads in readers if reads[0]}) + 1
     found = 1 + stages / 2 + waves + bool(config.permutation) + bool(config.follows_dense)
-    return found + bool(config.error_correction) * (stages - 1) / 2
+    return found + (bool(config.error_correction) + (config.rounding == "gptq")) * (stages - 1) / 2
 
 
 def announcement(
@@ -123,6 +125,8 @@ def _solving(layers: Collection[torch.Size], widths: Iterable[int], config: EGGS
         products += config.refit_steps + 1
     if config.error_correction:
         products += 3
+    if config.rounding == "gptq":
+        products += _ROUNDING
     # ADMM factorises anew for every layer, as its penalty goes another way
     factorised = [columns for _, columns in layers] if config.solver == "admm" else widths
     found = sum(2 * products * rows * columns**2 for rows, columns in layers)

@@ -58,8 +58,8 @@ class SolvedLayer:
         for rank, part in enumerate(self.rows):
             ranks.copy_from(rank, weight[part], self.mask_bits[part])
 
-    def report(self, block: int, certificate: Certificate) -> LayerReport:
-        """The layer's part of the report, once it is packed."""
+    def report(self, block: int, certificate: Certificate, coding: str | None = None) -> LayerReport:
+        """The layer's part of the report, once it is packed, with the coding of its values."""
         return LayerReport(
             self.name,
             block,
@@ -75,6 +75,7 @@ class SolvedLayer:
             self.scores_alone,
             self.weights_alone,
             self.damping,
+            coding=coding,
         )
 
 

@@ -22,11 +22,15 @@ _FEW_OUTPUTS = 16  # fewer are a gate's: a mask there saves next to nothing, and
 
 @dataclass
 class PrunePlan:
-    """The layers to prune, block by block, by full dotted name; and what is left dense, and why."""
+    """The layers to prune, block by block, by full dotted name; and what is left dense, and why.
+
+    `runs_in_integers`: whether a block has been seen to run with layers of integers.
+    """
 
     block_list: BlockList
     layers: list[dict[str, nn.Module]]
     left_dense: list[DenseLayer] = field(default_factory=list)
+    runs_in_integers: bool = False
 
     @property
     def names(self) -> list[str]:

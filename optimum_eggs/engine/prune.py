@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
 from .block import BlockResult, DenseStream, prune_block
 from .estimate import announcement, estimate
+from .head import check_head, code_head, outer_modules
 from .plan import PrunePlan, make_plan
 from .precision import check_float32
 from .report import PruneReport
@@ -63,15 +64,20 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
             NaN or infinite, or memory is out (the blocks before are pruned by then; load the model again).
     """
     check_run(model, config, windows)
+    if config.head:
+        with evaluation_mode(model):
+            check_head(model, config.head_coding())
     plan = make_plan(model, config)
     try:
         with Meter(devices_of(model)) as meter:
             done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
+            with meter.stage("head"):
+                head = code_head(model, config.head_coding()) if config.head else {}
     except BaseException:
         if not any(isinstance(module, NMLinear) for module in model.modules()):
             join_experts(model)
         raise
-    return make_report(plan, config, windows, done, meter)
+    return make_report(plan, config, windows, done, meter, head)
 
 
 class Keeper(Protocol):
@@ -99,8 +105,13 @@ def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Rank
     if config.block_tuning:
         check_float32(model, f"block_tuning={config.block_tuning}")
         check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
+    if config.rounding_tuning:
+        check_float32(model, f"rounding_tuning={config.rounding_tuning}")
+        check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
     if config.permutation:
         check_float32(model, "permutation=True")
+    if config.head:
+        outer_modules(model)
 
 
 @torch.no_grad()
@@ -156,14 +167,20 @@ def prune_blocks(
 
 
 def make_report(
-    plan: PrunePlan, config: EGGSConfig, windows: Tensor, done: Sequence[BlockResult], meter: Meter
+    plan: PrunePlan,
+    config: EGGSConfig,
+    windows: Tensor,
+    done: Sequence[BlockResult],
+    meter: Meter,
+    head: Mapping[str, str] | None = None,
 ) -> PruneReport:
-    """The report of a run, from what became of each block.
+    """The report of a run, from what became of each block, and the codings of what is outside of them.
 
     Raises:
         CalibrationError: no layer was pruned.
     """
     layers = [layer for block in done for layer in block.layers]
+    coded = {layer.name: layer.coding for layer in layers if layer.coding is not None} | dict(head or {})
     left_dense = [*plan.left_dense, *(layer for block in done for layer in block.left_dense)]
     if not layers:
         raise CalibrationError(
@@ -171,11 +188,13 @@ def make_report(
             "`targets`"
         )
     report = PruneReport(
-        config=config.to_dict() | {"pruned_modules": {layer.name: layer.pattern for layer in layers}},
+        config=config.to_dict()
+        | {"pruned_modules": {layer.name: layer.pattern for layer in layers}, "coded_modules": coded or None},
         layers=layers,
         left_dense=left_dense,
         calibration={"windows": len(windows), "seq_len": windows.shape[1], "sha256": windows_digest(windows)},
         tuning=[block.tuning for block in done if block.tuning is not None],
+        rounding=[block.rounding for block in done if block.rounding is not None],
         measurements=meter.summary(),
     )
     logger.info("%r", report)

@@ -44,6 +44,7 @@ class LayerReport:
         tokens: Calibration tokens that the layer saw; None for one that was packed as it was.
         zeros_kept: Of a layer that was packed as it was, zeros that the mask has taken in where a group had fewer than
             n nonzeros. The certificate counts them as kept.
+        coding: Kind and group of the integers that its values are, such as `"int8:128"`; None for floats.
     """
 
     name: str
@@ -61,6 +62,7 @@ class LayerReport:
     weights_alone: bool = False
     damping: float | None = None
     zeros_kept: int = 0
+    coding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class PruneReport:
         config: The configuration, as JSON types.
         layers: One entry for each pruned layer.
         tuning: One entry for each block that was tuned.
+        rounding: The same for blocks tuned with the rounding of their values in the loop.
         left_dense: Every weight matrix of the blocks, embedding or head that was left dense, with the reason.
         calibration: What the windows were: source, count, length, whether they overlap because the text was short, and
             the SHA-256 of the token ids. Empty for a model that was packed as it was.
@@ -96,6 +99,7 @@ class PruneReport:
     measurements: dict[str, Any] = field(default_factory=dict)
     base_model: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    rounding: list[BlockTuning] = field(default_factory=list)
 
     @property
     def mean_relative_error(self) -> float | None:
@@ -140,6 +144,7 @@ class PruneReport:
             "base_model": self.base_model,
             "layers": layers,
             "tuning": [asdict(block) for block in self.tuning],
+            "rounding": [asdict(block) for block in self.rounding],
             "left_dense": [asdict(layer) for layer in self.left_dense],
             "measurements": self.measurements,
             "versions": self.versions,
@@ -239,9 +244,10 @@ def text_uses(report: dict[str, Any], text: Mapping[str, Any]) -> list[str]:
 def used_texts(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """What the values of a saved model were "calibrated" and "trained" on, by its report, as `described`."""
     calibration, recovery = report.get("calibration") or {}, report.get("recovery") or {}
+    rounded = (report.get("quantization") or {}).get("calibration") or {}
     source, train = (report.get("config") or {}).get("calibration"), recovery.get("settings", {}).get("train")
     return {
-        "calibrated": calibration.get("texts", _by_name(source)),
+        "calibrated": [*calibration.get("texts", _by_name(source)), *rounded.get("texts", [])],
         "trained": recovery.get("texts", _by_name(train)),
     }
 

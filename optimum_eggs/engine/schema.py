@@ -171,6 +171,7 @@ _LAYER = _object(
     {
         "min_degree": _COUNT,
         "band": _SIZE,
+        "coding": _maybe(_TEXT),
         "scores_alone": _or_empty(_SCORES_ALONE),
         "spectra": _or_empty(_object(_SPECTRA, {})),
     },
@@ -213,6 +214,17 @@ _RECOVERY = _object(
         "measurements": _object({}, {"seconds": _NUMBER}),
     },
 )
+_QUANTIZATION = _object(
+    {"values": _maybe(_TEXT), "head": _maybe(_TEXT)},
+    {
+        "value_group": _maybe(_SIZE),
+        "rounding": _maybe(_TEXT),
+        "rounding_tuning": _COUNT,
+        "calibration": _or_empty(
+            _object({"windows": _COUNT, "seq_len": _COUNT, "sha256": _TEXT}, {"source": _SOURCE, "texts": _TEXTS})
+        ),
+    },
+)
 _PARTS: dict[str, Check] = {
     "summary": _object(
         {"pattern": _PATTERN, "layers_pruned": _COUNT, "parameters_pruned": _COUNT, "starved_inputs": _COUNT},
@@ -229,6 +241,7 @@ _PARTS: dict[str, Check] = {
 _OTHERS: dict[str, Check] = {
     "base_model": _or_empty(_object({}, {"id": _maybe(_TEXT)})),
     "tuning": _maybe(_list(_TUNED)),
+    "rounding": _maybe(_list(_TUNED)),
     "left_dense": _maybe(_list(_object({"name": _TEXT}, {}))),
     "measurements": _or_empty(
         _object({}, {"seconds": _NUMBER, "seconds_of_earlier_runs": _NUMBER, "stages": _each(_STAGE)})
@@ -238,6 +251,7 @@ _OTHERS: dict[str, Check] = {
     "tasks": _maybe(_list(_TASK)),
     "benchmark": _or_empty(_BENCHMARK),
     "recovery": _or_empty(_RECOVERY),
+    "quantization": _or_empty(_QUANTIZATION),
 }
 _PRUNED = _object(_PARTS, _OTHERS)
 _OTHER = _object({}, {key: _maybe(of) for key, of in _PARTS.items()} | _OTHERS)

@@ -79,10 +79,19 @@ def solve_layer(
             raise error
         if damping >= 1:
             raise NumericalError(f"{name}: {error}; add the layer to `ignore`") from error
-        raised = min(1.0, max(10 * damping, _LEAST_DAMPING))
+        raised = raised_damping(damping)
         logger.warning("%s: damping is raised from %g to %g: %s", name, damping, raised, error)
         damping = raised
         problem = Problem(problem.gram, raised, ranks)
+
+
+def raised_damping(damping: float) -> float:
+    """What is tried next where a Gram matrix cannot be factorised.
+
+    >>> raised_damping(0.01), raised_damping(0), raised_damping(0.5)
+    (0.1, 1e-06, 1.0)
+    """
+    return min(1.0, max(10 * damping, _LEAST_DAMPING))
 
 
 def own_rows(rows: int, config: EGGSConfig, ranks: Ranks) -> list[slice]:

@@ -14,8 +14,10 @@ from ..calibration import Walk
 from ..errors import CalibrationError, ModelError
 from ..nn.dense import is_conv1d, is_dense_linear
 from ..ranks import Ranks
+from .error import token_error
 from .precision import bfloat16_products, in_float32
 from .rates import sizes
+from .rounding import RoundedLayer, rounding_in_the_loop
 
 HELD_OUT, MOST_HELD_OUT = 1 / 8, 8
 """Share of the calibration batches that a block is not tuned on, but judged by; and the most of them."""
@@ -58,16 +60,6 @@ def check_tunable(batches: int, batch_size: int) -> None:
         raise ModelError("block_tuning needs gradients, and torch.inference_mode() forbids them; use torch.no_grad()")
 
 
-def token_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of ‖y − t‖²/‖t‖², of hidden states (..., hidden): a number.
-
-    Relative for each token, since what reads the hidden states normalises each token by itself: the few tokens that
-    carry activations a thousand times as large must not hide all others.
-    """
-    size = target.square().sum(-1)
-    return ((output - target).square().sum(-1) / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
-
-
 def tune_block(
     walk: Walk,
     block: nn.Module,
@@ -77,6 +69,7 @@ def tune_block(
     steps: int,
     learning_rate: float,
     seed: int,
+    rounded: Mapping[nn.Module, RoundedLayer] | None = None,
 ) -> BlockTuning:
     """Tune block `index` in place: pruned weights where the mask keeps them, biases and norms.
 
@@ -101,6 +94,8 @@ def tune_block(
         steps: Adam steps.
         learning_rate: The largest, as a share of the root mean square of a tensor's kept entries.
         seed: Seed of the order of the batches.
+        rounded: Pruned layers whose values are to be codes times scales: they are throughout, and their scales are
+            tuned too.
 
     Returns:
         The errors before and after.
@@ -121,7 +116,8 @@ def tune_block(
             walk.ranks.add(total)
         return float(total) / len(judging) / walk.ranks.size
 
-    with _trainable(block, masks) as (parameters, kept):
+    with _trainable(block, masks) as (parameters, kept), rounding_in_the_loop(rounded or {}) as scales:
+        parameters, kept = [*parameters, *scales], [*kept, *[None] * len(scales)]
         of_size = sizes(parameters)
         before = best = held_out_error()
         best_step, best_values = 0, [parameter.detach().clone() for parameter in parameters]

@@ -19,11 +19,10 @@ from ..devices import choose_device, device_map
 from ..engine.report import read_report, text_uses
 from ..errors import ConfigError, ModelError
 from ..folders import check_folder
-from ..hf.attach import packed_layers
 from ..hf.loading import load_config, load_model, load_tokenizer
 from ..masks.recognise import follows
 from ..memory import enough_memory
-from ..nn import NMLinear, dense_weight, is_dense_linear
+from ..nn import PackedLinear, dense_weight, is_dense_linear, packed_layers, pattern_of
 from ..packing.checkpoint import read_headers, weight_files
 from .paired import compare
 from .perplexity import perplexity_of
@@ -243,10 +242,10 @@ def _conditions(text: Any, split: str | None, seq_len: int, stride: int, apply_c
     return Conditions(named["name"], named["split"], seq_len, stride, apply_chat_template, named["sha256"])
 
 
-def _is_pruned(model: nn.Module, packed: Mapping[str, NMLinear]) -> bool:
+def _is_pruned(model: nn.Module, packed: Mapping[str, PackedLinear]) -> bool:
     """Whether `model` has packed layers, or else stores the zeros of those that are `packed` in another model."""
     modules = dict(model.named_modules())
     dense = {name: modules[name] for name in packed if name in modules and is_dense_linear(modules[name])}
     return bool(packed_layers(model)) or (
-        bool(dense) and all(follows(dense_weight(dense[name]), packed[name].pattern) for name in dense)
+        bool(dense) and all(follows(dense_weight(dense[name]), pattern_of(packed[name])) for name in dense)
     )

@@ -8,15 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hf.attach import packed_layers
-from ..nn import NMLinear
-from ..packing.checkpoint import read_headers, weight_files
+from ..nn import PackedLinear, packed_layers, values_kept
+from ..packing.checkpoint import ELEMENT_SIZE, read_headers, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ELEMENT_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I64": 8, "I32": 4, "BOOL": 1}
-_PARTS = ("weight", "weight_meta")
+_PARTS = ("weight", "weight_meta", "weight_scale")
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class ModelSize:
         parameters: Parameters of the dense model, tied ones counted once.
         parameters_kept: Those that are not zero by the pattern.
         weight_bytes: Bytes of the safetensors files; None for a model in memory, which has none.
-        pruned_layer_bytes: Bytes of the layers that are packed (values and bits, without biases); for a dense model, of
-            those that are packed in the other one. In the files, or in memory.
+        pruned_layer_bytes: Bytes of the layers that are packed (values, scales and bits, without biases); for a dense
+            model, of those that are packed in the other one. In the files, or in memory.
     """
 
     parameters: int
@@ -38,7 +36,7 @@ class ModelSize:
 
 
 def model_size(
-    model: PreTrainedModel, folder: str | Path | None, twins: Mapping[str, NMLinear] | None = None
+    model: PreTrainedModel, folder: str | Path | None, twins: Mapping[str, PackedLinear] | None = None
 ) -> ModelSize:
     """Sizes of `model`, loaded from `folder` if it is not None.
 
@@ -49,17 +47,19 @@ def model_size(
         CheckpointError: the folder holds no whole safetensors checkpoint.
     """
     layers = packed_layers(model)
+    of_layers = sum(values_kept(layer) for layer in layers.values())
     kept = sum(parameter.numel() for parameter in model.parameters())
-    dropped = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers.values())
+    kept += of_layers - sum(layer.weight.numel() for layer in layers.values())  # two codes of four bits are one byte
+    dropped = sum(layer.in_features * layer.out_features for layer in layers.values()) - of_layers
     if folder is None:
         weight_bytes, element = None, model.dtype.itemsize
         held = {key: value.nbytes for key, value in model.state_dict().items()}
     else:
         files = weight_files(folder)
         weight_bytes, entries = sum(file.stat().st_size for file in files), read_headers(files)
-        held = {key: prod(entry.shape) * _ELEMENT_SIZE.get(entry.dtype, 1) for key, entry in entries.items()}
+        held = {key: entry.nbytes for key, entry in entries.items()}
         largest = max(entries.values(), key=lambda entry: prod(entry.shape), default=None)
-        element = model.dtype.itemsize if largest is None else _ELEMENT_SIZE.get(largest.dtype, 1)
+        element = model.dtype.itemsize if largest is None else ELEMENT_SIZE.get(largest.dtype, 1)
     pruned = 0
     for name, layer in (twins or layers).items():
         parts = [held[key] for key in (f"{name}.{part}" for part in _PARTS) if key in held]

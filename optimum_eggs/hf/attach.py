@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ from torch import nn
 
 from ..config import EGGSConfig
 from ..errors import ModelError
-from ..nn import NMLinear
+from ..nn import CodedEmbedding, CodedLinear, NMLinear
+from ..nn.embedding import TiedCodedLinear
 from ..nn.experts import SplitExperts, join_experts, keep_names
 from .loading import parse_dtype
 from .offload import follow, is_offloaded, onloaded
@@ -54,6 +56,8 @@ def take_over(model: PreTrainedModel) -> None:
     """
     keep_names(model)
     own: dict[str, Any] = {"push_to_hub": _push_to_hub, "half": nn.Module.half, "float": nn.Module.float}
+    if isinstance(model.get_input_embeddings(), CodedEmbedding):
+        own["resize_token_embeddings"] = _resize_token_embeddings
     vars(model).update({name: partial(function, model) for name, function in own.items()})
 
 
@@ -61,11 +65,21 @@ def give_back(model: PreTrainedModel) -> None:
     """Undo [`take_over`], and the mark that the configurations of a packed model have."""
     from transformers import PreTrainedModel
 
-    for name in ("push_to_hub", "half", "float", "_weight_conversions"):
+    for name in ("push_to_hub", "half", "float", "resize_token_embeddings", "_weight_conversions"):
         vars(model).pop(name, None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             vars(module.config).pop("_is_quantized", None)
+
+
+def _resize_token_embeddings(model: PreTrainedModel, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
+    embeddings: Any = model.get_input_embeddings()
+    if new_num_tokens in (None, embeddings.num_embeddings):
+        return embeddings
+    raise ModelError(
+        f"resize_token_embeddings({new_num_tokens}): the embeddings hold integers (head='int8'), which do not grow; "
+        "make the model dense first with dequantize(), or prune it without head='int8'"
+    )
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:
@@ -74,14 +88,9 @@ def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> str:
     return push_model(model, repo_id, **options)
 
 
-def packed_layers(model: nn.Module) -> dict[str, NMLinear]:
-    """The packed layers of a model by dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
-
-
 @torch.no_grad()
 def unpack_layers(model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """Replace every packed layer by the dense layer it came from, zeros in place. Changes and returns `model`.
+    """Replace every packed or coded module by the dense one it came from, zeros in place. Changes and returns `model`.
 
     An offloaded layer stays offloaded: its dense weight is then kept in the CPU's memory.
 
@@ -96,22 +105,46 @@ def unpack_layers(model: PreTrainedModel, dtype: torch.dtype | str | None = None
     dtype = parse_dtype(dtype)
     if isinstance(dtype, str):
         dtype = model.dtype
-    layers = packed_layers(model)
+    kinds = NMLinear | CodedLinear | CodedEmbedding
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     for name, layer in layers.items():
         _check_free(model, name, layer)
+    embeddings: dict[nn.Module, nn.Module] = {}  # what a head shared with them, it shares again
     for name, layer in layers.items():
         with onloaded(layer):
-            dense = layer.to_original().to(dtype)
+            dense = _dense(layer, embeddings).to(dtype)
+        if isinstance(layer, CodedEmbedding):
+            embeddings[layer] = dense
         model.set_submodule(name, follow(dense, layer))
     join_experts(model, _join)
-    for parameter in model.parameters():  # not buffers: rotary tables are computed in float32
-        if parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+    cast_parameters(model, dtype)
     model.config.dtype = dtype
     return model
 
 
-def _check_free(model: nn.Module, name: str, layer: NMLinear) -> None:
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters of a model that are floats, in place; no buffers: rotary tables are computed in float32."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, CodedEmbedding):
+            module.like = module.like.to(dtype)
+
+
+def _dense(layer: NMLinear | CodedLinear | CodedEmbedding, embeddings: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """The dense module of a layer, with the weight of dense `embeddings` where it shares that of coded ones."""
+    if isinstance(layer, CodedEmbedding):
+        return layer.to_embedding()
+    shared = embeddings.get(layer.embedding) if isinstance(layer, TiedCodedLinear) else None
+    if shared is None:
+        return layer.to_original()
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = shared.get_parameter("weight"), layer.bias
+    return linear.train(layer.training)
+
+
+def _check_free(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Raise unless the layer called `name` can be made dense."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
@@ -121,7 +154,8 @@ def _check_free(model: nn.Module, name: str, layer: NMLinear) -> None:
             f"{name} is under an adapter, which holds for the packed layer alone; merge it first with "
             "merge_and_unload(), or take it off with unload()"
         )
-    if not is_offloaded(layer) and (layer.weight.is_meta or layer.weight_meta.is_meta):
+    tensors = (*layer._parameters.values(), *layer._buffers.values())
+    if not is_offloaded(layer) and any(tensor is not None and tensor.is_meta for tensor in tensors):
         raise ModelError(f"{name} has no weights, since it is on the meta device; load the model with from_pretrained")
 
 

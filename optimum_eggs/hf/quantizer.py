@@ -26,12 +26,14 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from ..config import QUANT_METHOD, EGGSConfig
 from ..errors import CheckpointError, ConfigError, ModelError, shorten, with_article
 from ..names import hub_id
-from ..nn import NMLinear, dense_weight, is_dense_linear
+from ..nn import CodedEmbedding, CodedLinear, NMLinear, coded_modules, dense_weight, is_dense_linear, packed_layers
 from ..nn.dense import is_conv1d
+from ..nn.embedding import TiedCodedLinear
 from ..nn.experts import conversions_for, is_fused_experts, split_experts
-from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors
+from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors, listed_modules
+from ..packing.codes import Coding
 from ..pattern import NMPattern
-from .attach import attach_quantizer, give_back, packed_layers, take_over, unpack_layers
+from .attach import attach_quantizer, give_back, take_over, unpack_layers
 from .loading import found_by, load_tokenizer, own_memory, set_commit
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class EGGSHfQuantizer(HfQuantizer):
         report: The report of the pruning, after a dense model was pruned on load.
         file: One of the files that the weights were loaded from; None for a state dict.
         to_save: The state dict to save in place of the model's own, while that is being done.
+        rounds_in_training: Whether the model's layers of integers are replaced by such that train.
     """
 
     requires_calibration = False
@@ -58,6 +61,7 @@ class EGGSHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.report: PruneReport | None = None
         self.to_save: dict[str, torch.Tensor] | None = None
+        self.rounds_in_training = False
         self._loading: PreTrainedModel | None = None
         self.file: str | None = None
 
@@ -86,15 +90,20 @@ class EGGSHfQuantizer(HfQuantizer):
                 "are packed; prune the model again"
             )
         # Without files, a state dict was passed, which is not shown: it is checked when it is loaded.
-        stored = {} if checkpoint_files is None else check_files(checkpoint_files, pruned)
+        coded = self.quantization_config.coded_modules or {}
+        stored = {} if checkpoint_files is None else check_files(checkpoint_files, pruned, coded)
         prefix = f"{model.base_model_prefix}."
         fused = [name.removeprefix(prefix) for name, module in model.named_modules() if is_fused_experts(module)]
         if any(f"{experts}." in name for name in pruned for experts in fused):
             split_experts(model)
             self._loading = model
         modules = dict(model.named_modules())
-        for name, pattern in pruned.items():
-            _swap_in(model, modules, name, NMPattern.parse(pattern), stored.get(name))
+        patterns, kinds = listed_modules(pruned, coded)
+        for name, pattern in patterns.items():
+            _swap_in(model, modules, name, pattern, kinds.get(name), stored.get(name))
+        for module in model.modules():
+            if isinstance(module, CodedLinear | CodedEmbedding):
+                vars(module)["_is_hf_initialized"] = True  # transformers would draw floats for what stays on a disk
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Those of transformers, but for what makes 3-D parameters of experts that are split."""
@@ -105,12 +114,10 @@ class EGGSHfQuantizer(HfQuantizer):
         self._loading = None
         _check_not_split(model, self.pre_quantized)  # older versions of transformers split it after the first look
         if self.pre_quantized:
-            for name, layer in packed_layers(model).items():
+            for name, layer in {**packed_layers(model), **coded_modules(model)}.items():
                 if self.file is None:
                     _check_filled(name, layer)
-                # A layer that is offloaded to disk has been checked by its shapes alone.
-                if "meta" not in (layer.weight.device.type, layer.weight_meta.device.type):
-                    check_packed_tensors(name, layer.weight, layer.weight_meta, layer.pattern)
+                _check_contents(name, layer)
             take_over(model)
             return model
         return self._prune(model)
@@ -156,8 +163,9 @@ class EGGSHfQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Without, too: the packed values are parameters like any other, and are trained under their mask."""
-        return True
+        """Without, too: packed floats are parameters like any other, and are trained under their mask; no integers."""
+        config = self.quantization_config
+        return self.rounds_in_training or not (config.coded_modules or {}).keys() & (config.pruned_modules or {}).keys()
 
     @property
     def is_compileable(self) -> bool:
@@ -207,13 +215,24 @@ def _own_tokenizer(model: PreTrainedModel, config: EGGSConfig, file: str | None)
     return load_tokenizer(source, token=config.token, trust_remote_code=trusted, **options)
 
 
-def _check_filled(name: str, layer: NMLinear) -> None:
+def _check_contents(name: str, layer: NMLinear | CodedLinear | CodedEmbedding) -> None:
+    """Check what a packed or coded module holds. One that is offloaded to disk has been checked by its shapes alone."""
+    parts = (layer.weight, getattr(layer, "weight_meta", None), getattr(layer, "weight_scale", None))
+    if not any(part is not None and part.is_meta for part in parts):
+        weight, meta, scale = parts
+        pattern, coding = getattr(layer, "pattern", None), getattr(layer, "coding", None)
+        check_packed_tensors(name, weight, meta, pattern, scale, coding)
+
+
+def _check_filled(name: str, layer: nn.Module) -> None:
     """Raise unless the loader found all tensors of a packed layer; it makes up what it does not find.
 
     Raises:
         CheckpointError: one of them is missing.
     """
     for part, tensor in {**layer._parameters, **layer._buffers}.items():
+        if part in layer._non_persistent_buffers_set:
+            continue
         if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
             raise CheckpointError(
                 f"{name}: the configuration lists it as pruned, and its {part} is missing in the state dict; pass that "
@@ -225,45 +244,83 @@ def _swap_in(
     model: PreTrainedModel,
     modules: dict[str, nn.Module],
     listed: str,
-    pattern: NMPattern,
+    pattern: NMPattern | None,
+    coding: Coding | None,
     stored: Mapping[str, TensorEntry] | None,
 ) -> None:
-    """Replace the dense layer that config.json calls `listed` by an empty packed one; `stored`, if known, must fit."""
+    """Replace the dense module that config.json calls `listed` by an empty packed one; `stored`, if known, must fit.
+
+    Without a pattern it is one whose values are all kept, as integers; of those, a base model lacks the head.
+    """
     prefix = f"{model.base_model_prefix}."
     # A base model is loaded from the checkpoint of a model with a head, or the other way round.
     name = next((n for n in (listed, listed.removeprefix(prefix), prefix + listed) if n in modules), None)
+    how = f"pruned to {pattern}" if pattern is not None else f"coded ({coding})"
     if name is None:
+        if pattern is None and model.get_output_embeddings() is None:
+            return
         raise CheckpointError(
-            f"{listed}: config.json lists it as pruned, and {type(model).__name__} has no such layer; load the model "
+            f"{listed}: config.json lists it as {how}, and {type(model).__name__} has no such layer; load the model "
             "with the class it was saved from, and a mixture of experts with transformers 5.20 or later"
         )
     dense = modules[name]
-    if not is_dense_linear(dense):
+    layer: NMLinear | CodedLinear | CodedEmbedding
+    if isinstance(dense, nn.Embedding) and pattern is None and coding is not None:
+        layer = _empty_embedding(dense, coding)
+    elif is_dense_linear(dense):
+        layer = _empty_linear(name, dense, pattern, coding)
+    else:
         raise CheckpointError(
-            f"{name}: config.json lists it as pruned, and it is {with_article(type(dense).__name__)}, no linear"
+            f"{name}: config.json lists it as {how}, and it is {with_article(type(dense).__name__)}, no linear"
         )
+    for part in ("weight", "weight_scale"):
+        expected = getattr(layer, part, None)
+        if stored is not None and expected is not None and stored[part].shape != expected.shape:
+            raise CheckpointError(
+                f"{name}: {part} has shape {stored[part].shape}; in the {type(model).__name__} of config.json it must "
+                f"be {tuple(expected.shape)}, {how}; download the checkpoint again"
+            )
+    if stored is not None and getattr(layer, "bias", None) is not None and "bias" not in stored:
+        raise CheckpointError(f"{name}: its bias is missing; download the checkpoint again")
+    model.set_submodule(name, layer)
+    if isinstance(layer, CodedEmbedding):
+        _share_with_head(model, dense, layer)
+
+
+def _empty_linear(
+    name: str, dense: nn.Module, pattern: NMPattern | None, coding: Coding | None
+) -> NMLinear | CodedLinear:
     weight = dense_weight(dense)
-    if weight.shape[1] % pattern.m:
+    if pattern is not None and weight.shape[1] % pattern.m:
         raise CheckpointError(
             f"{name}: config.json says {pattern}, and in_features={weight.shape[1]} is not a multiple of m={pattern.m}"
         )
-    layer = NMLinear(
-        weight.shape[1],
-        weight.shape[0],
-        dense.bias is not None,
-        pattern,
-        fan_in_fan_out=is_conv1d(dense),
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    if stored is not None and stored["weight"].shape != layer.weight.shape:
-        raise CheckpointError(
-            f"{name}: weight has shape {stored['weight'].shape}; in the {type(model).__name__} of config.json it must "
-            f"be {tuple(layer.weight.shape)} at {pattern}; download the checkpoint again"
-        )
-    if stored is not None and layer.bias is not None and "bias" not in stored:
-        raise CheckpointError(f"{name}: its bias is missing; download the checkpoint again")
-    model.set_submodule(name, layer)
+    columns, rows, has_bias = weight.shape[1], weight.shape[0], dense.bias is not None
+    where: dict[str, Any] = {
+        "fan_in_fan_out": is_conv1d(dense),
+        "device": weight.device,
+        "dtype": weight.dtype,
+    }
+    if coding is not None:
+        return CodedLinear(columns, rows, has_bias, pattern, coding, **where)
+    assert pattern is not None
+    return NMLinear(columns, rows, has_bias, pattern, **where)
+
+
+def _empty_embedding(dense: nn.Embedding, coding: Coding) -> CodedEmbedding:
+    where: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+    return CodedEmbedding(dense.num_embeddings, dense.embedding_dim, dense.padding_idx, coding, **where)
+
+
+def _share_with_head(model: PreTrainedModel, dense: nn.Module, embedding: CodedEmbedding) -> None:
+    """Let the head share coded embeddings, if it shares the dense ones."""
+    head = model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    if head is None or not isinstance(head, nn.Linear) or isinstance(head, CodedLinear):
+        return
+    name = names[head]
+    if f"{name}.weight" in model.all_tied_weights_keys:
+        model.set_submodule(name, TiedCodedLinear(head, embedding))
 
 
 _NO_DEMAND = {"calibration", "split", "text_column", "dataset_config_name", "dataset_revision", "batch_size", "preset"}
@@ -289,7 +346,9 @@ def _check_agrees(given: Any, stored: EGGSConfig) -> None:
             f"quantization_config asks for {given.pattern}, and the model is packed at {stored.pattern}; {leave}, or "
             "prune the dense model again"
         )
-    asked, default, has = given.to_dict(), EGGSConfig(given.pattern).to_dict(), stored.to_dict()
+    asked, has = given.to_dict(), stored.to_dict()
+    default = EGGSConfig(given.pattern, values=given.values, head=given.head).to_dict()
+    default |= {key: EGGSConfig(given.pattern).to_dict()[key] for key in ("values", "head", "format_version")}
     for key in asked:
         if key not in _NO_DEMAND and asked[key] not in (default[key], has[key]):
             raise ConfigError(

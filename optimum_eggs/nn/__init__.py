@@ -1,6 +1,23 @@
 """The packed layer, and the dense layers it replaces."""
 
+from .coded import CodedLinear
 from .dense import dense_weight, is_dense_linear
+from .embedding import CodedEmbedding
 from .linear import NMLinear
+from .packed import PackedLinear, coded_modules, is_packed, packed_layers, pattern_of, values_kept
+from .rounded import RoundedLinear
 
-__all__ = ["NMLinear", "dense_weight", "is_dense_linear"]
+__all__ = [
+    "CodedEmbedding",
+    "CodedLinear",
+    "NMLinear",
+    "PackedLinear",
+    "RoundedLinear",
+    "coded_modules",
+    "dense_weight",
+    "is_dense_linear",
+    "is_packed",
+    "packed_layers",
+    "pattern_of",
+    "values_kept",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,3 +30,16 @@ def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a dense linear layer as (out, in): a view, without gradient."""
     weight = module.get_parameter("weight").detach()
     return weight.t() if is_conv1d(module) else weight
+
+
+@torch.no_grad()
+def as_conv1d(linear: nn.Linear) -> nn.Module:
+    """A dense layer as transformers' `Conv1D`, which always has a bias."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):  # its own initialisation would draw random numbers
+        conv = Conv1D(linear.out_features, linear.in_features)
+    weight, bias = linear.weight, linear.bias
+    conv.weight = nn.Parameter(weight.t().contiguous(), requires_grad=weight.requires_grad)
+    conv.bias = bias if bias is not None else nn.Parameter(weight.new_zeros(linear.out_features))
+    return conv.train(linear.training)

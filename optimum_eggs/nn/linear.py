@@ -15,7 +15,7 @@ from ..masks import topn_mask
 from ..ops import held, nm_linear
 from ..packing import meta_width, pack, packed_width, unpack, unpack_mask
 from ..pattern import NMPattern
-from .dense import dense_weight, is_conv1d, is_dense_linear
+from .dense import as_conv1d, dense_weight, is_conv1d, is_dense_linear
 
 TWO_OF_FOUR = NMPattern(2, 4)
 torch.fx.wrap("nm_linear")  # a symbolic trace takes the call as one node, as it does that of a dense layer
@@ -136,20 +136,10 @@ class NMLinear(NonDynamicallyQuantizableLinear):
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
-    @torch.no_grad()
     def to_original(self) -> nn.Module:
         """The dense layer of the kind that was packed: an `nn.Linear`, or a `Conv1D` if `fan_in_fan_out`."""
         linear = self.to_linear()
-        if not self.fan_in_fan_out:
-            return linear
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):  # its own initialisation would draw random numbers
-            conv = Conv1D(self.out_features, self.in_features)
-        conv.weight = nn.Parameter(linear.weight.t().contiguous(), requires_grad=self.weight.requires_grad)
-        bias = linear.bias if linear.bias is not None else nn.Parameter(linear.weight.new_zeros(self.out_features))
-        conv.bias = bias
-        return conv.train(self.training)
+        return as_conv1d(linear) if self.fan_in_fan_out else linear
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., in) to (..., out)."""

@@ -9,7 +9,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .coded import CodedLinear
+from .embedding import CodedEmbedding
 from .linear import NMLinear
+
+_OURS = (NMLinear, CodedLinear, CodedEmbedding)
 
 
 class _LeftAlone:
@@ -21,9 +25,9 @@ class _LeftAlone:
 
 
 def _put_first(table: dict[type, Any]) -> None:
-    others = {kind: made for kind, made in table.items() if kind is not NMLinear}
+    others = {kind: made for kind, made in table.items() if kind not in _OURS}
     table.clear()
-    table.update({NMLinear: _LeftAlone, **others})
+    table.update({**dict.fromkeys(_OURS, _LeftAlone), **others})
 
 
 if "optimum.quanto" in sys.modules:

@@ -30,9 +30,12 @@ from .native import DTYPES, INSTRUCTION_SETS
 
 BACKENDS = ("native", "panel", "reference", "dense", "triton", "semi_structured")
 _MOST_TOKENS_TRITON = 8
+MOST_TOKENS_CODED = 8
+"""For which products of bytes are faster than values made of the integers."""
 # The most tokens for which the native kernel beats the dense product, by instruction set: measured with benchmarks/
 # kernels.py for the AVX-512 ones, chosen with care for the others, which were not at hand by themselves.
-_MOST_TOKENS = {"portable": 4, "neon": 8, "avx2": 12, "avx512": 48, "avx512_vbmi2": 48, "avx512_bf16": 48, "amx": 48}
+_MOST_TOKENS = {"portable": 4, "neon": 8, "neon_dotprod": 8, "avx2": 12, "avx512": 48, "avx512_vbmi2": 48}
+_MOST_TOKENS |= {"avx512_vnni": 48, "avx512_bf16": 48, "amx": 48}
 # The same for bfloat16 where the processor multiplies it: AMX keeps up with the dense product at any number of tokens.
 _MOST_TOKENS_BF16 = {"avx512_bf16": 512, "amx": 1 << 30}
 
@@ -142,7 +145,7 @@ def _decide(dtype: torch.dtype, device: str, tokens: int, torch_may_hang: bool) 
 
 
 def explain(layer: torch.nn.Module, batch: int = 1) -> Choice:
-    """What an `NMLinear` does with `batch` tokens, and why.
+    """What a packed layer does with `batch` tokens, and why.
 
     Raises:
         ShapeError: the layer is not packed.
@@ -156,4 +159,15 @@ def explain(layer: torch.nn.Module, batch: int = 1) -> Choice:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not hasattr(layer, "weight_meta"):
         raise ShapeError(f"{type(layer).__name__} is not a packed layer; pass an NMLinear")
+    if not weight.is_floating_point():
+        return _of_integers(layer, batch)
     return choose(weight.dtype, weight.device, batch)
+
+
+def _of_integers(layer: torch.nn.Module, batch: int) -> Choice:
+    """For a layer of integers, by the dtype of its bias; float32 without one, for the layer has none of its own."""
+    bias, device = getattr(layer, "bias", None), next(layer.parameters()).device
+    found = choose(torch.float32 if bias is None else bias.dtype, device, batch)
+    if found.backend == "native" and batch <= MOST_TOKENS_CODED:
+        return Choice("native", found.isa, f"{batch} tokens: rounded to bytes up to {MOST_TOKENS_CODED}")
+    return Choice(found.backend, found.isa, f"values are made of the integers at every call; then: {found.why}")

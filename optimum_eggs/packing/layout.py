@@ -1,9 +1,13 @@
-"""The widths of the packed tensors, and the number of the format. The specification in words is docs/format.md."""
+"""The widths of the packed tensors, and the numbers of the format. The specification in words is docs/format.md."""
 
 from ..errors import ShapeError
 from ..pattern import NMPattern
 
-FORMAT_VERSION = 1
+FLOAT_VERSION = 1
+"""Of the format, where values are floats."""
+
+FORMAT_VERSION = 2
+"""Where values are integers."""
 
 
 def packed_width(in_features: int, pattern: NMPattern) -> int:

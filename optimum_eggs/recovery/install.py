@@ -25,7 +25,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..hf.offload import is_offloaded, onloaded
-from ..nn import NMLinear
+from ..nn import CodedEmbedding, CodedLinear, is_packed
 from ..nn.experts import SplitExperts, conversions_for, has_split_experts
 
 _PLAIN = ("LORA",)
@@ -162,15 +162,41 @@ def _refuse_packed_layers(tuner: Any, model: nn.Module, config: Any, state_dict:
         ConfigError: it would.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
+    _refuse_integers(tuner, model, config, kind, state_dict)
     if kind in _PLAIN or not _is_packed(model):
         return
     name = next(_packed_targets(tuner, model, config, kind, state_dict), None)
     if name is not None:
-        packed = isinstance(_base(model.get_submodule(name)), NMLinear)
+        packed = is_packed(_base(model.get_submodule(name)))
         what = "which is packed" if packed else "an expert beside packed ones"
         raise ConfigError(
             f"{kind} adapters do not keep the zeros of packed layers, and would be put on {name}, {what}; use a "
             "LoraConfig, or name target_modules that are dense, or make the model dense first with model.dequantize()"
+        )
+
+
+def _refuse_integers(tuner: Any, model: nn.Module, config: Any, kind: str, state_dict: dict[str, Any] | None) -> None:
+    """Raise if an adapter would change embeddings or a head of integers, or a trainable copy would be made of them.
+
+    Raises:
+        ConfigError: it would.
+    """
+    integers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(_base(module), CodedLinear | CodedEmbedding) and not is_packed(_base(module))
+    ]
+    if not integers:
+        return
+    copied = [*(getattr(config, "modules_to_save", None) or [])]
+    tokens = getattr(config, "trainable_token_indices", None)
+    copied += [] if tokens is None else list(tokens) if isinstance(tokens, dict) else ["embed_tokens"]
+    name = next((name for name in integers if any(name.split(".")[-1] == each.split(".")[-1] for each in copied)), None)
+    name = name or next(_targets(tuner, model, config, kind, state_dict, integers), None)
+    if name is not None:
+        raise ConfigError(
+            f"{kind} would be put on {name}, which holds integers (head='int8') and is not trained; leave it out of "
+            "target_modules and modules_to_save, or make the model dense first with model.dequantize()"
         )
 
 
@@ -182,8 +208,15 @@ def _packed_targets(
     packed = [
         name
         for name, module in model.named_modules()
-        if isinstance(_base(module), NMLinear) or (name.startswith(experts) and isinstance(_base(module), nn.Linear))
+        if is_packed(_base(module)) or (name.startswith(experts) and isinstance(_base(module), nn.Linear))
     ]
+    yield from _targets(tuner, model, config, kind, state_dict, packed)
+
+
+def _targets(
+    tuner: Any, model: nn.Module, config: Any, kind: str, state_dict: dict[str, Any] | None, packed: list[str]
+) -> Iterator[str]:
+    """Those of the named modules that an adapter would be put on."""
     if kind == "XLORA":  # it mixes the adapters that lie on any layer, and asks none of them for its product
         yield from packed
     elif state_dict is not None:
@@ -204,7 +237,7 @@ def _base(module: Any) -> Any:
 
 
 def _is_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, NMLinear) for module in model.modules())
+    return any(map(is_packed, model.modules()))
 
 
 _wrap(lora_model)

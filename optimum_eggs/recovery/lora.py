@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..hf.offload import onloaded
-from ..nn import NMLinear
+from ..nn import CodedLinear, NMLinear, RoundedLinear, is_packed
 from ..ops import nm_linear
 from ..packing import unpack
 from .low_rank import masked_low_rank
@@ -21,10 +22,11 @@ _INITIALISATIONS = (True, False, "gaussian")
 
 
 class MaskedLoraLinear(LoraLinear):
-    """PEFT's LoRA layer for an `NMLinear`: y = x (W + s · mask∘(BA))ᵀ + b, s the scaling.
+    """PEFT's LoRA layer for a packed layer: y = x (W + s · mask∘(BA))ᵀ + b, s the scaling.
 
     Made by PEFT for every packed layer that a `LoraConfig` names. Merging adds s · mask∘(BA) to the packed values, in
-    the dtype of the layer; the mask and the shape stay as they are.
+    the dtype of the layer; the mask and the shape stay as they are. Values that are integers are rounded again: the
+    layer's `merge_error` says how far they are from the sum.
 
     Raises:
         ConfigError: the configuration asks for a variant or an initialisation that does not keep the mask.
@@ -48,6 +50,8 @@ class MaskedLoraLinear(LoraLinear):
                 if (own := self.lora_B[name].bias) is not None:
                     own = own * self.scaling[name]
                     bias = own if bias is None else bias + own
+            if isinstance(base, RoundedLinear):
+                weight = base.rounded(weight)
             return nm_linear(x, weight, base.weight_meta, bias, base.pattern.n, base.pattern.m)
 
     def _adds_to_weight(self, adapter: str) -> bool:
@@ -111,17 +115,46 @@ class MaskedVariant(LoraVariant):
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """New packed values."""
+        if isinstance(module.get_base_layer(), CodedLinear):
+            return _merge_rounded(module, active_adapter)
         return orig_weight + _delta_in(orig_weight, module, active_adapter)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         """Add to the packed values in place."""
+        if isinstance(module.get_base_layer(), CodedLinear):
+            orig_weight.data = _merge_rounded(module, active_adapter)
+            return
         orig_weight.data = orig_weight.data + _delta_in(orig_weight, module, active_adapter)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The packed values without the adapter, up to rounding."""
+        """The packed values without the adapter, up to rounding; integers are those of before the merge."""
+        base = module.get_base_layer()
+        if isinstance(base, CodedLinear):
+            codes, base.weight_scale, base.merge_error = module.before_merge.pop(active_adapter)
+            return codes
         return orig_weight.data - _delta_in(orig_weight, module, active_adapter)
+
+
+@torch.no_grad()
+def _merge_rounded(module: Any, adapter: str) -> Tensor:
+    """Put the scales of a coded layer's values with the adapter's share into the layer, and return their codes.
+
+    What was there is kept, since rounding cannot be undone.
+    """
+    base = module.get_base_layer()
+    values = base.kept_values() + packed_delta(module, adapter).to(torch.float32)
+    if not bool(torch.isfinite(values).all()):  # what PEFT looks for in a merged weight, which is integers here
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+    before = base.weight.data, base.weight_scale, base.merge_error
+    module.before_merge = getattr(module, "before_merge", {}) | {adapter: before}
+    codes, base.weight_scale, base.merge_error = base.encode(values)
+    warnings.warn(
+        "merging into layers of integers rounds the sum; each layer's `merge_error` says how far it is from it",
+        stacklevel=2,
+    )
+    return codes
 
 
 def packed_delta(module: Any, adapter: str) -> Tensor:
@@ -145,7 +178,7 @@ def dispatch(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> Mask
         ConfigError: `target_parameters` names a parameter of a packed layer.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    if not isinstance(base, NMLinear):
+    if not is_packed(base):
         return None
     if kwargs.pop("parameter_name", None) is not None:
         raise ConfigError("target_parameters names a packed weight, whose shape is not the layer's; use target_modules")

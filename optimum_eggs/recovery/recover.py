@@ -29,11 +29,14 @@ from ..errors import CalibrationError, ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
 from ..files import REPORT_NAME, likeness
 from ..folders import check_output, claimed, put_in_place, written
-from ..hf.attach import packed_layers
+from ..hf.attach import cast_parameters
 from ..hf.loading import check_weights, has_tokenizer, load_config, load_model, load_tokenizer
 from ..measure import Meter
 from ..memory import enough_memory
 from ..names import public_name, public_names
+from ..nn import packed_layers, values_kept
+from ..nn.rounded import RoundedLinear, round_while_training, store_rounded
+from ..packing import meta_width
 from ..presets import SEQ_LEN
 from ..ranks import Ranks, join_ranks
 from ..runs import open_run, run_folder
@@ -41,6 +44,8 @@ from .distill import TeacherTokens, TeacherWindows, teacher_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..hf.quantizer import EGGSHfQuantizer
 
 METHODS = ("lora", "values")
 _LEARNING_RATES = {"lora": 5e-3, "values": 1.5e-3}  # as shares of the root mean square of what is changed
@@ -153,7 +158,8 @@ def recover(
 ) -> RecoveryReport:
     """Train the packed model in `model_id` and write it to `output`, packed under the same mask.
 
-    Of the values before and after training those are written that predict the windows held out better.
+    Values that are integers are trained with their rounding in the loop, and are integers again. Of the values before
+    and after training those are written that predict the windows held out better.
 
     Runs `transformers.Trainer` in bfloat16 autocast over float32 weights. Its checkpoints lie in a hidden folder beside
     the output (in it, where it is an empty folder that is there already); the same call after an interruption goes on
@@ -229,9 +235,13 @@ def recover(
                     teacher = None
             with meter.stage("judging"):
                 before = perplexity(model, held_out).perplexity
+            round_while_training(model)
+            _quantizer_of(model).rounds_in_training = True
             with meter.stage("training"):
                 start = _last_checkpoint(folder, ranks)
                 trained, losses, steps = _train(model, train, held_out, teacher, taught, settings, folder, start)
+            store_rounded(trained)
+            _quantizer_of(trained).rounds_in_training = False
             with meter.stage("judging"):
                 after = perplexity(trained, held_out).perplexity
             worse = after > before
@@ -243,8 +253,7 @@ def recover(
         )
         earlier = used_texts(pruned)["trained"]
         report.kept, report.texts = ("before", earlier) if worse else ("after", [*earlier, *texts])
-        for parameter in trained.parameters():  # not buffers: rotary tables are computed in float32
-            parameter.data = parameter.data.to(stored)
+        cast_parameters(trained, stored)
         trained.config.dtype = stored
         with ranks.together():
             if ranks.first:
@@ -256,6 +265,10 @@ def recover(
                 check_output(path, overwrite)
                 put_in_place(made, path, work, clear=True)
     return report
+
+
+def _quantizer_of(model: Any) -> EGGSHfQuantizer:
+    return model.hf_quantizer
 
 
 def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
@@ -383,15 +396,16 @@ def _taught(file: Path, teacher: PreTrainedModel | None, windows: Tensor, top_k:
 
 def _bytes_to_write(model: PreTrainedModel, settings: RecoverySettings, windows: Tensor, stored: torch.dtype) -> int:
     """Bytes of the output, of three checkpoints, which is how many there are while one is written, and of `_TAUGHT`."""
-    everything = sum(value.numel() for value in model.parameters())
     layers = packed_layers(model).values()
+    everything = sum(value.numel() for value in model.parameters())
+    everything += sum(values_kept(layer) - layer.weight.numel() for layer in layers)  # two integers may be one byte
     if settings.method == "lora":
         trained = sum(settings.rank * (layer.in_features + layer.out_features) for layer in layers)
         checkpoint = 12 * trained  # the values and Adam's two moments, in float32
     else:
-        trained = sum(layer.weight.numel() for layer in layers)
+        trained = sum(map(values_kept, layers))
         checkpoint = 4 * everything + 8 * trained
-    bits = sum(layer.weight_meta.numel() for layer in layers)
+    bits = sum(layer.out_features * meta_width(layer.in_features) for layer in layers)
     taught = 0 if settings.teacher is None else windows.numel() * settings.top_k * 6
     return everything * stored.itemsize + bits + 3 * checkpoint + taught
 
@@ -453,9 +467,11 @@ def _train(
             wrapped.enable_input_require_grads()
     else:
         for parameter in model.parameters():
-            parameter.requires_grad_(parameter.dim() < 2)  # norms and biases
+            parameter.requires_grad_(parameter.dim() < 2 and parameter.is_floating_point())  # norms and biases
         for layer in packed_layers(model).values():
             layer.weight.requires_grad_(True)
+            if isinstance(layer, RoundedLinear):
+                layer.weight_scale.requires_grad_(True)
     every = max(1, settings.steps // settings.evaluations)
     names_of_it = ("activation_checkpointing", "gradient_checkpointing")  # newer versions of transformers, and older
     known = {each.name for each in fields(TrainingArguments)}

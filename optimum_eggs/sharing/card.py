@@ -162,6 +162,7 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
         )
     if dense:
         method.append(f"Left dense: {', '.join('`' + layer['name'] + '`' for layer in dense[:6])}{more(dense, 6)}.")
+    method += _rounded(config)
     if recovered:
         settings = recovered["settings"]
         done = (
@@ -192,6 +193,22 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
         "certificate": _certificate(report),
         "again": _again(report, config, base, as_it_was),
     }
+
+
+def _rounded(config: dict[str, Any]) -> list[str]:
+    """What of the model is stored in integers, as a paragraph; none if nothing is."""
+    parts = []
+    if config.get("values"):
+        how = {"nearest": "each rounded to the nearest", "gptq": "rounding errors passed on (GPTQ)"}
+        tuned = config.get("rounding_tuning")
+        then = f", {tuned} steps of tuning with the rounding in the loop" if tuned else ""
+        parts.append(
+            f"the values kept as `{config['values']}` with a scale for every {config['value_group']} inputs "
+            f"({how[config['rounding']]}{then})"
+        )
+    if config.get("head"):
+        parts.append(f"embeddings and output head as `{config['head']}`")
+    return [f"Stored in integers: {', and '.join(parts)}."] if parts else []
 
 
 def _pruned(report: dict[str, Any]) -> str:
@@ -234,7 +251,10 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
         ]
     else:
         shown = EGGSConfig.from_dict(config).to_dict()  # without the keys of earlier releases
-        del shown["pruned_modules"]
+        del shown["pruned_modules"], shown["coded_modules"], shown["format_version"]
+        rounded = report.get("quantization")
+        if rounded:  # by a command of its own
+            shown |= dict.fromkeys(("values", "value_group", "rounding", "head")) | {"rounding_tuning": 0}
         digest = f"{_windows(report)}; SHA-256 of the token ids {report['calibration']['sha256']}"
         lines = [
             "from optimum_eggs import EGGSConfig, EGGSPruner",
@@ -243,7 +263,13 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
             f"pruner = EGGSPruner.from_pretrained({source})",
             f"pruner.prune(config, calibration=...)  # {digest}",
         ]
-    return "\n".join([*lines, 'pruner.save_pretrained("out")'])
+    lines.append('pruner.save_pretrained("out")')
+    rounded = report.get("quantization")
+    if rounded:
+        given = {key: rounded.get(key) for key in ("values", "value_group", "head", "rounding", "rounding_tuning")}
+        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items() if value is not None)
+        lines.append(f"# and then: optimum-cli eggs quantize out rounded {flags} --calibration ...")
+    return "\n".join(lines)
 
 
 def _measured(report: dict[str, Any]) -> str:

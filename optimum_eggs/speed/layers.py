@@ -11,7 +11,10 @@ from torch import Tensor
 from ..errors import NumericalError
 from ..masks import topn_mask
 from ..ops import INSTRUCTION_SETS, choose, native, nm_linear
+from ..ops.coded_linear import coded_linear
+from ..ops.select import MOST_TOKENS_CODED
 from ..packing import pack, unpack
+from ..packing.codes import Coding, decode, nearest_codes, store_codes, whole_range
 from ..pattern import NMPattern
 from .timing import Seconds, alternate
 
@@ -23,8 +26,9 @@ _CALLS = 8  # in a turn: a model calls layer after layer, and so finds the code 
 class LayerTiming:
     """Times of one product X Wᵀ, packed and dense.
 
-    `gigabytes_per_second` is what the packed product reads, over its time: the packed weight and its bits, or the dense
-    weight where the backend is `dense`; `others` holds further products that were timed in turn with these, by name.
+    `coding` is that of its values, None for floats. `gigabytes_per_second` is what the packed product reads, over its
+    time: the packed weight and its bits, or the dense weight where the backend is `dense`; `others` holds further
+    products that were timed in turn with these, by name.
     """
 
     out_features: int
@@ -39,6 +43,7 @@ class LayerTiming:
     ratio: float
     gigabytes_per_second: float
     others: dict[str, Seconds]
+    coding: str | None = None
 
 
 @torch.no_grad()
@@ -64,6 +69,7 @@ def time_layer(
     working_set: int = 1 << 30,
     others: dict[str, Callable[[Tensor, Tensor], object]] | None = None,
     device: str | torch.device = "cpu",
+    coding: Coding | None = None,
 ) -> LayerTiming:
     """Time X Wᵀ of `tokens` tokens with random weights, packed and dense in turn, a few calls each.
 
@@ -81,6 +87,7 @@ def time_layer(
         working_set: Bytes of dense weight to go through.
         others: Further products to time, from x (tokens, in) and a dense weight (out, in), by name.
         device: Where.
+        coding: Of the packed values, each rounded to the nearest; None for floats.
 
     Raises:
         NumericalError: packed and dense product differ by more than rounding.
@@ -92,13 +99,15 @@ def time_layer(
     mask = topn_mask(weight.abs().float(), pattern)
     values, meta = pack(weight, mask, pattern)
     dense = [weight * mask for _ in range(copies)]
-    packed = [(values.clone(), meta.clone()) for _ in range(copies)]
     x = torch.randn(tokens, in_features, generator=generator).to(device, dtype)
     del weight, mask
-    _check(nm_linear(x, *packed[0], None, pattern.n, pattern.m, True), x, unpack(values, meta, pattern))
+    product, parts, stored = _product(x, values, meta, pattern, coding)
+    packed = [[part.clone() for part in parts] for _ in range(copies)]
+    exact = coding is None or tokens > MOST_TOKENS_CODED
+    _check(product(*packed[0]), x, unpack(stored, meta, pattern), None if exact else coding)
 
     def packed_product(i: int) -> Tensor:
-        return nm_linear(x, *packed[i], None, pattern.n, pattern.m, True)
+        return product(*packed[i])
 
     choice = choose(dtype, x.device, tokens)
     if choice.backend in ("dense", "semi_structured"):  # which make what they hold at the first call
@@ -128,7 +137,7 @@ def time_layer(
         _CALLS,
         devices=[x.device],
     )
-    read = size if choice.backend == "dense" else values.nbytes + meta.nbytes
+    read = size if choice.backend == "dense" else sum(part.nbytes for part in parts)
     return LayerTiming(
         out_features,
         in_features,
@@ -142,13 +151,38 @@ def time_layer(
         found[1].median / found[0].median,
         read / found[0].median / 1e9,
         dict(zip(further, found[2:], strict=True)),
+        None if coding is None else str(coding),
     )
 
 
-def _check(y: Tensor, x: Tensor, dense: Tensor) -> None:
-    """Raise unless y is x Wᵀ up to rounding, of sums in float32 and of the result."""
+def _product(
+    x: Tensor, values: Tensor, meta: Tensor, pattern: NMPattern, coding: Coding | None
+) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
+    """The packed product as a function of its weight's tensors, these, and the values that they stand for."""
+    n, m = pattern.n, pattern.m
+    if coding is None:
+        return lambda values, meta: nm_linear(x, values, meta, None, n, m, True), [values, meta], values
+    per_scale = coding.per_scale(pattern)
+    scale = whole_range(values.float(), coding, per_scale)
+    codes = store_codes(nearest_codes(values.float(), scale.float(), coding, per_scale), coding)
+    stored = decode(codes, scale, values.shape[1], coding, per_scale, values.dtype)
+    kind, group = coding.kind, coding.group
+
+    def coded(codes: Tensor, scale: Tensor, meta: Tensor) -> Tensor:
+        return coded_linear(x, codes, scale, meta, None, n, m, kind, group)
+
+    return coded, [codes, scale, meta], stored
+
+
+def _check(y: Tensor, x: Tensor, dense: Tensor, rounded: Coding | None = None) -> None:
+    """Raise unless y is x Wᵀ up to rounding, of sums in float32, of the result, and of x where it is `rounded` so."""
     exact = x.double() @ dense.double().t()
     size = x.double().abs() @ dense.double().abs().t()
     bound = size * x.shape[1] * 2.0**-24 + exact.abs() * torch.finfo(y.dtype).eps / 2 + 1e-6
+    if rounded is not None:
+        wide = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % rounded.group))
+        weights = torch.nn.functional.pad(dense.double().abs(), (0, -x.shape[1] % rounded.group))
+        largest = wide.unflatten(1, (-1, rounded.group)).amax(2)
+        bound += largest @ weights.unflatten(1, (-1, rounded.group)).sum(2).t() / 254 * 1.02  # of x as it is stored
     if not bool(((y.double() - exact).abs() <= bound).all()):
         raise NumericalError("the packed product differs from the dense one by more than rounding: please report this")

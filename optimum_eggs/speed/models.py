@@ -15,10 +15,10 @@ from torch import Tensor
 from ..calibration.context import context_length
 from ..devices import choose_device, device_map
 from ..errors import ConfigError
-from ..hf.attach import packed_layers
 from ..hf.loading import check_weights, load_config, load_model
 from ..measure import devices_of
 from ..memory import enough_memory
+from ..nn import packed_layers
 from .timing import Seconds, alternate
 
 if TYPE_CHECKING:

@@ -102,5 +102,5 @@ def _result(found: dict[str, Any]) -> BlockResult:
                 }
             )
         )
-    tuning = None if found["tuning"] is None else BlockTuning(**found["tuning"])
-    return BlockResult(layers, tuning, [DenseLayer(**layer) for layer in found["left_dense"]])
+    tuning, rounding = (None if found[key] is None else BlockTuning(**found[key]) for key in ("tuning", "rounding"))
+    return BlockResult(layers, tuning, [DenseLayer(**layer) for layer in found["left_dense"]], rounding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..calibration.states import StatesOnDisk, states_in_memory
 from ..calibration.windows import check_calibration, windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
+from ..engine.head import code_tensors, head_codings
 from ..engine.plan import PrunePlan, make_plan
 from ..engine.prune import check_run, make_report, prune_blocks
 from ..engine.report import PruneReport
@@ -31,7 +32,8 @@ from ..hf.loading import has_tokenizer, load_tokenizer, parse_dtype
 from ..measure import Meter
 from ..memory import enough_memory
 from ..nn import dense_weight
-from ..packing import unpack
+from ..packing import packed_width, unpack
+from ..packing.codes import Coding, decode
 from ..pattern import NMPattern
 from ..ranks import ALONE, Ranks
 from ..runs import open_run, run_folder
@@ -163,14 +165,15 @@ def prune_checkpoint(
                     keeper,
                     ranks,
                 )
-            report = make_report(plan, config, windows, done, meter)
+            head = head_codings(source.model, config.head_coding()) if config.head else {}
+            report = make_report(plan, config, windows, done, meter, head)
             report.measurements |= keeper.earlier | {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
             name_sources(report, config.calibration, drawn, source.model)
             with ranks.together():  # and the others end when the output is there
                 if ranks.first:
                     made = keeper.journal.folder / _ASSEMBLED
                     made.mkdir()
-                    _assemble(made, source, keeper.journal, report, cast, shard_size)
+                    _assemble(made, source, keeper.journal, report, head, cast, shard_size)
                     if tokenizer is not None:
                         tokenizer.save_pretrained(made)
                     report.save(made / REPORT_NAME)
@@ -226,10 +229,15 @@ class _Keeper:
     def restore(self, block: nn.Module, index: int) -> None:
         finished, prefix = self.journal.finished[index], f"{self.source.block_list.block_name(index)}."
         stored = load_file(self.journal.folder / finished.file)
-        patterns = {layer.name: NMPattern.parse(layer.pattern) for layer in finished.result.layers}
-        for name, pattern in patterns.items():
+        for layer in finished.result.layers:
+            name, pattern = layer.name, NMPattern.parse(layer.pattern)
             weight = dense_weight(block.get_submodule(name.removeprefix(prefix)))
-            weight.copy_(unpack(stored.pop(f"{name}.weight"), stored.pop(f"{name}.weight_meta"), pattern))
+            values, meta = stored.pop(f"{name}.weight"), stored.pop(f"{name}.weight_meta")
+            if layer.coding is not None:
+                coding, width = Coding.parse(layer.coding), packed_width(layer.in_features, pattern)
+                scale = stored.pop(f"{name}.weight_scale")
+                values = decode(values, scale, width, coding, coding.per_scale(pattern), weight.dtype)
+            weight.copy_(unpack(values, meta, pattern))
         own = block.state_dict()
         for name, value in stored.items():
             own[name.removeprefix(prefix)].copy_(value)
@@ -240,23 +248,31 @@ def _assemble(
     source: DenseSource,
     journal: Journal,
     report: PruneReport,
+    head: Mapping[str, str],
     dtype: torch.dtype | None,
     max_shard_size: int,
 ) -> None:
-    """Put the finished blocks, and what is outside them, together as a checkpoint of transformers."""
+    """Put the finished blocks, and what is outside them, together as a checkpoint of transformers.
+
+    `head`: what of the latter is stored in integers, and how.
+    """
     shards = Shards(made, min(max_shard_size, JOINED))
     buffers = {name for name, _ in source.model.named_buffers()}
 
     def final(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if dtype is None:
             return tensors
-        cast = {key for key, value in tensors.items() if value.is_floating_point() and key not in buffers}
+        cast = {
+            key
+            for key, value in tensors.items()
+            if value.is_floating_point() and key not in buffers and not key.endswith(".weight_scale")
+        }
         return {key: value.to(dtype) if key in cast else value for key, value in tensors.items()}
 
     for block in journal.finished:
         shards.add(final(load_file(journal.folder / block.file)))
     for part in source.outside():
-        shards.add(final(part))
+        shards.add(final(code_tensors(part, head)))
     shards.close()
 
     attach_quantizer(source.model, EGGSConfig.from_dict(report.config), report)
@@ -319,6 +335,7 @@ def _bytes_to_write(
     planned = [{f"{name}.weight" for name in layers} for layers in plan.layers]
     size = dtype.itemsize if dtype is not None else source.dtype.itemsize
     tied = source.model.all_tied_weights_keys
+    of_code = None if config.values is None else Coding(config.values).bits / 8
     for name, value in source.model.state_dict().items():
         if name in tied:
             continue
@@ -326,9 +343,13 @@ def _bytes_to_write(
         packed = block is not None and name in planned[block]
         values = value.numel() * pattern.n // pattern.m if packed else value.numel()
         bits = value.numel() // 8 if packed else 0
-        total += values * (size if value.is_floating_point() else value.element_size()) + bits
+        element, final = value.element_size(), size if value.is_floating_point() else value.element_size()
+        if packed and of_code is not None:
+            bits += 2 * values // 32  # scales, of 32 values at the least
+            element = final = of_code
+        total += int(values * final) + bits
         if block is not None and block >= finished:
-            kept += values * value.element_size() + bits
+            kept += int(values * element) + bits
     return kept + total
 
 

@@ -453,9 +453,8 @@ def test_an_error_ends_a_process_with_2_and_without_a_traceback(entry, dense_fol
 
 def test_help_lists_the_subcommands():
     for entry in ("module", "optimum-cli"):
-        assert (
-            "{prune,pack,evaluate,inspect,export,benchmark,recover,report,push}" in eggs("--help", entry=entry).stdout
-        )
+        names = "{prune,pack,quantize,evaluate,inspect,export,benchmark,recover,report,push}"
+        assert names in eggs("--help", entry=entry).stdout
 
 
 def test_an_interrupt_ends_with_130(monkeypatch, capsys, tmp_path):

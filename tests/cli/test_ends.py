@@ -143,7 +143,7 @@ print("".join(parser.format_help() for parser in commands.values()))
 """
     done = subprocess.run([sys.executable, "-OO", "-B", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: ") == 9
+    assert done.stdout.count("usage: ") == 10
 
 
 @pytest.mark.parametrize(

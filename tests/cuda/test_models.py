@@ -15,8 +15,8 @@ from optimum_eggs.calibration import states
 from optimum_eggs.calibration.states import StatesOnHost
 from optimum_eggs.engine import prune_model
 from optimum_eggs.evaluation import perplexity
-from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.nn import packed_layers
 from optimum_eggs.presets import PRESETS
 from optimum_eggs.streaming import prune_checkpoint
 

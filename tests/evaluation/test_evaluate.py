@@ -23,7 +23,7 @@ from optimum_eggs.engine.run import calibration_windows
 from optimum_eggs.errors import CalibrationError, CheckpointError, ConfigError, ModelError, NumericalError
 from optimum_eggs.evaluation import EvaluationResult, compare, evaluate, perplexity, read, record
 from optimum_eggs.evaluation.windows import evaluation_windows
-from optimum_eggs.hf.attach import packed_layers
+from optimum_eggs.nn import packed_layers
 from optimum_eggs.sharing import model_card
 
 SIZE = {"seq_len": 16, "num_windows": 3}

@@ -12,7 +12,7 @@ from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.errors import CalibrationError, ConfigError, ModelError
 from optimum_eggs.evaluation import model_size, perplexity
 from optimum_eggs.evaluation.windows import evaluation_windows
-from optimum_eggs.hf.attach import packed_layers
+from optimum_eggs.nn import packed_layers
 
 WINDOWS = tiny.make_windows(5, 12)
 

@@ -28,6 +28,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,10 @@ MEMORY_GROWTH = 512 * 2**20
 JUNK: list[Any] = [
     *(None, True, False, -1, 0, 1, 3, 4, 7, 32, 33, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, float("nan")),
     *("", "2:4", "4:2", "0:4", "4:4", "1:2", "2:4:8", "-2:4", "2:0", "²:4", "2:4 ", "02:4", "2.0:4", ":", "auto"),
+    *("int8", "int4", "int8:128", "int4:64", "int4:63", "int8:0", "int9:64", "int8:64:64", "int4:99999999999999999999"),
     *("none", "eggs", "\0", "../../etc/passwd", "x" * 5000, [], [0], ["2:4"], {}, {"": ""}, {"n": 2, "m": 4}, [[[]]]),
 ]
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I64": 8, "BOOL": 1, "F8_E4M3": 1}
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "I64": 8, "BOOL": 1, "F8_E4M3": 1}
 
 
 @dataclass
@@ -111,7 +114,9 @@ def mutated(number: int) -> dict[str, bytes]:
 def change_config(found: Checkpoint, draw: random.Random) -> None:
     """A value of the `quantization_config`, or one more, or one less."""
     packed = found.config["quantization_config"]
-    key = draw.choice([*packed, "surprise", "format_version", "quant_method", "pruned_modules", "n", "m"])
+    key = draw.choice(
+        [*packed, "surprise", "format_version", "quant_method", "pruned_modules", "coded_modules", "n", "m"]
+    )
     if draw.random() < 0.2:
         packed.pop(key, None)
     else:
@@ -119,8 +124,10 @@ def change_config(found: Checkpoint, draw: random.Random) -> None:
 
 
 def change_list(found: Checkpoint, draw: random.Random) -> None:
-    """The list of packed layers."""
-    listed = found.config["quantization_config"].get("pruned_modules")
+    """The list of packed layers, or of modules of integers."""
+    key = draw.choice(("pruned_modules", "coded_modules"))
+    packed = found.config["quantization_config"]
+    listed = packed.get(key) or packed.get("pruned_modules")
     if not isinstance(listed, dict) or not listed:
         return
     name = draw.choice(list(listed))
@@ -132,14 +139,16 @@ def change_list(found: Checkpoint, draw: random.Random) -> None:
     elif what == 2:
         listed[
             draw.choice(["", "model", "lm_head", "model.layers", "model.embed_tokens", "model.norm", name + ".weight"])
-        ] = "2:4"
+        ] = draw.choice(("2:4", "int8:128"))
     else:
         listed[name.replace("0", draw.choice(["1", "00", "-1", "٠"]))] = listed.pop(name)
 
 
 def change_tensor(found: Checkpoint, draw: random.Random) -> None:
     """Shape, dtype, name or size of a tensor, most often of a packed one."""
-    packed = [name for name in found.tensors if name.endswith(("proj.weight", "weight_meta", "proj.bias"))]
+    packed = [
+        name for name in found.tensors if name.endswith(("proj.weight", "weight_meta", "weight_scale", "proj.bias"))
+    ]
     name = draw.choice(packed if packed and draw.random() < 0.9 else list(found.tensors))
     tensor = found.tensors[name]
     dtype, shape, data = tensor
@@ -174,7 +183,7 @@ def change_tensor(found: Checkpoint, draw: random.Random) -> None:
 
 def change_bits(found: Checkpoint, draw: random.Random) -> None:
     """The content of a tensor: bits of a mask, or values that are NaN, infinite or subnormal."""
-    ending = draw.choice(("weight_meta", "proj.weight", "weight"))
+    ending = draw.choice(("weight_meta", "proj.weight", "weight_scale", "weight"))
     names = [name for name in found.tensors if name.endswith(ending)] or list(found.tensors)
     tensor = found.tensors[draw.choice(names)]
     data = bytearray(tensor[2])
@@ -284,18 +293,35 @@ def outcome(folder: Path) -> str:
         raise
     own_memory(model)  # buffers of exactly their size, so that a sanitizer sees a read beyond them
     for module in model.modules():
-        if hasattr(module, "weight_meta"):
-            module.weight_meta = module.weight_meta.clone()
+        for part in ("weight_meta", "weight_scale"):
+            if getattr(module, part, None) is not None:
+                setattr(module, part, getattr(module, part).clone())
     ids = torch.arange(5)[None]
     with torch.no_grad():
         given = model(input_ids=ids).logits.float()
-        with force("reference"):
+        with force("reference"), by_rounded_inputs():
             expected = model(input_ids=ids).logits.float()
     if bool(torch.isfinite(expected).all()):
         scale = expected.abs().max() + 1e-3
         worst = float((given - expected).abs().max() / scale)
         assert worst < 0.1, f"the kernels are off by {worst:.3g} of the largest logit"
     return "right" if found.ok else "right where it was loaded"
+
+
+@contextmanager
+def by_rounded_inputs() -> Iterator[None]:
+    """Have layers of integers multiply as their kernels are to: inputs rounded to bytes, group by group."""
+    from optimum_eggs.ops import coded_linear as module
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from oracles import coded_product
+
+    plain = module._run
+    module._run = coded_product
+    try:
+        yield
+    finally:
+        module._run = plain
 
 
 def work(numbers: range, report: Path) -> None:

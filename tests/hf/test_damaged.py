@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from optimum_eggs import EGGSConfig
 from optimum_eggs.engine import prune_model
 from optimum_eggs.errors import CheckpointError, ConfigError, ModelError
-from optimum_eggs.hf.attach import attach_quantizer, packed_layers
+from optimum_eggs.hf.attach import attach_quantizer
 from optimum_eggs.hf.loading import load_model, load_tokenizer, translated
+from optimum_eggs.nn import packed_layers
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -123,7 +124,10 @@ def test_a_weight_file_that_is_not_needed_may_be_away(dense_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, r"format_version=99 is unknown to this release, which reads version 1; upgrade"),
+        (
+            {"format_version": 99},
+            r"format_version=99 is unknown to this release, which reads versions up to 2",
+        ),
         ({"m": 5}, r"pattern 2:5: m=5 is not a supported group size"),
         ({"surprise": 1}, r"surprise=1: EGGSConfig has no such key"),
     ],

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import ConfigError, ModelError
-from optimum_eggs.hf.attach import packed_layers
+from optimum_eggs.nn import packed_layers
 
 IDS = tiny.make_windows(2, 12)
 CASTS = {

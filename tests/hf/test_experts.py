@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.evaluation import Perplexity
-from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.nn import packed_layers
 from optimum_eggs.streaming import prune_checkpoint
 
 IDS = tiny.make_windows(2, 12)

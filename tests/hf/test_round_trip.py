@@ -10,8 +10,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import CheckpointError, ConfigError
-from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.nn import packed_layers
 
 IDS = tiny.make_windows(2, 12)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from optimum_eggs import NMLinear, NMPattern
+from optimum_eggs.nn import CodedEmbedding, CodedLinear
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_in_the_table_of_quanto_packed_layers_come_first_and_are_left_alone(mode
     for _ in range(2):  # twice is harmless
         del sys.modules[ours]
         importlib.import_module(ours)
-    assert list(table) == [NMLinear, nn.Linear, nn.LayerNorm]
+    assert list(table) == [NMLinear, CodedLinear, CodedEmbedding, nn.Linear, nn.LayerNorm]
 
     def quantize_module(module):  # as quanto's
         return next(

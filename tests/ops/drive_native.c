@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "nm.h"
+#include "coded.h"
 
 static uint64_t state = 1;
 
@@ -22,14 +22,8 @@ static void *exact(int64_t bytes) {
     return memory;
 }
 
-static void *values_of(int64_t count, int dtype) {
-    void *data = exact(count * nm_size(dtype));
-    for (int64_t i = 0; i < count; i++) nm_write(data, i, dtype, uniform());
-    return data;
-}
-
-static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens, int threads, int lies) {
-    int64_t width = in / m * n, mw = nm_meta_width(in);
+static uint8_t *bits_of(int64_t out, int64_t in, int n, int m) {
+    int64_t mw = nm_meta_width(in);
     uint8_t *meta = exact(out * mw);
     memset(meta, 0, (size_t)(out * mw));
     for (int64_t r = 0; r < out; r++)
@@ -40,6 +34,18 @@ static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens,
                 meta[r * mw + c / 8] |= (uint8_t)(1 << (c % 8));
                 kept++;
             }
+    return meta;
+}
+
+static void *values_of(int64_t count, int dtype) {
+    void *data = exact(count * nm_size(dtype));
+    for (int64_t i = 0; i < count; i++) nm_write(data, i, dtype, uniform());
+    return data;
+}
+
+static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens, int threads, int lies) {
+    int64_t width = in / m * n, mw = nm_meta_width(in);
+    uint8_t *meta = bits_of(out, in, n, m);
     if (lies)
         for (int64_t i = 0; i < out * mw; i++) meta[i] = (uint8_t)draw();
     void *x = values_of(tokens * in, dtype), *values = values_of(out * width, dtype), *bias = values_of(out, dtype);
@@ -80,6 +86,60 @@ static int run(int dtype, int n, int m, int64_t out, int64_t in, int64_t tokens,
     return bad;
 }
 
+// Integer values; with n = m all positions are kept, without bits.
+static int run_coded(int dtype, int bits, int n, int m, int64_t out, int64_t in, int64_t tokens, int64_t group, int threads,
+                     int lies) {
+    int64_t width = in / m * n, mw = nm_meta_width(in), bytes = (width * bits + 7) / 8, scales = (in + group - 1) / group;
+    uint8_t *meta = n < m ? bits_of(out, in, n, m) : NULL, *codes = exact(out * bytes);
+    for (int64_t i = 0; i < out * bytes; i++) codes[i] = (uint8_t)draw();
+    for (int64_t i = 0; lies && meta && i < out * mw; i++) meta[i] = (uint8_t)draw();
+    void *x = values_of(tokens * in, dtype), *bias = values_of(out, dtype), *scale = values_of(out * scales, NM_BF16);
+    void *y = exact(tokens * out * nm_size(dtype)), *values = exact(out * width * nm_size(dtype));
+    double unit = dtype == NM_F32 ? 0x1p-24 : dtype == NM_F16 ? 0x1p-11 : 0x1p-8;
+    int bad = 0;
+    nm_decode(codes, scale, values, out, width, group / m * n, scales, bits, dtype, threads);
+    for (int64_t r = 0; r < out; r++)
+        for (int64_t i = 0; i < width && !bad; i++) {
+            float found = nm_read(values, r * width + i, dtype), of = nm_read(scale, r * scales + i / (group / m * n), NM_BF16);
+            double want = (double)of * nm_code(codes + r * bytes, i, bits);
+            bad = !(fabs(found - want) <= unit * fabs(want) + 1e-7);
+        }
+    for (int isa = 0; isa < nm_isa_count && !bad; isa++) {
+        if (!nm_isas[isa].supported()) continue;
+        nm_coded p = {dtype, bits, x, codes, scale, meta, tokens % 2 ? bias : NULL, y, tokens, out, in, width, group, n, m,
+                      threads};
+        memset(y, 0xff, (size_t)(tokens * out * nm_size(dtype)));
+        if (nm_isas[isa].coded(&p)) return 1;
+        if (lies) continue;
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t r = 0; r < out; r++) {
+                double sum = p.bias ? nm_read(bias, r, dtype) : 0, size = fabs(sum);
+                for (int64_t g = 0, at = 0; g < scales; g++) {
+                    int64_t last = nm_min(in, (g + 1) * group);
+                    float largest = 0, of = nm_read(scale, r * scales + g, NM_BF16);
+                    for (int64_t c = g * group; c < last; c++)
+                        largest = fmaxf(largest, fabsf(nm_read(x, t * in + c, dtype)));
+                    for (int64_t c = g * group; c < last; c++) {
+                        if (meta && !(meta[r * mw + c / 8] >> (c % 8) & 1)) continue;
+                        long rounded = lrintf(nm_read(x, t * in + c, dtype) * (127 / largest));
+                        double term = (double)(nm_code(codes + r * bytes, at++, bits) * rounded) * of * (largest / 127);
+                        sum += term;
+                        size += fabs(term);
+                    }
+                }
+                // Sums of so many groups and lanes in float32, each scaled twice, then one rounding to the dtype.
+                double bound = (scales + 64) * 0x1p-24 * size + unit * fabs(sum) + 1e-7;
+                if (!(fabs(nm_read(y, t * out + r, dtype) - sum) <= bound)) bad = 1;
+            }
+        if (bad) printf("%s: ", nm_isas[isa].name);
+    }
+    if (bad)
+        printf("%d bits are off: dtype %d, %d:%d, out %ld, in %ld, tokens %ld, group %ld\n", bits, dtype, n, m, (long)out,
+               (long)in, (long)tokens, (long)group);
+    free(x), free(codes), free(scale), free(values), free(bias), free(y), free(meta);
+    return bad;
+}
+
 // Of every m scores n are kept, and none that is not is before one that is.
 static int topn_is_wrong(int n, int m, int64_t groups, int threads) {
     float *score = exact(groups * m * 4);
@@ -115,7 +175,13 @@ int main(void) {
                 for (int lies = 0; lies < 2; lies++, problems++) {
                     int n = patterns[i][0], m = patterns[i][1];
                     int64_t out = 1 + draw() % 70, in = m * (1 + draw() % (uint32_t)(700 / m));
-                    if (run(dtype, n, m, out, in, tokens[t], 1 + (int)(draw() % 4), lies)) return 1;
+                    int threads = 1 + (int)(draw() % 4);
+                    int64_t group = 64 << draw() % 3;
+                    if (run(dtype, n, m, out, in, tokens[t], threads, lies)) return 1;
+                    for (int bits = 4; bits <= 8; bits += 4)
+                        if (run_coded(dtype, bits, n, m, out, in, tokens[t], group, threads, lies) ||
+                            run_coded(dtype, bits, m, m, out, in, tokens[t], group, threads, lies))
+                            return 1;
                 }
     printf("%d problems:", problems);
     for (int isa = 0; isa < nm_isa_count; isa++)

@@ -216,4 +216,4 @@ def test_the_kernel_for_arm_is_right(tmp_path):
     printed = drive(
         "aarch64-linux-gnu-gcc", ["-static", "-fopenmp", "-Wall", "-Wextra", "-Werror"], ["qemu-aarch64"], tmp_path
     )
-    assert printed.split()[2:] == ["portable", "neon"]
+    assert printed.split()[2:] == ["portable", "neon", "neon_dotprod"]

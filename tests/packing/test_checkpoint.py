@@ -351,7 +351,7 @@ def test_other_kinds_of_files_are_refused(files):
         ('{"quantization_config": {"quant_method": "gptq"}}', r"has no quantization_config of 'eggs'"),
         (
             '{"quantization_config": {"quant_method": "eggs", "format_version": 99}}',
-            r"format_version=99 is unknown to this release, which reads version 1; upgrade optimum-eggs",
+            r"format_version=99 is unknown to this release, which reads versions up to 2; upgrade optimum-eggs",
         ),
         ('{"quantization_config": {"quant_method": "eggs"}}', r"format_version=None is unknown"),
     ],

@@ -16,8 +16,8 @@ from torch import nn
 
 from optimum_eggs import EGGSPruner, NMLinear
 from optimum_eggs.errors import ConfigError
-from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.nn import packed_layers
 from optimum_eggs.ops import force
 from optimum_eggs.pattern import NMPattern
 from optimum_eggs.recovery.low_rank import masked_low_rank

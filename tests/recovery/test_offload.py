@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner
-from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.nn import packed_layers
 
 peft = pytest.importorskip("peft")
 from accelerate import cpu_offload  # noqa: E402

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.errors import ConfigError
-from optimum_eggs.hf.attach import packed_layers
+from optimum_eggs.nn import packed_layers
 
 peft = pytest.importorskip("peft")
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402

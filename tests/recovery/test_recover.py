@@ -35,8 +35,8 @@ from optimum_eggs.errors import (
 )
 from optimum_eggs.evaluation import Perplexity
 from optimum_eggs.folders import claimed
-from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.nn import packed_layers
 from optimum_eggs.recovery.distill import block_error, divergence, teacher_tokens
 from optimum_eggs.recovery.recover import RecoverySettings, recover
 from optimum_eggs.recovery.trainer import RecoveryTrainer

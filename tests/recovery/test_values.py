@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_eggs import EGGSConfig, EGGSPruner
-from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.nn import packed_layers
 
 WINDOWS = tiny.make_windows(8, 16)
 

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_eggs import EGGSConfig, EGGSPruner
 from optimum_eggs.evaluation import compare, read
 from optimum_eggs.evaluation.windows import evaluation_windows
-from optimum_eggs.hf.attach import packed_layers
 from optimum_eggs.hf.loading import load_model, load_tokenizer
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.nn import packed_layers
 from optimum_eggs.ops import force
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sharing"))

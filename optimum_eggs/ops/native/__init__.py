@@ -84,6 +84,58 @@ def linear(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tenso
     return y
 
 
+def coded_linear(
+    isa: str,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    weight_meta: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    bits: int,
+    group: int,
+) -> Tensor:
+    """X (..., in), contiguous, to (..., out), by the kernel for `isa`; scale in bfloat16; no `weight_meta` if dense."""
+    out_features, in_features = len(codes), x.shape[-1]
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    _native.coded(
+        _INDEX[isa],
+        DTYPES[x.dtype],
+        bits,
+        x.data_ptr(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        0 if weight_meta is None else weight_meta.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // in_features,
+        out_features,
+        in_features,
+        in_features // m * n,
+        group,
+        n,
+        m,
+        threads(),
+    )
+    return y
+
+
+def decode(codes: Tensor, scale: Tensor, values: Tensor, per_scale: int, bits: int) -> None:
+    """Write the values (out, width) of codes (out, ⌈width · bits/8⌉) and scales (out, scales), bfloat16; contiguous."""
+    _native.decode(
+        codes.data_ptr(),
+        scale.data_ptr(),
+        values.data_ptr(),
+        *values.shape,
+        per_scale,
+        scale.shape[1],
+        bits,
+        DTYPES[values.dtype],
+        threads(),
+    )
+
+
 def unpack(isa: str, weight: Tensor, weight_meta: Tensor, dense: Tensor) -> None:
     """Write the dense rows (rows, in) of packed rows weight (rows, width), weight_meta (rows, ⌈in/8⌉); contiguous."""
     _native.unpack(

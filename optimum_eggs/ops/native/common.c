@@ -32,19 +32,24 @@ void *nm_alloc(size_t bytes) { return aligned_alloc(64, (size_t)nm_round_up((int
 void nm_free(void *memory) { free(memory); }
 
 int nm_rows_open(nm_rows *rows, const nm_problem *p, int64_t slack) {
-    rows->row_bytes = p->width * nm_size(p->dtype);
-    rows->meta_bytes = nm_meta_width(p->in);
-    int64_t least = nm_min(rows->row_bytes, rows->meta_bytes);
-    int64_t copied = nm_min(p->out, (slack + least - 1) / least);
+    return nm_rows_of(rows, p->values, p->width * nm_size(p->dtype), p->meta, nm_meta_width(p->in), p->out, slack);
+}
+
+int nm_rows_of(nm_rows *rows, const void *values, int64_t row_bytes, const uint8_t *meta, int64_t meta_row,
+               int64_t out, int64_t slack) {
+    rows->row_bytes = row_bytes;
+    rows->meta_bytes = meta_row;
+    int64_t least = meta ? nm_min(row_bytes, meta_row) : row_bytes;
+    int64_t copied = nm_min(out, (slack + least - 1) / least);
     int64_t values_bytes = copied * rows->row_bytes, meta_bytes = copied * rows->meta_bytes;
-    rows->values = p->values;
-    rows->meta = p->meta;
-    rows->first = p->out - copied;
+    rows->values = values;
+    rows->meta = meta;
+    rows->first = out - copied;
     char *memory = rows->memory = nm_alloc((size_t)(values_bytes + meta_bytes + 2 * slack));
     if (!memory) return -1;
     memset(memory, 0, (size_t)(values_bytes + meta_bytes + 2 * slack));
     memcpy(memory, rows->values + rows->first * rows->row_bytes, (size_t)values_bytes);
-    memcpy(memory + values_bytes + slack, rows->meta + rows->first * rows->meta_bytes, (size_t)meta_bytes);
+    if (meta) memcpy(memory + values_bytes + slack, meta + rows->first * meta_row, (size_t)meta_bytes);
     rows->tail_values = memory;
     rows->tail_meta = (const uint8_t *)memory + values_bytes + slack;
     return 0;

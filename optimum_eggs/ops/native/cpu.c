@@ -1,6 +1,6 @@
 // Which kernels this processor runs.
 #define _GNU_SOURCE  // syscall
-#include "nm.h"
+#include "coded.h"
 
 static int always(void) { return 1; }
 
@@ -24,8 +24,12 @@ static int has_vbmi2(void) {
            __builtin_cpu_supports("avx512vbmi2");
 }
 
+static int has_vnni(void) {
+    return has_vbmi2() && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
 #if defined(NM_AVX512BF16)
-static int has_bf16(void) { return has_vbmi2() && __builtin_cpu_supports("avx512bf16"); }
+static int has_bf16(void) { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 #if defined(NM_AMX)
@@ -42,22 +46,42 @@ static int has_amx(void) {
 #endif
 #endif
 
+#if defined(NM_DOTPROD)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+static int has_dotprod(void) {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+    return 1;  // every one of Apple's processors that runs this
+#else
+    return 0;
+#endif
+}
+#endif
+
 #define ALL(kernel) {kernel, kernel, kernel}
 
 const nm_isa nm_isas[] = {
-    {"portable", always, ALL(nm_linear_portable), nm_unpack_portable},
+    {"portable", always, ALL(nm_linear_portable), nm_unpack_portable, nm_coded_portable},
 #if defined(__aarch64__)
-    {"neon", always, ALL(nm_linear_neon), nm_unpack_portable},
+    {"neon", always, ALL(nm_linear_neon), nm_unpack_portable, nm_coded_neon},
+#if defined(NM_DOTPROD)
+    {"neon_dotprod", has_dotprod, ALL(nm_linear_neon), nm_unpack_portable, nm_coded_neon_dotprod},
+#endif
 #endif
 #if defined(__x86_64__)
-    {"avx2", has_avx2, ALL(nm_linear_avx2), nm_unpack_portable},
-    {"avx512", has_avx512, ALL(nm_linear_avx512), nm_unpack_portable},
-    {"avx512_vbmi2", has_vbmi2, ALL(nm_linear_avx512), nm_unpack_avx512},
+    {"avx2", has_avx2, ALL(nm_linear_avx2), nm_unpack_portable, nm_coded_avx2},
+    {"avx512", has_avx512, ALL(nm_linear_avx512), nm_unpack_portable, nm_coded_avx2},
+    {"avx512_vbmi2", has_vbmi2, ALL(nm_linear_avx512), nm_unpack_avx512, nm_coded_avx2},
+    {"avx512_vnni", has_vnni, ALL(nm_linear_avx512), nm_unpack_avx512, nm_coded_avx512},
 #if defined(NM_AVX512BF16)
-    {"avx512_bf16", has_bf16, {nm_linear_avx512, nm_linear_avx512, nm_linear_avx512bf16}, nm_unpack_avx512},
+    {"avx512_bf16", has_bf16, {nm_linear_avx512, nm_linear_avx512, nm_linear_avx512bf16}, nm_unpack_avx512, nm_coded_avx512},
 #endif
 #if defined(NM_AMX)
-    {"amx", has_amx, {nm_linear_avx512, nm_linear_avx512, nm_linear_amx}, nm_unpack_avx512},
+    {"amx", has_amx, {nm_linear_avx512, nm_linear_avx512, nm_linear_amx}, nm_unpack_avx512, nm_coded_avx512},
 #endif
 #endif
 };

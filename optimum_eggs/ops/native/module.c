@@ -3,7 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "nm.h"
+#include "coded.h"
 
 static int read_ints(PyObject *const *args, Py_ssize_t given, long long *to, Py_ssize_t wanted) {
     if (given != wanted) {
@@ -17,7 +17,7 @@ static int read_ints(PyObject *const *args, Py_ssize_t given, long long *to, Py_
     return 0;
 }
 
-enum { MOST = 8 };
+enum { MOST = 16 };
 static char supported[MOST];  // by index; found once, when the module is made
 
 static const nm_isa *isa_at(long long index) {
@@ -54,6 +54,53 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
         Py_END_ALLOW_THREADS
     }
     if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *coded(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[17];
+    if (read_ints(args, given, a, 17)) return NULL;
+    if (a[1] < 0 || a[1] >= NM_DTYPES) return PyErr_Format(PyExc_ValueError, "no dtype %lld", a[1]);
+    if (a[2] != 4 && a[2] != 8) return PyErr_Format(PyExc_ValueError, "no codes of %lld bits", a[2]);
+    const nm_isa *isa = isa_at(a[0]);
+    if (!isa) return NULL;
+    nm_coded p = {
+        .dtype = (int)a[1],
+        .bits = (int)a[2],
+        .x = (const void *)(intptr_t)a[3],
+        .codes = (const uint8_t *)(intptr_t)a[4],
+        .scale = (const uint16_t *)(intptr_t)a[5],
+        .meta = (const uint8_t *)(intptr_t)a[6],
+        .bias = (const void *)(intptr_t)a[7],
+        .y = (void *)(intptr_t)a[8],
+        .tokens = a[9],
+        .out = a[10],
+        .in = a[11],
+        .width = a[12],
+        .group = a[13],
+        .n = (int)a[14],
+        .m = (int)a[15],
+        .threads = (int)a[16],
+    };
+    int failed = 0;
+    if (p.tokens > 0 && p.out > 0) {
+        Py_BEGIN_ALLOW_THREADS
+        failed = isa->coded(&p);
+        Py_END_ALLOW_THREADS
+    }
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[10];
+    if (read_ints(args, given, a, 10)) return NULL;
+    if (a[8] < 0 || a[8] >= NM_DTYPES) return PyErr_Format(PyExc_ValueError, "no dtype %lld", a[8]);
+    if (a[7] != 4 && a[7] != 8) return PyErr_Format(PyExc_ValueError, "no codes of %lld bits", a[7]);
+    Py_BEGIN_ALLOW_THREADS
+    nm_decode((const uint8_t *)(intptr_t)a[0], (const uint16_t *)(intptr_t)a[1], (void *)(intptr_t)a[2], a[3], a[4],
+              a[5], a[6], (int)a[7], (int)a[8], (int)a[9]);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
@@ -115,6 +162,10 @@ static PyObject *instruction_sets(PyObject *self, PyObject *none) {
 static PyMethodDef methods[] = {
     {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL,
      "linear(isa, dtype, x, values, meta, bias, y, tokens, out, in, width, n, m, threads)"},
+    {"coded", (PyCFunction)(void (*)(void))coded, METH_FASTCALL,
+     "coded(isa, dtype, bits, x, codes, scale, meta, bias, y, tokens, out, in, width, group, n, m, threads)"},
+    {"decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL,
+     "decode(codes, scale, values, out, width, per_scale, scales, bits, dtype, threads)"},
     {"unpack", (PyCFunction)(void (*)(void))unpack, METH_FASTCALL,
      "unpack(isa, values, meta, dense, out, in, width, size, threads)"},
     {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, "pack(dense, meta, values, out, in, width, size, threads)"},

@@ -18,6 +18,12 @@
 #endif
 #endif
 
+#if defined(__aarch64__)
+#if defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 9
+#define NM_DOTPROD 1
+#endif
+#endif
+
 enum { NM_F32, NM_F16, NM_BF16, NM_DTYPES };
 
 // y = x Wᵀ + bias, W packed n:m. All matrices are row-major and contiguous; x, values, bias and y have one dtype.
@@ -63,11 +69,15 @@ void nm_topn(const float *score, uint8_t *kept, int64_t groups, int n, int m, in
 // Read `bytes` from `from`, aligned to 64 bytes, but for less than 256 a thread, and return something that depends on all of them.
 uint64_t nm_stream(const void *from, int64_t bytes, int threads);
 
+typedef struct nm_coded nm_coded;  // in coded.h
+typedef int (*nm_coded_kernel)(const nm_coded *);
+
 typedef struct {
     const char *name;
     int (*supported)(void);  // does this processor (and this build) run it?
     nm_kernel linear[NM_DTYPES];
     nm_unpacker unpack;
+    nm_coded_kernel coded;
 } nm_isa;
 
 extern const nm_isa nm_isas[];  // from the simplest to the fastest
@@ -122,6 +132,8 @@ typedef struct {
 } nm_rows;
 
 int nm_rows_open(nm_rows *rows, const nm_problem *p, int64_t slack);
+int nm_rows_of(nm_rows *rows, const void *values, int64_t row_bytes, const uint8_t *meta, int64_t meta_row,
+               int64_t out, int64_t slack);  // meta: NULL where there are no bits
 void nm_rows_close(nm_rows *rows);
 
 static inline const void *nm_row_values(const nm_rows *rows, int64_t r) {

@@ -48,6 +48,15 @@ def full(packed_folder, dense_folder, text_file, tmp_path_factory):
     report["layers"] = report["layers"][-1:]
     report["recovery"]["texts"] = copy.deepcopy(report["calibration"]["texts"])
     report["tuning"] = [{"block": 0, "error_before": 0.5, "error_after": 0.25, "steps": 4, "best_step": 2}]
+    report["rounding"] = copy.deepcopy(report["tuning"])
+    report["quantization"] = {
+        "values": "int4",
+        "value_group": 128,
+        "rounding": "gptq",
+        "rounding_tuning": 4,
+        "head": "int8",
+        "calibration": copy.deepcopy(report["calibration"]) | {"source": "text.txt"},
+    }
     # One of a kind is enough of what is many times there.
     report["files"] = {"model.safetensors": report["files"]["model.safetensors"]}
     report["measurements"]["stages"] = dict([next(iter(report["measurements"]["stages"].items()))])
@@ -97,7 +106,8 @@ def outcome(call):
 
 PARTS = [
     "summary", "config", "calibration", "base_model", "layers", "tuning", "left_dense", "measurements", "files",
-    "evaluations", "tasks", "benchmark", "recovery", "versions", "warnings", "report_version",
+    "evaluations", "tasks", "benchmark", "recovery", "rounding", "quantization", "versions", "warnings",
+    "report_version",
 ]  # fmt: skip
 
 

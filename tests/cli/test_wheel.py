@@ -66,5 +66,5 @@ def test_the_command_works_from_a_wheel(tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    assert "{prune,pack,evaluate,inspect,export,benchmark,recover,report,push}" in done.stdout, done.stderr
+    assert "{prune,pack,quantize,evaluate,inspect,export,benchmark,recover,report,push}" in done.stdout, done.stderr
     assert f"from {site}" in done.stderr

@@ -189,6 +189,7 @@ class EGGSConfig(QuantizationConfigMixin):
 
         self._set_coding(values, value_group, rounding, rounding_tuning, head)
         self.coded_modules = check.modules("coded_modules", coded_modules, Coding.parse, "codings such as 'int8:128'")
+        self.pruned_modules = check.modules("pruned_modules", pruned_modules, NMPattern.parse, "patterns such as '2:4'")
         self.format_version = self._version(format_version)
 
         self.calibration = calibration
@@ -209,7 +210,6 @@ class EGGSConfig(QuantizationConfigMixin):
         self.block_list = check.text("block_list", block_list)
         self.tokenizer = tokenizer
         self.token = token
-        self.pruned_modules = check.modules("pruned_modules", pruned_modules, NMPattern.parse, "patterns such as '2:4'")
         self.preset = self._matching_preset(preset)
 
     @property
@@ -283,8 +283,9 @@ class EGGSConfig(QuantizationConfigMixin):
         self.format_version = self._version(None)
 
     def _version(self, stored: int | None) -> int:
-        """Of the format; `stored` must be it."""
-        needed = FORMAT_VERSION if self.values or self.head or self.coded_modules else FLOAT_VERSION
+        """Of the format; `stored` must be it. Where it is listed what a model holds, that counts, and not the wish."""
+        integers = self.coded_modules if self.pruned_modules is not None else self.values or self.head
+        needed = FORMAT_VERSION if integers else FLOAT_VERSION
         if stored not in (None, FLOAT_VERSION, FORMAT_VERSION):
             raise ConfigError(
                 f"format_version={stored!r} is unknown to this release, which reads versions up to {FORMAT_VERSION}; "

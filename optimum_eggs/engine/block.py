@@ -99,7 +99,9 @@ def prune_block(
     rounded: dict[str, RoundedLayer] = {}
     rounding = None
     if config.values:
-        rounded, rounding = _round(walk, block, index, prefix, todo, solved, config, stream)
+        layers_of = {layer.name: todo[layer.name] for layer in solved}
+        masks = {todo[layer.name]: layer.mask() for layer in solved}
+        rounded, rounding = round_layers(walk, block, index, prefix, layers_of, masks, config, meter, stream)
         if rounded and not plan.runs_in_integers:
             check_runs(walk, block, index, prefix, rounded, {layer.name: layer.pattern for layer in solved})
             plan.runs_in_integers = True
@@ -175,26 +177,28 @@ def _missing(
     return missing
 
 
-def _round(
-    walk: Walk,
+def round_layers(
+    walk: Walk | None,
     block: nn.Module,
     index: int,
     prefix: str,
-    todo: Mapping[str, nn.Module],
-    solved: Sequence[SolvedLayer],
+    layers: Mapping[str, nn.Module],
+    masks: Mapping[nn.Module, Tensor],
     config: EGGSConfig,
+    meter: Meter,
     stream: DenseStream | None,
 ) -> tuple[dict[str, RoundedLayer], BlockTuning | None]:
-    """Round the values of solved layers in place, and tune the block with the rounding in the loop."""
-    layers = {layer.name: todo[layer.name] for layer in solved}
-    masks = {layers[layer.name]: layer.mask() for layer in solved}
-    rounded = round_block(walk, block, index, prefix, layers, masks, config, walk.meter)
-    if config.rounding_tuning and stream is not None and rounded:
-        with walk.meter.stage("tuning"):
-            coded = {layers[name]: layer for name, layer in rounded.items()}
-            steps, rate = config.rounding_tuning, config.tuning_lr
-            return rounded, tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed, coded)
-    return rounded, None
+    """Round the values of pruned layers in place, and tune the block towards the stream with the rounding in the loop.
+
+    Arguments as of [`round_block`].
+    """
+    rounded = round_block(walk, block, index, prefix, layers, masks, config, meter)
+    if not (config.rounding_tuning and walk is not None and stream is not None and rounded):
+        return rounded, None
+    with meter.stage("tuning"):
+        coded = {layers[name]: layer for name, layer in rounded.items()}
+        steps, rate = config.rounding_tuning, config.tuning_lr
+        return rounded, tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed, coded)
 
 
 def _pack(

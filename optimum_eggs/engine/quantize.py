@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,17 +11,16 @@ from tqdm.auto import tqdm
 
 from ..calibration import InMemoryBlocks, Walk
 from ..calibration.blocks import find_block_list
-from ..calibration.states import states_in_memory
 from ..config import EGGSConfig
 from ..errors import ConfigError, ModelError
 from ..measure import Meter
 from ..memory import enough_memory
 from ..nn import CodedLinear, NMLinear, packed_layers, pattern_of
-from .block import DenseStream
-from .head import code_head, outer_modules
+from .block import DenseStream, round_layers
+from .head import check_head, code_head
 from .prune import check_run, evaluation_mode
-from .rounding import RoundedLayer, code_layer, round_block
-from .tune import BlockTuning, tune_block
+from .rounding import check_runs, code_layer
+from .tune import BlockTuning
 
 
 @enough_memory("batch_size", "seq_len", "num_samples")
@@ -44,7 +44,8 @@ def quantize_model(
 
     Raises:
         ConfigError: neither `values` nor `head` is given; or windows are needed.
-        ModelError: there is no packed layer, or one holds integers already. The model is as it was.
+        ModelError: there is no packed layer, or one holds integers already; the model is as it was. Or its first block
+            cannot run with layers of integers.
     """
     layers = packed_layers(model)
     if config.values is None and config.head is None:
@@ -55,7 +56,8 @@ def quantize_model(
     if coded is not None:
         raise ModelError(f"{coded} holds integers already; start from the packed model with floats")
     if config.head is not None:
-        outer_modules(model)
+        with evaluation_mode(model):
+            check_head(model, config.head_coding())
     codings: dict[str, str] = {}
     tuned: list[BlockTuning] = []
     if config.values is not None:
@@ -87,9 +89,7 @@ def _round_blocks(
     codings: dict[str, str] = {}
     tuned: list[BlockTuning] = []
     with evaluation_mode(model):
-        walk = (
-            None if windows is None or not passes else Walk(blocks, windows, config.batch_size, meter, states_in_memory)
-        )
+        walk = Walk(blocks, windows, config.batch_size, meter) if windows is not None and passes else None
         stream = DenseStream(walk) if walk is not None and config.rounding_tuning else None
         quiet = None if progress is None else not progress
         for index in tqdm(range(len(blocks)), desc=f"Rounding to {config.values}", unit="block", disable=quiet):
@@ -97,10 +97,13 @@ def _round_blocks(
             own = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
             if stream is not None:
                 stream.advance(block, index)
-            rounded, tuning = _round_block(walk, block, index, prefix, own, config, meter, stream)
+            dense, masks = _made_dense(block, prefix, own)
+            rounded, tuning = round_layers(walk, block, index, prefix, dense, masks, config, meter, stream)
             if tuning is not None:
                 tuned.append(tuning)
             if walk is not None:
+                if rounded and not codings:
+                    check_runs(walk, block, index, prefix, rounded, {name: pattern_of(own[name]) for name in rounded})
                 walk.advance(block, index)
             for name, layer in rounded.items():
                 codings[name] = str(layer.coding)
@@ -112,28 +115,11 @@ def _round_blocks(
     return codings, tuned
 
 
-def _round_block(
-    walk: Walk | None,
-    block: nn.Module,
-    index: int,
-    prefix: str,
-    layers: dict[str, NMLinear | CodedLinear],
-    config: EGGSConfig,
-    meter: Meter,
-    stream: DenseStream | None,
-) -> tuple[dict[str, RoundedLayer], BlockTuning | None]:
-    """Make the layers of a block dense, zeros in place, and round them."""
-    masks: dict[nn.Module, Tensor] = {}
-    dense: dict[str, nn.Module] = {}
-    for name, layer in layers.items():
-        dense[name] = layer.to_original()
-        masks[dense[name]] = layer.mask()
-        block.set_submodule(name.removeprefix(prefix), dense[name])
-    rounded = round_block(walk, block, index, prefix, dense, masks, config, meter)
-    tuning = None
-    if stream is not None and walk is not None and rounded:
-        with meter.stage("tuning"):
-            coded = {dense[name]: layer for name, layer in rounded.items()}
-            steps, rate = config.rounding_tuning, config.tuning_lr
-            tuning = tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed, coded)
-    return rounded, tuning
+def _made_dense(
+    block: nn.Module, prefix: str, layers: Mapping[str, NMLinear | CodedLinear]
+) -> tuple[dict[str, nn.Module], dict[nn.Module, Tensor]]:
+    """Make packed layers of a block dense, zeros in place: those by full dotted name, and their masks."""
+    dense = {name: layer.to_original() for name, layer in layers.items()}
+    for name, module in dense.items():
+        block.set_submodule(name.removeprefix(prefix), module)
+    return dense, {dense[name]: layer.mask() for name, layer in layers.items()}

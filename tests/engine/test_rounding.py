@@ -169,6 +169,16 @@ def test_models_that_look_at_the_dtype_of_a_weight_are_refused():
         EGGSPruner(model).prune(config, WINDOWS)
 
 
+def test_a_packed_model_that_looks_at_the_dtype_of_a_weight_is_refused_too(meter):
+    sizes = {"vocab_size": tiny.VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    EGGSPruner(model).prune(EGGSConfig(num_samples=8, seq_len=16, band=8, block_list="encoder.block"), WINDOWS)
+    config = model.config.quantization_config.replace(values="int4")
+    with pytest.raises(ModelError, match=r"encoder.block.0 cannot run with layers of integers: .*of torch.uint8"):
+        quantize_model(model, config, WINDOWS, meter, progress=False)
+
+
 def test_models_that_look_at_the_dtype_of_the_head_are_refused():
     model = tiny.make_model("llama")
     head, plain = model.lm_head, model.forward
@@ -240,3 +250,15 @@ def test_embeddings_of_integers_do_not_grow():
 def test_integers_are_not_trained_without_an_adapter():
     assert not pruned(values="int8").model.hf_quantizer.is_qat_trainable
     assert pruned(head="int8").model.hf_quantizer.is_qat_trainable
+
+
+def test_what_holds_floats_is_of_version_1_whatever_was_asked_for(tmp_path):
+    pruner = pruned(values="int8")
+    for name, layer in packed_layers(pruner.model).items():
+        pruner.model.set_submodule(name, layer.to_packed())
+    expected = logits(pruner.model)
+    pruner.model.save_pretrained(tmp_path / "floats")
+    found = inspect_checkpoint(tmp_path / "floats")
+    assert found.ok, found.violations
+    assert found.config["format_version"] == 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "floats")), expected)

@@ -166,6 +166,36 @@ def test_values_are_judged_and_kept_as_they_come(run, packed_folder, text_file, 
     assert json.loads(result.read_text())["rows"] == rows
 
 
+def test_programs_are_measured_in_turn_and_what_is_missing_is_skipped(
+    run, dense_folder, packed_folder, text_file, tmp_path
+):
+    result = tmp_path / "peers.json"
+    arguments = [
+        dense_folder,
+        "--text",
+        text_file,
+        "--ours",
+        f"2:4={packed_folder}",
+        "--work",
+        tmp_path,
+        "--json",
+        result,
+    ]
+    arguments += ["--peers", "dense", "torchao-int8", "--python", f"torchao={sys.executable}"]
+    arguments += ["--windows", 2, "--seq-len", 32, "--prompt", 16, "--new-tokens", 4, "--rounds", 2, "--repeats", 2]
+    done = run("peers.py", *arguments)
+    if importlib.util.find_spec("torchao") is None:
+        assert "torchao-int8 is left out" in done.stderr
+    found = json.loads(result.read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert {"ours 2:4", "dense"} <= rows.keys()
+    assert len(rows["dense"]["decode"]) == 4
+    assert rows["ours 2:4"]["bytes"] < rows["dense"]["bytes"]
+    assert f"| dense | {8 * rows['dense']['bytes'] / found['parameters']:.2f} |" in done.stdout
+    again = run("peers.py", dense_folder, "--text", text_file, "--table", result).stdout
+    assert again.splitlines()[-2:] == done.stdout.splitlines()[-2:]
+
+
 def test_processes_are_compared(run, dense_folder, text_file, tmp_path):
     sizes = ["--num-samples", 8, "--seq-len", 16, "--num-windows", 2, "--test-seq-len", 32]
     texts = ["--calibration", text_file, "--text", text_file]

@@ -100,11 +100,20 @@ def announcement(
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     how = config.preset or config.solver
     return (
-        f"{type(model).__name__}, {parameters / 1e6:,.3g} M parameters, on {where}, in {dtype}: "
+        f"{type(model).__name__}, {_size(parameters)} parameters, on {where}, in {dtype}: "
         f"{len(plan.names)} layers to {config.pattern} ({how}), calibrated on {count} x {length} tokens\n"
         f"about {_duration(found.seconds)}, and {found.bytes / 2**30:.1f} GiB beside the model; fewer or shorter "
         "windows (num_samples, seq_len) take less"
     )
+
+
+def _size(parameters: int) -> str:
+    """As the field writes it.
+
+    >>> _size(134_515_008), _size(1_777_088_000)
+    ('135M', '1.78B')
+    """
+    return f"{parameters / 1e6:.3g}M" if parameters < 999.5e6 else f"{parameters / 1e9:.3g}B"
 
 
 def _duration(seconds: float) -> str:

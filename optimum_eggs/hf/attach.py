@@ -12,6 +12,7 @@ from torch import nn
 from ..config import EGGSConfig
 from ..errors import ModelError
 from ..nn import CodedEmbedding, CodedLinear, NMLinear
+from ..nn.dense import read_fast
 from ..nn.embedding import TiedCodedLinear
 from ..nn.experts import SplitExperts, join_experts, keep_names
 from .loading import parse_dtype
@@ -50,11 +51,13 @@ def attach_quantizer(model: PreTrainedModel, config: EGGSConfig, report: PruneRe
 def take_over(model: PreTrainedModel) -> None:
     """Replace what transformers does otherwise for a packed model than for a dense one, until it is dense again.
 
-    `model.push_to_hub` ends with this package's card, where transformers would write its template over it; `half` and
-    `float` cast, which transformers refuses for every quantized model; and files name the layers as the model does,
-    which the format asks for, where transformers has other names for some architectures.
+    What is left dense reads its weight as fast as packed layers do. `model.push_to_hub` ends with this package's card,
+    where transformers would write its template over it; `half` and `float` cast, which transformers refuses for every
+    quantized model; and files name the layers as the model does, which the format asks for, where transformers has
+    other names for some architectures.
     """
     keep_names(model)
+    read_fast(model)
     own: dict[str, Any] = {"push_to_hub": _push_to_hub, "half": nn.Module.half, "float": nn.Module.float}
     if isinstance(model.get_input_embeddings(), CodedEmbedding):
         own["resize_token_embeddings"] = _resize_token_embeddings
@@ -65,6 +68,7 @@ def give_back(model: PreTrainedModel) -> None:
     """Undo [`take_over`], and the mark that the configurations of a packed model have."""
     from transformers import PreTrainedModel
 
+    read_fast(model, fast=False)
     for name in ("push_to_hub", "half", "float", "resize_token_embeddings", "_weight_conversions"):
         vars(model).pop(name, None)
     for module in model.modules():

@@ -1,9 +1,30 @@
-"""What counts as a dense linear layer, and its weight as (out, in)."""
+"""What counts as a dense linear layer, and its weight as (out, in); and `DenseLinear`, one that is read fast."""
 
 from __future__ import annotations
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+
+from ..ops.dense_linear import dense_linear
+
+torch.fx.wrap("dense_linear")
+
+
+class DenseLinear(nn.Linear):
+    """An `nn.Linear` of a packed model, its head for one: it multiplies a few tokens as fast as it reads its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X (..., in) to (..., out)."""
+        return dense_linear(input, self.weight, self.bias)
+
+
+def read_fast(model: nn.Module, fast: bool = True) -> None:
+    """Make every `nn.Linear` of `model` a [`DenseLinear`] in place, or make it what it was."""
+    before, after = (nn.Linear, DenseLinear) if fast else (DenseLinear, nn.Linear)
+    for module in model.modules():
+        if type(module) is before:
+            module.__class__ = after
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -13,11 +34,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Whether `module` is a layer that can be packed: exactly `nn.Linear`, `Conv1D`, or Falcon's, which is the former.
+    """Whether `module` is a layer that can be packed: exactly `nn.Linear`, `Conv1D`, Falcon's or a [`DenseLinear`].
 
     Other subclasses are left alone, since what their forward does with the weight is not known.
     """
-    return type(module) is nn.Linear or is_conv1d(module) or _is_falcons(module)
+    return type(module) in (nn.Linear, DenseLinear) or is_conv1d(module) or _is_falcons(module)
 
 
 def _is_falcons(module: nn.Module) -> bool:

@@ -38,6 +38,11 @@ _MOST_TOKENS = {"portable": 4, "neon": 8, "neon_dotprod": 8, "avx2": 12, "avx512
 _MOST_TOKENS |= {"avx512_vnni": 48, "avx512_bf16": 48, "amx": 48}
 # The same for bfloat16 where the processor multiplies it: AMX keeps up with the dense product at any number of tokens.
 _MOST_TOKENS_BF16 = {"avx512_bf16": 512, "amx": 1 << 30}
+# Tokens for which a dense weight of 16 bits is multiplied faster than by torch, which reads one token's fast itself but
+# in bfloat16 where the processor multiplies it. Measured as well; not known for Arm.
+_TOKENS_DENSE = {"avx2": range(2, 9), "avx512": range(2, 25), "avx512_vbmi2": range(2, 25), "avx512_vnni": range(2, 25)}
+_TOKENS_DENSE |= {"avx512_bf16": range(2, 25), "amx": range(2, 25)}
+_TOKENS_DENSE_BF16 = {"avx512_bf16": range(1, 25), "amx": range(1, 25)}
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,17 @@ def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
         ConfigError: an environment variable forces what is not there.
     """
     return _decide(dtype, device.type, tokens, native.torch_may_hang())
+
+
+def dense_kernel(dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    """The instruction set whose kernel multiplies a dense weight of `dtype` faster than torch; None if none does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    choice = choose(dtype, device, tokens)
+    if choice.backend != "native" or choice.isa is None:
+        return None
+    known = _TOKENS_DENSE_BF16 if dtype is torch.bfloat16 else {}
+    return choice.isa if tokens in known.get(choice.isa, _TOKENS_DENSE.get(choice.isa, ())) else None
 
 
 def holds() -> bool:

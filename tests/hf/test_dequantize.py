@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
 from optimum_eggs.errors import ConfigError, ModelError
 from optimum_eggs.nn import packed_layers
+from optimum_eggs.nn.dense import DenseLinear
 
 IDS = tiny.make_windows(2, 12)
 CASTS = {
@@ -165,3 +166,9 @@ def test_an_adapter_beside_the_packed_layers_does_not_matter(folders):
     model.dequantize()
     assert not any(isinstance(module, NMLinear) for module in model.modules())
     torch.testing.assert_close(logits(model), expected)
+
+
+def test_what_is_left_dense_is_read_fast_until_the_model_is_dense(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    assert type(model.lm_head) is DenseLinear
+    assert type(model.dequantize().lm_head) is torch.nn.Linear

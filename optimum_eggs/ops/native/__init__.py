@@ -60,8 +60,10 @@ def warn_missing() -> None:
     )
 
 
-def linear(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    """X (..., in), contiguous, to (..., out), by the kernel for `isa`."""
+def linear(
+    isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> Tensor:
+    """X (..., in), contiguous, to (..., out), by the kernel for `isa`; no `weight_meta` if dense, and n = m."""
     out_features, width = weight.shape
     in_features = x.shape[-1]
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
@@ -70,7 +72,7 @@ def linear(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tenso
         DTYPES[x.dtype],
         x.data_ptr(),
         weight.data_ptr(),
-        weight_meta.data_ptr(),
+        0 if weight_meta is None else weight_meta.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         x.numel() // in_features,

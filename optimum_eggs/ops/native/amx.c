@@ -154,7 +154,7 @@ TARGET static void run(const nm_problem *p, const nm_rows *rows, char *right, ch
 }
 
 int nm_linear_amx(const nm_problem *p) {
-    if (p->tokens <= FEW) return nm_linear_avx512bf16(p);  // bound by memory, which streams read better than tiles
+    if (p->tokens <= FEW || !p->meta) return nm_linear_avx512bf16(p);  // bound by memory, which streams read better than tiles
     nm_rows rows;
     int threads = nm_threads(p);
     int64_t most = nm_round_up(nm_min(PASS, p->tokens), SIDE), depth = (p->in + DEPTH - 1) / DEPTH;

@@ -29,6 +29,12 @@ INLINE void fetch(const void *from, int scale, int ahead) {
     else _mm_prefetch((const char *)from + ahead / scale, _MM_HINT_T0);
 }
 
+// The values that follow at the positions of their bits; of a dense weight they are there.
+INLINE __m512bh spread(const char *v, uint32_t bits, int step) {
+    __m512i read = spread_read(v, step);
+    return (__m512bh)(step < LANES ? _mm512_maskz_expand_epi16(bits, read) : _mm512_maskz_mov_epi16(bits, read));
+}
+
 INLINE __m512bh load_x(const uint16_t *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
 // `count` rows, `stride` apart, by `tokens` tokens: one tile of y. Both numbers are constants in every call.
@@ -51,12 +57,12 @@ INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, in
         for (int r = 0; r < count; r++) {
             fetch(v[r], 1, ahead);
             if (step > 16) fetch(v[r] + 64, 1, ahead);
-            if (column % META_LINE == 0) fetch(meta[r] + column / 8, 8, ahead);
+            if (step < LANES && column % META_LINE == 0) fetch(meta[r] + column / 8, 8, ahead);
         }
         for (int half = 0; half < 2; half++) {
             for (int r = 0; r < count; r++) {
-                uint32_t bits = spread_bits(meta[r] + column / 8 + 4 * half);
-                w[r] = (__m512bh)_mm512_maskz_expand_epi16(bits, spread_read(v[r], step));
+                uint32_t bits = step < LANES ? spread_bits(meta[r] + column / 8 + 4 * half) : 0xffffffffu;
+                w[r] = spread(v[r], bits, step);
                 v[r] = spread_next(v[r], end[r], bits, step);
             }
             for (int t = 0; t < tokens; t++) {
@@ -71,8 +77,8 @@ INLINE void tile(const nm_problem *p, const nm_rows *rows, const uint16_t *x, in
     for (; column < p->in; column += LANES) {
         uint32_t valid = column + LANES > p->in ? (1u << (p->in - column)) - 1 : 0xffffffffu;
         for (int r = 0; r < count; r++) {
-            uint32_t bits = spread_bits(meta[r] + column / 8) & valid;
-            __m512bh w = (__m512bh)_mm512_maskz_expand_epi16(bits, spread_read(v[r], step));
+            uint32_t bits = (step < LANES ? spread_bits(meta[r] + column / 8) : 0xffffffffu) & valid;
+            __m512bh w = spread(v[r], bits, step);
             v[r] = spread_next(v[r], end[r], bits, step);
             for (int t = 0; t < tokens; t++)
                 sum[r][t] = _mm512_dpbf16_ps(sum[r][t], w, load_x(x + t * ldx + column));
@@ -132,11 +138,12 @@ INLINE void stripes(const nm_problem *p, const nm_rows *rows, const uint16_t *x,
 LOOPS(8)
 LOOPS(16)
 LOOPS(24)
+LOOPS(32)
 LOOPS(0)
 
 typedef void (*loop)(const nm_problem *, const nm_rows *, const uint16_t *, int64_t);
-#define OF_STEPS(name) {name##_8, name##_16, name##_24, name##_0}
-static const loop loops[3][4] = {OF_STEPS(intel), OF_STEPS(zen4), OF_STEPS(zen5)};
+#define OF_STEPS(name) {name##_8, name##_16, name##_24, name##_32, name##_0}
+static const loop loops[3][5] = {OF_STEPS(intel), OF_STEPS(zen4), OF_STEPS(zen5)};
 
 static int few_tokens(const nm_problem *p) {
     nm_rows rows;
@@ -154,17 +161,17 @@ static int few_tokens(const nm_problem *p) {
         nm_free(copy);
         return -1;
     }
-    int step = LANES % p->m ? 0 : LANES / p->m * p->n;
+    int step = !p->meta ? LANES : LANES % p->m ? 0 : LANES / p->m * p->n;
     // Of AMD's processors, those before Zen 5 do not have VP2INTERSECT.
     int kind = !__builtin_cpu_is("amd") ? 0 : !__builtin_cpu_supports("avx512vp2intersect") ? 1 : 2;
-    loops[kind][step == 8 ? 0 : step == 16 ? 1 : step == 24 ? 2 : 3](p, &rows, x, ldx);
+    loops[kind][step == 8 ? 0 : step == 16 ? 1 : step == 24 ? 2 : step == LANES ? 3 : 4](p, &rows, x, ldx);
     nm_rows_close(&rows);
     nm_free(copy);
     return 0;
 }
 
 int nm_linear_avx512bf16(const nm_problem *p) {
-    if (p->tokens <= MOST) return few_tokens(p);
+    if (p->tokens <= MOST || !p->meta) return few_tokens(p);
     // Tiles hold sixteen tokens: a few beyond the last full one cost less by themselves.
     int64_t rest = p->tokens % 16 <= SPARE ? p->tokens % 16 : 0;
     nm_problem many = *p, few = *p;

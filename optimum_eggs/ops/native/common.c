@@ -32,7 +32,8 @@ void *nm_alloc(size_t bytes) { return aligned_alloc(64, (size_t)nm_round_up((int
 void nm_free(void *memory) { free(memory); }
 
 int nm_rows_open(nm_rows *rows, const nm_problem *p, int64_t slack) {
-    return nm_rows_of(rows, p->values, p->width * nm_size(p->dtype), p->meta, nm_meta_width(p->in), p->out, slack);
+    int64_t meta_row = p->meta ? nm_meta_width(p->in) : 0;
+    return nm_rows_of(rows, p->values, p->width * nm_size(p->dtype), p->meta, meta_row, p->out, slack);
 }
 
 int nm_rows_of(nm_rows *rows, const void *values, int64_t row_bytes, const uint8_t *meta, int64_t meta_row,

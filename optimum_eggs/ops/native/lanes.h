@@ -20,7 +20,8 @@ typedef struct {
     const uint8_t *meta;
 } lanes_row;
 
-LANES_INLINE unsigned lanes_bits(const uint8_t *meta) {
+LANES_INLINE unsigned lanes_bits(const uint8_t *meta, int step) {
+    if (step == LANES) return (1u << LANES) - 1;  // dense
 #if LANES == 8
     return *meta;
 #else
@@ -37,7 +38,7 @@ LANES_INLINE VEC lanes_next(lanes_row *row, unsigned bits, int dtype, int step) 
     int size = dtype == NM_F32 ? 4 : 2;
     row->values += (step ? step : __builtin_popcount(bits)) * size;
     if (!step && row->values > row->end) row->values = row->end;  // bits that lie about their number
-    row->meta += LANES / 8;
+    if (step != LANES) row->meta += LANES / 8;
     return w;
 }
 
@@ -59,11 +60,11 @@ LANES_INLINE void lanes_tile(const nm_problem *p, const nm_rows *rows, const flo
         for (int r = 0; r < count_rows; r++) {
             lanes_prefetch(row[r].values + AHEAD);
             if (dtype == NM_F32 && LANES == 16) lanes_prefetch(row[r].values + AHEAD + 64);
-            lanes_prefetch(row[r].meta + AHEAD / (dtype == NM_F32 ? 16 : 8));
+            if (step != LANES) lanes_prefetch(row[r].meta + AHEAD / (dtype == NM_F32 ? 16 : 8));
         }
         for (int step_of_group = 0; step_of_group < GROUP; step_of_group++) {
             VEC w[ROWS];
-            for (int r = 0; r < count_rows; r++) w[r] = lanes_next(&row[r], lanes_bits(row[r].meta), dtype, step);
+            for (int r = 0; r < count_rows; r++) w[r] = lanes_next(&row[r], lanes_bits(row[r].meta, step), dtype, step);
             for (int t = 0; t < tokens; t++) {
                 VEC xv = lanes_x(xt + t * ldx + column + step_of_group * LANES);
                 for (int r = 0; r < count_rows; r++) {
@@ -76,13 +77,13 @@ LANES_INLINE void lanes_tile(const nm_problem *p, const nm_rows *rows, const flo
     }
     for (; column + LANES <= p->in; column += LANES)
         for (int r = 0; r < count_rows; r++) {
-            VEC w = lanes_next(&row[r], lanes_bits(row[r].meta), dtype, step);
+            VEC w = lanes_next(&row[r], lanes_bits(row[r].meta, step), dtype, step);
             for (int t = 0; t < tokens; t++) sum[r][t] = lanes_fma(w, lanes_x(xt + t * ldx + column), sum[r][t]);
         }
     if (column < p->in) {
         unsigned valid = (1u << (p->in - column)) - 1;
         for (int r = 0; r < count_rows; r++) {
-            VEC w = lanes_next(&row[r], lanes_bits(row[r].meta) & valid, dtype, step);
+            VEC w = lanes_next(&row[r], lanes_bits(row[r].meta, step) & valid, dtype, step);
             for (int t = 0; t < tokens; t++) sum[r][t] = lanes_fma(w, lanes_x(xt + t * ldx + column), sum[r][t]);
         }
     }
@@ -118,7 +119,8 @@ LANES_INLINE void lanes_rows(const nm_problem *p, const nm_rows *rows, const flo
     }
 }
 
-// For each dtype and step a function of its own: `step` values kept of LANES positions, or 0 where their number varies.
+// For each dtype and step a function of its own: `step` values kept of LANES positions, LANES of a dense weight, which has
+// no bits, or 0 where their number varies.
 // A thread's rows are cut into stripes that advance together: several streams far apart keep more of the memory busy
 // than neighbouring rows do.
 #define LANES_LOOP(name, dtype, step) \
@@ -133,6 +135,7 @@ LANES_INLINE void lanes_rows(const nm_problem *p, const nm_rows *rows, const flo
     }
 
 #define LANES_LOOPS(dtype, suffix) \
+    LANES_LOOP(loop_all_##suffix, dtype, LANES) \
     LANES_LOOP(loop_half_##suffix, dtype, LANES / 2) \
     LANES_LOOP(loop_any_##suffix, dtype, 0)
 
@@ -155,10 +158,13 @@ LANES_INLINE void lanes_rows(const nm_problem *p, const nm_rows *rows, const flo
             nm_free(copy); \
             return -1; \
         } \
-        int half = LANES % p->m == 0 && 2 * p->n == p->m; \
-        if (p->dtype == NM_F32) (half ? loop_half_f32 : loop_any_f32)(p, &rows, x, ldx); \
-        else if (p->dtype == NM_F16) (half ? loop_half_f16 : loop_any_f16)(p, &rows, x, ldx); \
-        else (half ? loop_half_bf16 : loop_any_bf16)(p, &rows, x, ldx); \
+        int kind = !p->meta ? 0 : LANES % p->m == 0 && 2 * p->n == p->m ? 1 : 2; \
+        static void (*const loops[NM_DTYPES][3])(const nm_problem *, const nm_rows *, const float *, int64_t) = { \
+            [NM_F32] = {loop_all_f32, loop_half_f32, loop_any_f32}, \
+            [NM_F16] = {loop_all_f16, loop_half_f16, loop_any_f16}, \
+            [NM_BF16] = {loop_all_bf16, loop_half_bf16, loop_any_bf16}, \
+        }; \
+        loops[p->dtype][kind](p, &rows, x, ldx); \
         nm_rows_close(&rows); \
         nm_free(copy); \
         return 0; \

@@ -26,12 +26,13 @@
 
 enum { NM_F32, NM_F16, NM_BF16, NM_DTYPES };
 
-// y = x Wᵀ + bias, W packed n:m. All matrices are row-major and contiguous; x, values, bias and y have one dtype.
+// y = x Wᵀ + bias, W packed n:m, or dense: n = m, without bits. All matrices are row-major and contiguous; x, values, bias
+// and y have one dtype.
 typedef struct {
     int dtype;
     const void *x;        // (tokens, in)
     const void *values;   // (out, width): the values kept, width = in·n/m
-    const uint8_t *meta;  // (out, ⌈in/8⌉): bit i of byte b is position 8b + i
+    const uint8_t *meta;  // (out, ⌈in/8⌉): bit i of byte b is position 8b + i; or NULL
     const void *bias;     // (out) or NULL
     void *y;              // (tokens, out)
     int64_t tokens, out, in, width;
@@ -142,6 +143,7 @@ static inline const void *nm_row_values(const nm_rows *rows, int64_t r) {
 }
 
 static inline const uint8_t *nm_row_meta(const nm_rows *rows, int64_t r) {
+    if (!rows->meta) return NULL;
     return r < rows->first ? rows->meta + r * rows->meta_bytes : rows->tail_meta + (r - rows->first) * rows->meta_bytes;
 }
 

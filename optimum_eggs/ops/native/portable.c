@@ -7,11 +7,11 @@ enum { BLOCK = 4 };
 
 // Sums of up to BLOCK tokens with one row. x holds float32, (tokens, in).
 static void row_sums(const nm_problem *p, const float *x, int64_t row, int tokens, float *sums) {
-    const uint8_t *meta = p->meta + row * nm_meta_width(p->in);
+    const uint8_t *meta = p->meta ? p->meta + row * nm_meta_width(p->in) : NULL;
     int64_t at = row * p->width, end = at + p->width;
     for (int t = 0; t < BLOCK; t++) sums[t] = 0;
     for (int64_t column = 0; column < p->in && at < end; column += 8) {
-        unsigned bits = meta[column / 8];
+        unsigned bits = meta ? meta[column / 8] : 0xff;
         for (int64_t i = column; bits && i < p->in && at < end; i++, bits >>= 1) {
             if (!(bits & 1)) continue;
             float w = nm_read(p->values, at++, p->dtype);

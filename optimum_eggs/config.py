@@ -26,7 +26,7 @@ SELECTIONS = ("optimal", "diagonal", "none")
 UPDATES = ("refit", "none")
 SAMPLINGS = ("random", "sequential")
 ROUNDINGS = ("gptq", "nearest")
-HEADS = ("int8",)
+DENSE_BITS = ("int8",)
 RETIRED = ("allocation", "descent_sweeps", "floor_tolerance", "tuning_target")
 """Keys of earlier releases, that packed models may hold; no measurement supported what they did."""
 
@@ -79,6 +79,7 @@ class EGGSConfig(QuantizationConfigMixin):
         rounding_tuning: As `block_tuning`, once the values are rounded, with the rounding in the loop. Default: half of
             `block_tuning` for `"int4"`, else 0.
         head: `"int8"` to store the input embeddings and the output head so too, tied or not; or None, as floats.
+        ignored: `"int8"` to store linear layers of the blocks that `ignore` or `targets` leave dense so too, or None.
         calibration: A text file, the name of a data set, a list of texts, token ids, a `datasets.Dataset` of texts or
             of token ids, or a mapping of files and names to the share of the windows that each gives. A data set is
             named `"wikitext2"`, `"c4"`, or by any id on the Hub, with its configuration and revision behind it if need
@@ -151,6 +152,7 @@ class EGGSConfig(QuantizationConfigMixin):
         rounding: str | None = None,
         rounding_tuning: int | None = None,
         head: str | None = None,
+        ignored: str | None = None,
         calibration: Any = None,
         split: str | None = None,
         text_column: str | None = None,
@@ -187,7 +189,7 @@ class EGGSConfig(QuantizationConfigMixin):
         given = {key: value for key, value in locals().items() if key in METHOD and value is not None}
         self._set_method(_preset_values(preset), given, band, chosen, stored)
 
-        self._set_coding(values, value_group, rounding, rounding_tuning, head)
+        self._set_coding(values, value_group, rounding, rounding_tuning, head, ignored)
         self.coded_modules = check.modules("coded_modules", coded_modules, Coding.parse, "codings such as 'int8:128'")
         self.pruned_modules = check.modules("pruned_modules", pruned_modules, NMPattern.parse, "patterns such as '2:4'")
         self.format_version = self._version(format_version)
@@ -249,24 +251,32 @@ class EGGSConfig(QuantizationConfigMixin):
         assert self.value_group is not None
         return Coding("int8" if kept % 2 else self.values, self.value_group)
 
-    def head_coding(self) -> Coding:
-        """The coding of embeddings and head; `head` must not be None."""
-        assert self.head is not None
+    def dense_coding(self) -> Coding:
+        """The coding of what is left dense; `head` or `ignored` must not be None."""
+        kind = self.head or self.ignored
+        assert kind is not None
         assert self.value_group is not None
-        return Coding(self.head, self.value_group)
+        return Coding(kind, self.value_group)
 
     def _set_coding(
-        self, values: str | None, group: int | None, rounding: str | None, tuning: int | None, head: str | None
+        self,
+        values: str | None,
+        group: int | None,
+        rounding: str | None,
+        tuning: int | None,
+        head: str | None,
+        ignored: str | None,
     ) -> None:
         self.values = None if values is None else check.one_of("values", values, BITS)
-        self.head = None if head is None else check.one_of("head", head, HEADS)
+        self.head = None if head is None else check.one_of("head", head, DENSE_BITS)
+        self.ignored = None if ignored is None else check.one_of("ignored", ignored, DENSE_BITS)
         if values is None:
             for name, value in {"rounding": rounding, "rounding_tuning": tuning}.items():
                 if value:
                     raise ConfigError(f"{name}={value!r} without `values`: no value is rounded; add values='int8'")
-            if group is not None and head is None:
+            if group is not None and head is None and ignored is None:
                 raise ConfigError(f"value_group={group!r} without `values`: there is no scale; add values='int8'")
-        coded = values is not None or head is not None
+        coded = values is not None or head is not None or ignored is not None
         self.value_group = Coding("int8", GROUP if group is None else group).group if coded else None
         self.rounding, self.rounding_tuning = None, 0
         if values is not None:
@@ -284,7 +294,7 @@ class EGGSConfig(QuantizationConfigMixin):
 
     def _version(self, stored: int | None) -> int:
         """Of the format; `stored` must be it. Where it is listed what a model holds, that counts, and not the wish."""
-        integers = self.coded_modules if self.pruned_modules is not None else self.values or self.head
+        integers = self.coded_modules if self.pruned_modules is not None else self.values or self.head or self.ignored
         needed = FORMAT_VERSION if integers else FLOAT_VERSION
         if stored not in (None, FLOAT_VERSION, FORMAT_VERSION):
             raise ConfigError(
@@ -340,10 +350,10 @@ class EGGSConfig(QuantizationConfigMixin):
             dropped |= {"n", "m"}
         if "preset" in changes:
             dropped |= {*METHOD, "band"}
-        values, head = (changes.get(key, getattr(self, key)) for key in ("values", "head"))
-        if values is None:
+        kinds = {key: changes.get(key, getattr(self, key)) for key in ("values", "head", "ignored")}
+        if kinds["values"] is None:
             dropped |= {"rounding", "rounding_tuning"}
-        if values is None and head is None:
+        if not any(kinds.values()):
             dropped |= {"value_group", "coded_modules"}
         kept = {key: value for key, value in vars(self).items() if key not in dropped}
         return type(self)(**kept | changes)

@@ -23,7 +23,7 @@ from .measure import Meter, devices_of
 from .names import public_name
 from .strict_json import dumps
 
-KEYS = ("values", "value_group", "rounding", "rounding_tuning", "tuning_lr", "head")
+KEYS = ("values", "value_group", "rounding", "rounding_tuning", "tuning_lr", "head", "ignored")
 """Those of the configuration that say how values become integers."""
 
 _WITH_DEFAULTS = ("tuning_lr", "num_samples", "sampling", "seed", "min_expert_tokens", "batch_size")
@@ -50,9 +50,9 @@ def quantize(
     Args:
         model_id: A packed model with floats.
         output: Folder to make.
-        settings: Keys of [`EGGSConfig`] and their values: `values`, `head` and the others of `KEYS`; and those of the
-            calibration (`calibration`, `num_samples`, `seq_len`, `batch_size`, `seed` and so on). The rest is as the
-            model has it.
+        settings: Keys of [`EGGSConfig`] and their values: those of `KEYS`, such as `values` and `head`; and those of
+            the calibration (`calibration`, `num_samples`, `seq_len`, `batch_size`, `seed` and so on). The rest is as
+            the model has it.
         device: Where. Default: an accelerator if there is one.
         overwrite: Replace a model that this package saved at `output`.
         max_shard_size: As for transformers.

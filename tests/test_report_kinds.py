@@ -55,6 +55,7 @@ def full(packed_folder, dense_folder, text_file, tmp_path_factory):
         "rounding": "gptq",
         "rounding_tuning": 4,
         "head": "int8",
+        "ignored": "int8",
         "calibration": copy.deepcopy(report["calibration"]) | {"source": "text.txt"},
     }
     # One of a kind is enough of what is many times there.

@@ -36,6 +36,7 @@ _FLAGS = (
     "values",
     "value_group",
     "head",
+    "ignored",
     "targets",
     "ignore",
 )
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--values", choices=list(BITS), help="integers for the values that are kept (default: none, floats)")
     add("--head", choices=["int8"], help="integers for embeddings and output head (default: none, floats)")
+    add("--ignored", choices=["int8"], help="integers for layers left dense on request (default: none, floats)")
     add_device(add)
     add(
         "--memory-budget",

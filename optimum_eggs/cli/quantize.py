@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--values", choices=list(BITS), help="integers for the values that are kept (default: none)")
     add("--value-group", type=integer(64), metavar="N", help=f"inputs that share a scale (default: {GROUP})")
     add("--head", choices=["int8"], help="integers for embeddings and output head (default: none)")
+    add("--ignored", choices=["int8"], help="integers for layers that were left dense on request (default: none)")
     add("--rounding", choices=["gptq", "nearest"], help="how values are rounded (default: nearest; gptq with int4)")
     add(
         "--rounding-tuning",
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from ..quantize import quantize
     from .prune import parse_sources
 
-    keys = ("values", "value_group", "head", "rounding", "rounding_tuning", "split", "text_column")
+    keys = ("values", "value_group", "head", "ignored", "rounding", "rounding_tuning", "split", "text_column")
     settings = {key: getattr(args, key) for key in (*keys, "num_samples", "seq_len", "seed")}
     with others_on_stderr():
         done = quantize(
@@ -79,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
         print(strict_json.dumps(done | {"output": args.output}))
         return 0
     how = f"{done['values']} ({done['rounding']}, {done['value_group']} inputs a scale)" if done["values"] else "floats"
-    print(f"{done['modules']} modules in integers: values {how}, head {done['head'] or 'as it was'}")
+    left = "".join(f", {key} {done[key]}" for key in ("head", "ignored") if done[key])
+    print(f"{done['modules']} modules in integers: values {how}{left}")
     if done["tuning"]:
         before, after = (sum(errors) / len(errors) for errors in zip(*done["tuning"], strict=True))
         print(f"blocks tuned: mean error on the windows held out {before:.4f} -> {after:.4f}")

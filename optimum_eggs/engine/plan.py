@@ -157,6 +157,11 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     )
 
 
+def is_ignored(name: str, config: EGGSConfig) -> bool:
+    """Whether `ignore` or `targets` leave a layer of a block dense."""
+    return matches(name, config.ignore) or (config.targets is not None and not matches(name, config.targets))
+
+
 def _why_dense(name: str, block: int | None, config: EGGSConfig) -> str | None:
     if matches(name, config.ignore):
         return "matches `ignore`"

@@ -25,7 +25,7 @@ from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
 from .block import BlockResult, DenseStream, prune_block
 from .estimate import announcement, estimate
-from .head import check_head, code_head, outer_modules
+from .left_dense import check_left_dense, chosen_modules, code_left_dense
 from .plan import PrunePlan, make_plan
 from .precision import check_float32
 from .report import PruneReport
@@ -64,20 +64,20 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
             NaN or infinite, or memory is out (the blocks before are pruned by then; load the model again).
     """
     check_run(model, config, windows)
-    if config.head:
+    if config.head or config.ignored:
         with evaluation_mode(model):
-            check_head(model, config.head_coding())
+            check_left_dense(model, config)
     plan = make_plan(model, config)
     try:
         with Meter(devices_of(model)) as meter:
             done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
-            with meter.stage("head"):
-                head = code_head(model, config.head_coding()) if config.head else {}
+            with meter.stage("left dense"):
+                coded = code_left_dense(model, config)
     except BaseException:
         if not any(isinstance(module, NMLinear) for module in model.modules()):
             join_experts(model)
         raise
-    return make_report(plan, config, windows, done, meter, head)
+    return make_report(plan, config, windows, done, meter, coded)
 
 
 class Keeper(Protocol):
@@ -110,8 +110,7 @@ def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Rank
         check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
     if config.permutation:
         check_float32(model, "permutation=True")
-    if config.head:
-        outer_modules(model)
+    chosen_modules(model, config)
 
 
 @torch.no_grad()
@@ -172,15 +171,15 @@ def make_report(
     windows: Tensor,
     done: Sequence[BlockResult],
     meter: Meter,
-    head: Mapping[str, str] | None = None,
+    left_coded: Mapping[str, str] | None = None,
 ) -> PruneReport:
-    """The report of a run, from what became of each block, and the codings of what is outside of them.
+    """The report of a run, from what became of each block, and the codings of what is left dense.
 
     Raises:
         CalibrationError: no layer was pruned.
     """
     layers = [layer for block in done for layer in block.layers]
-    coded = {layer.name: layer.coding for layer in layers if layer.coding is not None} | dict(head or {})
+    coded = {layer.name: layer.coding for layer in layers if layer.coding is not None} | dict(left_coded or {})
     left_dense = [*plan.left_dense, *(layer for block in done for layer in block.left_dense)]
     if not layers:
         raise CalibrationError(

@@ -17,7 +17,7 @@ from ..measure import Meter
 from ..memory import enough_memory
 from ..nn import CodedLinear, NMLinear, packed_layers, pattern_of
 from .block import DenseStream, round_layers
-from .head import check_head, code_head
+from .left_dense import check_left_dense, code_left_dense
 from .prune import check_run, evaluation_mode
 from .rounding import check_runs, code_layer
 from .tune import BlockTuning
@@ -34,7 +34,7 @@ def quantize_model(
 
     Args:
         model: A packed model in memory, its values floats.
-        config: Its `values`, `value_group`, `rounding`, `rounding_tuning` and `head`.
+        config: Its `values`, `value_group`, `rounding`, `rounding_tuning`, `head` and `ignored`.
         windows: Token ids (windows, tokens), int64; not needed to round to the nearest without tuning.
         meter: Counts the seconds.
         progress: Show a progress bar on stderr. Default: if it is a terminal.
@@ -43,28 +43,27 @@ def quantize_model(
         Module -> coding, and how each block was tuned.
 
     Raises:
-        ConfigError: neither `values` nor `head` is given; or windows are needed.
+        ConfigError: none of `values`, `head` and `ignored` is given; or windows are needed.
         ModelError: there is no packed layer, or one holds integers already; the model is as it was. Or its first block
             cannot run with layers of integers.
     """
     layers = packed_layers(model)
-    if config.values is None and config.head is None:
+    if config.values is None and config.head is None and config.ignored is None:
         raise ConfigError("values=None and head=None: nothing is to be stored in integers; give values='int8'")
     if not layers:
         raise ModelError("the model has no packed layer; prune it first, with values='int8' in the same command")
     coded = next((name for name, layer in layers.items() if isinstance(layer, CodedLinear)), None)
     if coded is not None:
         raise ModelError(f"{coded} holds integers already; start from the packed model with floats")
-    if config.head is not None:
+    if config.head or config.ignored:
         with evaluation_mode(model):
-            check_head(model, config.head_coding())
+            check_left_dense(model, config)
     codings: dict[str, str] = {}
     tuned: list[BlockTuning] = []
     if config.values is not None:
         codings, tuned = _round_blocks(model, layers, config, windows, meter, progress)
-    if config.head is not None:
-        with meter.stage("head"):
-            codings |= code_head(model, config.head_coding())
+    with meter.stage("left dense"):
+        codings |= code_left_dense(model, config)
     return codings, tuned
 
 

@@ -217,6 +217,7 @@ _RECOVERY = _object(
 _QUANTIZATION = _object(
     {"values": _maybe(_TEXT), "head": _maybe(_TEXT)},
     {
+        "ignored": _maybe(_TEXT),
         "value_group": _maybe(_SIZE),
         "rounding": _maybe(_TEXT),
         "rounding_tuning": _COUNT,

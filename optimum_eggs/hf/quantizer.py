@@ -347,8 +347,9 @@ def _check_agrees(given: Any, stored: EGGSConfig) -> None:
             "prune the dense model again"
         )
     asked, has = given.to_dict(), stored.to_dict()
-    default = EGGSConfig(given.pattern, values=given.values, head=given.head).to_dict()
-    default |= {key: EGGSConfig(given.pattern).to_dict()[key] for key in ("values", "head", "format_version")}
+    default = EGGSConfig(given.pattern, values=given.values, head=given.head, ignored=given.ignored).to_dict()
+    integers = ("values", "head", "ignored", "format_version")
+    default |= {key: EGGSConfig(given.pattern).to_dict()[key] for key in integers}
     for key in asked:
         if key not in _NO_DEMAND and asked[key] not in (default[key], has[key]):
             raise ConfigError(

@@ -208,7 +208,9 @@ def _rounded(config: dict[str, Any]) -> list[str]:
         )
     if config.get("head"):
         parts.append(f"embeddings and output head as `{config['head']}`")
-    return [f"Stored in integers: {', and '.join(parts)}."] if parts else []
+    if config.get("ignored"):
+        parts.append(f"linear layers that were left dense on request as `{config['ignored']}`")
+    return [f"Stored in integers: {'; '.join(parts)}."] if parts else []
 
 
 def _pruned(report: dict[str, Any]) -> str:
@@ -254,7 +256,7 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
         del shown["pruned_modules"], shown["coded_modules"], shown["format_version"]
         rounded = report.get("quantization")
         if rounded:  # by a command of its own
-            shown |= dict.fromkeys(("values", "value_group", "rounding", "head")) | {"rounding_tuning": 0}
+            shown |= dict.fromkeys(("values", "value_group", "rounding", "head", "ignored")) | {"rounding_tuning": 0}
         digest = f"{_windows(report)}; SHA-256 of the token ids {report['calibration']['sha256']}"
         lines = [
             "from optimum_eggs import EGGSConfig, EGGSPruner",
@@ -266,7 +268,9 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
     lines.append('pruner.save_pretrained("out")')
     rounded = report.get("quantization")
     if rounded:
-        given = {key: rounded.get(key) for key in ("values", "value_group", "head", "rounding", "rounding_tuning")}
+        given = {
+            key: rounded.get(key) for key in ("values", "value_group", "head", "ignored", "rounding", "rounding_tuning")
+        }
         flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items() if value is not None)
         lines.append(f"# and then: optimum-cli eggs quantize out rounded {flags} --calibration ...")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from ..calibration.states import StatesOnDisk, states_in_memory
 from ..calibration.windows import check_calibration, windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
-from ..engine.head import code_tensors, head_codings
+from ..engine.left_dense import code_tensors, left_dense_codings
 from ..engine.plan import PrunePlan, make_plan
 from ..engine.prune import check_run, make_report, prune_blocks
 from ..engine.report import PruneReport
@@ -165,15 +165,15 @@ def prune_checkpoint(
                     keeper,
                     ranks,
                 )
-            head = head_codings(source.model, config.head_coding()) if config.head else {}
-            report = make_report(plan, config, windows, done, meter, head)
+            coded = left_dense_codings(source.model, config)
+            report = make_report(plan, config, windows, done, meter, coded)
             report.measurements |= keeper.earlier | {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
             name_sources(report, config.calibration, drawn, source.model)
             with ranks.together():  # and the others end when the output is there
                 if ranks.first:
                     made = keeper.journal.folder / _ASSEMBLED
                     made.mkdir()
-                    _assemble(made, source, keeper.journal, report, head, cast, shard_size)
+                    _assemble(made, source, keeper.journal, report, coded, cast, shard_size)
                     if tokenizer is not None:
                         tokenizer.save_pretrained(made)
                     report.save(made / REPORT_NAME)
@@ -248,13 +248,13 @@ def _assemble(
     source: DenseSource,
     journal: Journal,
     report: PruneReport,
-    head: Mapping[str, str],
+    coded: Mapping[str, str],
     dtype: torch.dtype | None,
     max_shard_size: int,
 ) -> None:
     """Put the finished blocks, and what is outside them, together as a checkpoint of transformers.
 
-    `head`: what of the latter is stored in integers, and how.
+    `coded`: what of what is left dense is stored in integers, and how.
     """
     shards = Shards(made, min(max_shard_size, JOINED))
     buffers = {name for name, _ in source.model.named_buffers()}
@@ -270,9 +270,9 @@ def _assemble(
         return {key: value.to(dtype) if key in cast else value for key, value in tensors.items()}
 
     for block in journal.finished:
-        shards.add(final(load_file(journal.folder / block.file)))
+        shards.add(final(code_tensors(load_file(journal.folder / block.file), coded, source.model)))
     for part in source.outside():
-        shards.add(final(code_tensors(part, head)))
+        shards.add(final(code_tensors(part, coded, source.model)))
     shards.close()
 
     attach_quantizer(source.model, EGGSConfig.from_dict(report.config), report)

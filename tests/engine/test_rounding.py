@@ -12,7 +12,7 @@ from optimum_eggs.engine.quantize import quantize_model
 from optimum_eggs.errors import ConfigError, ModelError
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.measure import Meter
-from optimum_eggs.nn import CodedEmbedding, CodedLinear, coded_modules, packed_layers
+from optimum_eggs.nn import CodedEmbedding, CodedLinear, coded_modules, dense_weight, packed_layers
 
 IDS = tiny.make_windows(2, 12)
 WINDOWS = tiny.make_windows(8, 16)
@@ -85,6 +85,32 @@ def test_a_head_alone_leaves_the_layers_floats(tmp_path):
     assert all(layer.weight.is_floating_point() for layer in packed_layers(pruner.model).values())
     pruner.save_pretrained(tmp_path / "out")
     assert inspect_checkpoint(tmp_path / "out").config["coded_modules"] == {"model.embed_tokens": "int8:128"}
+
+
+@pytest.mark.parametrize(("name", "left"), [("llama", "down_proj"), ("gpt2", "c_proj"), ("opt", "layers.1")])
+def test_layers_left_dense_on_request_are_stored_as_integers_too(name, left, tmp_path):
+    pruner = pruned(name, ignore=["lm_head", left], ignored="int8")
+    coded = pruner.model.config.quantization_config.coded_modules
+    layers = [layer["name"] for layer in pruner.report.to_dict()["left_dense"] if left in layer["name"]]
+    assert layers
+    assert coded == dict.fromkeys(layers, "int8:128")
+    dense = tiny.make_model(name)
+    for layer in layers:
+        weight = dense_weight(dense.get_submodule(layer))
+        found = pruner.model.get_submodule(layer).dense_weight()
+        assert 0 < float((found - weight).norm() / weight.norm()) < 0.01
+    pruner.save_pretrained(tmp_path / "out")
+    assert inspect_checkpoint(tmp_path / "out").ok
+    model = type(pruner.model).from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model), logits(pruner.model))
+    assert "left dense on request as `int8`" in (tmp_path / "out" / "README.md").read_text()
+    model.dequantize()
+    assert type(model.get_submodule(layers[0])) is type(dense.get_submodule(layers[0]))
+
+
+def test_no_layer_that_is_left_dense_is_an_error():
+    with pytest.raises(ConfigError, match=r"ignored='int8': `ignore` and `targets` leave no linear layer .* dense"):
+        pruned(ignored="int8")
 
 
 def test_without_integers_the_format_is_that_of_before(tmp_path):

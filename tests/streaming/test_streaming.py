@@ -32,7 +32,7 @@ KINDS = {
     "best": {"preset": "best", "block_tuning": 4},
     "corrected": {"preset": "best", "block_tuning": 4, "error_correction": 0.5},
     "alone": {"error_correction": 0.0},
-    "int8": {"values": "int8", "head": "int8"},
+    "int8": {"values": "int8", "head": "int8", "ignored": "int8", "ignore": ["lm_head", "v_proj"]},
     "int4": {"preset": "best", "block_tuning": 4, "values": "int4", "head": "int8"},
 }
 

@@ -1,94 +1,134 @@
-"""The input embeddings and the output head of a model, stored as integers."""
+"""What is left dense, stored as integers: input embeddings and output head, and linear layers of the blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.blocks import find_block_list
 from ..calibration.context import text_inputs
+from ..config import EGGSConfig
 from ..errors import ConfigError, ShapeError, with_article
 from ..nn import CodedEmbedding, CodedLinear, dense_weight, is_dense_linear
 from ..nn.dense import is_conv1d
 from ..nn.embedding import TiedCodedLinear
 from ..packing.codes import Coding, store_codes
 from ..update.rounding import nearest
+from .plan import is_ignored
 
 _NUMBERS = 1 << 24  # that are rounded at a time
 
 
 @torch.no_grad()
-def code_head(model: Any, coding: Coding) -> dict[str, str]:
-    """Store the input embeddings and the output head of `model` as integers, in place, each value the nearest.
+def code_left_dense(model: Any, config: EGGSConfig) -> dict[str, str]:
+    """Store what `config.head` and `config.ignored` name as integers, in place, each value the nearest.
 
     Returns:
-        As [`head_codings`].
+        As [`left_dense_codings`].
 
     Raises:
-        ConfigError: as [`outer_modules`].
+        ConfigError: as [`left_dense_codings`].
     """
-    codings, modules = head_codings(model, coding), outer_modules(model)
-    embedding: CodedEmbedding | None = None
-    for name, module in modules.items():
+    codings, embedding = left_dense_codings(model, config), None
+    for name, module in chosen_modules(model, config).items():
+        made: nn.Module
         if name not in codings:
             assert isinstance(module, nn.Linear)
             assert embedding is not None
-            made: nn.Module = TiedCodedLinear(module, embedding)
+            made = TiedCodedLinear(module, embedding)
         else:
+            coding = Coding.parse(codings[name])
             codes, scale = nearest_dense(dense_weight(module), coding)
             if isinstance(module, nn.Embedding):
                 made = embedding = CodedEmbedding.from_codes(module, codes, scale, coding)
             else:
-                assert isinstance(module, nn.Linear)
-                made = CodedLinear.from_codes(module, codes, scale, coding)
+                made = CodedLinear.from_codes(_as_linear(module), codes, scale, coding, is_conv1d(module))
         model.set_submodule(name, made)
     return codings
 
 
 @torch.no_grad()
-def check_head(model: Any, coding: Coding) -> None:
-    """Raise unless `model`, which is loaded, runs with embeddings and head of integers. It is as it was then.
+def check_left_dense(model: Any, config: EGGSConfig) -> None:
+    """Raise unless `model`, which is loaded, runs with integers where [`code_left_dense`] puts them. It is as it was.
 
     Raises:
-        ConfigError: as [`outer_modules`]; or the model looks at the dtype of the head's weight.
+        ConfigError: as [`left_dense_codings`]; or the model looks at the dtype of a weight.
     """
-    before = outer_modules(model)
-    code_head(model, coding)
+    before = chosen_modules(model, config)
+    asked = " and ".join(f"{key}='int8'" for key in ("head", "ignored") if getattr(config, key))
+    code_left_dense(model, config)
     try:
         device = next(model.parameters()).device
         model(**text_inputs(model, torch.arange(2, device=device)[None]))
     except ShapeError as error:
-        raise ConfigError(f"head='int8': {type(model).__name__} cannot run with it: {error}") from error
+        raise ConfigError(f"{asked}: {type(model).__name__} cannot run with it: {error}") from error
     finally:
         for name, module in before.items():
             model.set_submodule(name, module)
 
 
-def head_codings(model: Any, coding: Coding) -> dict[str, str]:
-    """Name -> coding of the embeddings and the head; a head that shares the embeddings' weight is not named.
+def left_dense_codings(model: Any, config: EGGSConfig) -> dict[str, str]:
+    """Name -> coding of what is stored as integers; a head that shares the embeddings' weight is not named.
 
     Raises:
-        ConfigError: as [`outer_modules`].
+        ConfigError: as [`chosen_modules`].
     """
     weights: dict[int, str] = {}
-    for name, module in outer_modules(model).items():
+    for name, module in chosen_modules(model, config).items():
         weights.setdefault(id(module.get_parameter("weight")), name)
-    return dict.fromkeys(weights.values(), str(coding))
+    return dict.fromkeys(weights.values(), str(config.dense_coding())) if weights else {}
 
 
-def code_tensors(tensors: Mapping[str, Tensor], codings: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, with the weights of the modules in `codings` as codes and scales."""
+def code_tensors(tensors: Mapping[str, Tensor], codings: Mapping[str, str], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of `model`, with the weights of the modules in `codings` as codes and scales."""
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
         name = key.removesuffix(".weight")
         if name == key or name not in codings:
             found[key] = value
             continue
-        codes, scale = nearest_dense(value, Coding.parse(codings[name]))
+        weight = value.t() if is_conv1d(model.get_submodule(name)) else value
+        codes, scale = nearest_dense(weight, Coding.parse(codings[name]))
         found |= {key: store_codes(codes, Coding.parse(codings[name])), f"{name}.weight_scale": scale}
     return found
+
+
+def chosen_modules(model: Any, config: EGGSConfig) -> dict[str, nn.Module]:
+    """The modules that `config.head` and `config.ignored` name, by dotted name.
+
+    Raises:
+        ConfigError: as [`outer_modules`]; or there is no layer to ignore.
+    """
+    found = outer_modules(model) if config.head else {}
+    if config.ignored:
+        layers = dict(_ignored_layers(model, config))
+        if not layers:
+            raise ConfigError(
+                f"ignored={config.ignored!r}: `ignore` and `targets` leave no linear layer of the blocks dense; name "
+                "some, or leave it out"
+            )
+        found |= layers
+    return found
+
+
+def _ignored_layers(model: nn.Module, config: EGGSConfig) -> Iterator[tuple[str, nn.Module]]:
+    inside = f"{find_block_list(model, config.block_list).name}."
+    for name, module in model.named_modules():
+        if name.startswith(inside) and is_dense_linear(module) and is_ignored(name, config):
+            yield name, module
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """A dense layer, or one that has its shape and bias."""
+    if isinstance(module, nn.Linear):
+        return module
+    rows, columns = dense_weight(module).shape
+    linear = nn.Linear(columns, rows, device="meta")
+    linear.register_parameter("bias", module.get_parameter("bias"))
+    return linear.train(module.training)
 
 
 def outer_modules(model: Any) -> dict[str, nn.Module]:

@@ -20,10 +20,12 @@ static void round_group(const nm_coded *p, int64_t from, int64_t count, int8_t *
 int nm_rounded_open(nm_rounded *to, const nm_coded *p) {
     to->scales = nm_scales(p);
     to->padded = to->scales * p->group;
-    size_t codes = (size_t)(p->tokens * to->padded), scales = (size_t)(p->tokens * to->scales) * sizeof(float);
-    to->codes = nm_alloc(codes + scales);
+    int64_t groups = p->tokens * to->scales;
+    size_t codes = (size_t)(p->tokens * to->padded);
+    to->codes = nm_alloc(codes + (size_t)groups * (sizeof(float) + sizeof(int32_t)));
     if (!to->codes) return -1;
     to->scale = (float *)(to->codes + codes);  // codes are whole groups, so that this is aligned
+    to->sum = (int32_t *)(to->scale + groups);
     return 0;
 }
 

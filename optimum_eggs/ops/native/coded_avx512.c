@@ -1,14 +1,26 @@
-// AVX-512 VNNI and VBMI2: sixty-four positions at a time, codes spread by vpexpandb and multiplied by vpdpbusd.
+// AVX-512 VNNI, VBMI and VBMI2: sixty-four positions at a time, codes spread by vpexpandb and multiplied by vpdpbusd.
+//
+// vpdpbusd takes one side unsigned. Codes are made so by adding OFFSET, at the positions that are not kept as well, where
+// OFFSET stands for zero: then all that is too much is OFFSET times the sum of a group's activations, whatever the row,
+// and sums begin below zero by that.
 #include "coded.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <string.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { LANES = 64, ROWS = 4, TOKENS = 4, AHEAD = 4096 };
+enum {
+    LANES = 64,
+    ROWS = 4,      // of a tile of up to FEW tokens
+    FEW_ROWS = 2,  // of one of more
+    FEW = 2,
+    TOKENS = 4,
+    CHUNK = 16,    // groups whose scales are multiplied at a time
+    AHEAD = 8192,  // bytes of a row's codes fetched before they are needed
+};
 
 INLINE __m512 read16(const void *x, int64_t i, __mmask16 valid, int dtype) {
     if (dtype == NM_F32) return _mm512_maskz_loadu_ps(valid, (const float *)x + i);
@@ -38,6 +50,10 @@ INLINE void round_token(const nm_coded *p, int64_t t, const nm_rounded *to, int 
             __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(read16(p->x, from + i, valid, dtype), inverse));
             _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtepi32_epi8(whole));
         }
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t i = 0; i < p->group; i += LANES)
+            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + i));
+        to->sum[t * to->scales + g] = _mm512_reduce_add_epi32(sum);
     }
 }
 
@@ -48,122 +64,179 @@ TARGET static void round_all(const nm_coded *p, const nm_rounded *to) {
         else round_token(p, t, to, NM_BF16);
 }
 
-// Sixty-four codes, of which the first `step` are those that follow; at most 64 bytes are read.
+// What is added to codes.
+INLINE int offset_of(int bits) { return bits == 8 ? 128 : 8; }
+
+// Sixty-four codes and OFFSET each, of which the first `step` are those that follow; at most 64 bytes are read.
 INLINE __m512i read_codes(const uint8_t *v, int step, int bits) {
-    if (bits == 8)
-        return step <= 16   ? _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)v))
-               : step <= 32 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)v))
-                            : _mm512_loadu_si512(v);
-    const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
-    __m512i pairs = step <= 32 ? _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)v)))
-                               : _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)v));
-    pairs = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), low);
-    return _mm512_sub_epi8(pairs, eight);
+    if (bits == 8) {
+        if (step <= 16)
+            return _mm512_castsi128_si512(_mm_xor_si128(_mm_loadu_si128((const __m128i *)v), _mm_set1_epi8((char)128)));
+        if (step <= 32)
+            return _mm512_castsi256_si512(
+                _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)v), _mm256_set1_epi8((char)128)));
+        return _mm512_xor_si512(_mm512_loadu_si512(v), _mm512_set1_epi8((char)128));
+    }
+    // Every four bytes hold eight codes, which go to eight bytes: vpmultishiftqb picks them by their first bit.
+    const int64_t shifts = 0x1c1814100c080400;
+    if (step <= 16) {
+        __m128i pairs = _mm_cvtepu32_epi64(_mm_loadl_epi64((const __m128i *)v));
+        return _mm512_castsi128_si512(
+            _mm_and_si128(_mm_multishift_epi64_epi8(_mm_set1_epi64x(shifts), pairs), _mm_set1_epi8(15)));
+    }
+    if (step <= 32) {
+        __m256i pairs = _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i *)v));
+        return _mm512_castsi256_si512(
+            _mm256_and_si256(_mm256_multishift_epi64_epi8(_mm256_set1_epi64x(shifts), pairs), _mm256_set1_epi8(15)));
+    }
+    __m512i pairs = _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)v));
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(shifts), pairs), _mm512_set1_epi8(15));
 }
 
-// `count` rows, `stride` apart, by `tokens` tokens: one tile of y. `step` codes are kept of 64 positions.
-INLINE void tile(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, int64_t r0, int64_t stride, int count,
-                 int64_t t0, int tokens, int step, int bits, int dense) {
-    const __m512i offset = _mm512_set1_epi8((char)128);
+typedef struct {
     const uint8_t *v[ROWS], *meta[ROWS];
     const uint16_t *scale[ROWS];
     __m512 sum[ROWS][TOKENS];
+} tile_state;
+
+// Scales of `groups` groups of every row, times those of every token.
+INLINE void multiply_scales(const tile_state *s, const nm_rounded *x, int64_t g, int64_t groups, int count, int64_t t0,
+                            int tokens, float (*by)[TOKENS][CHUNK]) {
+    __mmask16 there = (__mmask16)((1u << groups) - 1);
+    for (int r = 0; r < count; r++) {
+        __m256i half = _mm256_maskz_loadu_epi16(there, s->scale[r] + g);
+        __m512 own = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        for (int t = 0; t < tokens; t++)
+            _mm512_storeu_ps(by[r][t],
+                             _mm512_mul_ps(own, _mm512_maskz_loadu_ps(there, x->scale + (t0 + t) * x->scales + g)));
+    }
+}
+
+// One group of inputs, sixty-four columns `times`.
+INLINE void group_of(tile_state *s, const nm_rounded *x, int64_t g, int64_t column, int64_t times, int count, int64_t t0,
+                     int tokens, int step, int bits, int dense, float (*by)[TOKENS][CHUNK], int64_t place) {
+    const __m512i offset = _mm512_set1_epi8((char)offset_of(bits));
+    __m512i exact[ROWS][TOKENS];
+    for (int t = 0; t < tokens; t++) {
+        int32_t below = -offset_of(bits) * x->sum[(t0 + t) * x->scales + g];
+        for (int r = 0; r < count; r++) exact[r][t] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(below));
+    }
+    for (int64_t i = 0; i < times; i++, column += LANES) {
+        __m512i w[ROWS];
+        for (int r = 0; r < count; r++) {
+            // Bits beyond the row's last column, and codes beyond its last, meet activations that are zero.
+            w[r] = read_codes(s->v[r], step, bits);
+            s->v[r] += step * bits / 8;
+            if (!dense) {
+                uint64_t kept;
+                memcpy(&kept, s->meta[r] + column / 8, 8);
+                w[r] = _mm512_mask_expand_epi8(offset, kept, w[r]);
+            }
+        }
+        for (int t = 0; t < tokens; t++) {
+            __m512i xv = _mm512_loadu_si512(x->codes + (t0 + t) * x->padded + column);
+            for (int r = 0; r < count; r++) exact[r][t] = _mm512_dpbusd_epi32(exact[r][t], w[r], xv);
+        }
+    }
+    for (int r = 0; r < count; r++)
+        for (int t = 0; t < tokens; t++)
+            s->sum[r][t] =
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[r][t]), _mm512_set1_ps(by[r][t][place]), s->sum[r][t]);
+}
+
+// `count` rows, `stride` apart, by `tokens` tokens: one tile of y. `step` codes are kept of 64 positions. `group`: of
+// inputs that share a scale, or 0 where their number varies.
+INLINE void tile(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, int64_t r0, int64_t stride, int count,
+                 int64_t t0, int tokens, int step, int bits, int dense, int64_t group) {
+    tile_state s;
+    float by[ROWS][TOKENS][CHUNK];
     for (int r = 0; r < count; r++) {
         int64_t row = r0 + r * stride;
-        v[r] = nm_row_values(rows, row);
-        meta[r] = dense ? NULL : nm_row_meta(rows, row);
-        scale[r] = p->scale + row * x->scales;
-        for (int t = 0; t < tokens; t++) sum[r][t] = _mm512_setzero_ps();
+        s.v[r] = nm_row_values(rows, row);
+        s.meta[r] = dense ? NULL : nm_row_meta(rows, row);
+        s.scale[r] = p->scale + row * x->scales;
+        for (int t = 0; t < tokens; t++) s.sum[r][t] = _mm512_setzero_ps();
     }
-    const int8_t *xt = x->codes + t0 * x->padded;
-    for (int64_t g = 0; g < x->scales; g++) {
-        // vpdpbusd takes the activations unsigned: 128 more each, which the sum of the codes takes off again.
-        __m512i exact[ROWS][TOKENS], codes[ROWS];
-        for (int r = 0; r < count; r++) {
-            codes[r] = _mm512_setzero_si512();
-            for (int t = 0; t < tokens; t++) exact[r][t] = _mm512_setzero_si512();
-        }
-        for (int64_t column = g * p->group; column < (g + 1) * p->group && column < p->in; column += LANES) {
-            int64_t left = p->in - column;
-            uint64_t valid = left >= LANES ? ~0ull : (1ull << left) - 1;
-            __m512i w[ROWS];
+    int64_t size = group ? group : p->group, whole = p->in / size;
+    for (int64_t g0 = 0; g0 < x->scales; g0 += CHUNK) {
+        int64_t groups = nm_min(CHUNK, x->scales - g0), last = nm_min(g0 + groups, whole);
+        multiply_scales(&s, x, g0, groups, count, t0, tokens, by);
+        for (int64_t g = g0; g < last; g++) {
             for (int r = 0; r < count; r++) {
-                _mm_prefetch((const char *)v[r] + AHEAD, _MM_HINT_T0);
-                w[r] = read_codes(v[r], step, bits);
-                v[r] += step * bits / 8;
-                if (dense) {
-                    w[r] = left >= LANES ? w[r] : _mm512_maskz_mov_epi8(valid, w[r]);
-                } else {
-                    uint64_t kept;
-                    memcpy(&kept, meta[r] + column / 8, 8);
-                    w[r] = _mm512_maskz_expand_epi8(kept & valid, w[r]);
-                }
-                codes[r] = _mm512_dpbusd_epi32(codes[r], offset, w[r]);
+                for (int64_t i = 0; i < size / LANES * step * bits / 8; i += 64)
+                    _mm_prefetch((const char *)s.v[r] + AHEAD + i, _MM_HINT_T1);
             }
-            for (int t = 0; t < tokens; t++) {
-                __m512i xv = _mm512_xor_si512(_mm512_loadu_si512(xt + t * x->padded + column), offset);
-                for (int r = 0; r < count; r++) exact[r][t] = _mm512_dpbusd_epi32(exact[r][t], xv, w[r]);
-            }
+            group_of(&s, x, g, g * size, size / LANES, count, t0, tokens, step, bits, dense, by, g - g0);
         }
-        for (int r = 0; r < count; r++) {
-            float s = nm_from_bf16(scale[r][g]);
-            for (int t = 0; t < tokens; t++) {
-                __m512 by = _mm512_set1_ps(s * x->scale[(t0 + t) * x->scales + g]);
-                __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(exact[r][t], codes[r]));
-                sum[r][t] = _mm512_fmadd_ps(whole, by, sum[r][t]);
-            }
-        }
+        if (g0 + groups > whole)
+            group_of(&s, x, whole, whole * size, (p->in - whole * size + LANES - 1) / LANES, count, t0, tokens, step, bits,
+                     dense, by, whole - g0);
     }
     for (int r = 0; r < count; r++) {
         int64_t row = r0 + r * stride;
         float bias = p->bias ? nm_read(p->bias, row, p->dtype) : 0;
         for (int t = 0; t < tokens; t++)
-            nm_write(p->y, (t0 + t) * p->out + row, p->dtype, _mm512_reduce_add_ps(sum[r][t]) + bias);
+            nm_write(p->y, (t0 + t) * p->out + row, p->dtype, _mm512_reduce_add_ps(s.sum[r][t]) + bias);
     }
 }
 
 #define TILE(R, T) \
     case T: \
-        tile(p, rows, x, r0, stride, R, t0, T, step, bits, dense); \
+        tile(p, rows, x, r0, stride, R, t0, T, step, bits, dense, group); \
         break;
-#define TILES(R) \
-    switch (tokens) { TILE(R, 1) TILE(R, 2) TILE(R, 3) TILE(R, 4) }
 
 INLINE void block(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, int64_t r0, int64_t stride, int count,
-                  int step, int bits, int dense) {
+                  int step, int bits, int dense, int64_t group) {
     int64_t parts = (p->tokens + TOKENS - 1) / TOKENS;
     for (int64_t part = 0; part < parts; part++) {
         int64_t t0 = p->tokens * part / parts, tokens = p->tokens * (part + 1) / parts - t0;
         if (count == ROWS) {
-            TILES(ROWS)
+            switch (tokens) { TILE(ROWS, 1) TILE(ROWS, 2) }
+        } else if (count == FEW_ROWS) {
+            switch (tokens) { TILE(FEW_ROWS, 1) TILE(FEW_ROWS, 2) TILE(FEW_ROWS, 3) TILE(FEW_ROWS, 4) }
         } else {
-            TILES(1)
+            switch (tokens) { TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) }
         }
     }
 }
 
-// A thread's rows are cut into stripes that advance together, as in avx512bf16.c.
-#define LOOP(name, step, bits, dense) \
+// Rows [first, last), in stripes that advance together, as in avx512bf16.c.
+INLINE void stripes(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, int64_t first, int64_t last, int count,
+                    int step, int bits, int dense, int64_t group) {
+    int64_t stride = (last - first) / count;
+    for (int64_t r = first; r < first + stride; r++) block(p, rows, x, r, stride, count, step, bits, dense, group);
+    for (int64_t r = first + stride * count; r < last; r++) block(p, rows, x, r, 1, 1, step, bits, dense, group);
+}
+
+#define LOOP(name, step, bits, dense, group) \
     TARGET static void name(const nm_coded *p, const nm_rows *rows, const nm_rounded *x) { \
         int threads = nm_coded_threads(p); \
         _Pragma("omp parallel for schedule(static) num_threads(threads)") \
         for (int64_t i = 0; i < threads; i++) { \
-            int64_t first = p->out * i / threads, last = p->out * (i + 1) / threads, stride = (last - first) / ROWS; \
-            for (int64_t r = first; r < first + stride; r++) block(p, rows, x, r, stride, ROWS, step, bits, dense); \
-            for (int64_t r = first + stride * ROWS; r < last; r++) block(p, rows, x, r, 1, 1, step, bits, dense); \
+            int64_t first = p->out * i / threads, last = p->out * (i + 1) / threads; \
+            if (p->tokens <= FEW) stripes(p, rows, x, first, last, ROWS, step, bits, dense, group); \
+            else stripes(p, rows, x, first, last, FEW_ROWS, step, bits, dense, group); \
         } \
     }
-LOOP(quarter_8, 16, 8, 0)
-LOOP(half_8, 32, 8, 0)
-LOOP(any_8, LANES / p->m * p->n, 8, 0)
-LOOP(all_8, 64, 8, 1)
-LOOP(quarter_4, 16, 4, 0)
-LOOP(half_4, 32, 4, 0)
-LOOP(any_4, LANES / p->m * p->n, 4, 0)
-LOOP(all_4, 64, 4, 1)
+LOOP(half_8_128, 32, 8, 0, 128)
+LOOP(half_4_128, 32, 4, 0, 128)
+LOOP(half_8, 32, 8, 0, 0)
+LOOP(half_4, 32, 4, 0, 0)
+LOOP(any_8, LANES / p->m * p->n, 8, 0, 0)
+LOOP(any_4, LANES / p->m * p->n, 4, 0, 0)
+LOOP(all_8_128, 64, 8, 1, 128)
+LOOP(all_4_128, 64, 4, 1, 128)
+LOOP(all_8, 64, 8, 1, 0)
+LOOP(all_4, 64, 4, 1, 0)
 
 typedef void (*loop)(const nm_coded *, const nm_rows *, const nm_rounded *);
-static const loop loops[2][4] = {{quarter_8, half_8, any_8, all_8}, {quarter_4, half_4, any_4, all_4}};
+
+static loop loop_for(const nm_coded *p) {
+    int eight = p->bits == 8;
+    if (!p->meta) return p->group == 128 ? (eight ? all_8_128 : all_4_128) : eight ? all_8 : all_4;
+    if (2 * p->n != p->m) return eight ? any_8 : any_4;
+    return p->group == 128 ? (eight ? half_8_128 : half_4_128) : eight ? half_8 : half_4;
+}
 
 int nm_coded_avx512(const nm_coded *p) {
     nm_rounded x;
@@ -176,8 +249,7 @@ int nm_coded_avx512(const nm_coded *p) {
         return -1;
     }
     round_all(p, &x);
-    int step = LANES / p->m * p->n;
-    loops[p->bits == 4][!p->meta ? 3 : step == 16 ? 0 : step == 32 ? 1 : 2](p, &rows, &x);
+    loop_for(p)(p, &rows, &x);
     nm_rows_close(&rows);
     nm_rounded_close(&x);
     return 0;

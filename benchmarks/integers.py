@@ -1,4 +1,4 @@
-"""Layers of integers against packed bfloat16 and dense bfloat16 at the shapes of large models.
+"""Layers of integers against packed and dense bfloat16, by torch and by the kernel, at the shapes of large models.
 
 Every call finds its weight in memory, not in a cache; all take turns of a few calls each; before, each product is
 compared with that of its values, within the bound that is stated of rounded inputs. Prints a Markdown table: medians,
@@ -26,6 +26,7 @@ from optimum_eggs.masks import topn_mask
 from optimum_eggs.measure import processor
 from optimum_eggs.ops import INSTRUCTION_SETS, force, nm_linear
 from optimum_eggs.ops.coded_linear import coded_linear, values_of
+from optimum_eggs.ops.dense_linear import dense_linear
 from optimum_eggs.packing import pack
 from optimum_eggs.packing.codes import Coding, store_codes
 from optimum_eggs.speed import read_bandwidth
@@ -119,8 +120,12 @@ def measured(out: int, inner: int, pattern: NMPattern, args: argparse.Namespace)
         products = {
             "packed bfloat16": through([partial(product, x, w, pattern) for w in packed]),
             "dense bfloat16": through([partial(torch.nn.functional.linear, x, w) for w in dense]),
+            "dense bfloat16, by our kernel": through([partial(dense_linear, x, w, None) for w in dense]),
         }
+        expected = x.float() @ dense[0].float().t()
+        assert torch.allclose(dense_linear(x, dense[0], None).float(), expected, 1e-2, 1e-2)
         nbytes = {"packed bfloat16": sum(part.nbytes for part in floats), "dense bfloat16": dense[0].nbytes}
+        nbytes["dense bfloat16, by our kernel"] = dense[0].nbytes
         for name, (codes, scale, meta, kind, kept) in stored.items():
             n, m = (pattern.n, pattern.m) if meta is not None else (1, 1)
             rest = n, m, kind, args.group

@@ -30,6 +30,7 @@ from .packing.checkpoint import (
     read_headers,
     stored_names,
     tensor_problems,
+    unlisted,
     weight_files,
 )
 from .packing.codes import Coding, decode
@@ -145,11 +146,7 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
         return found
     keys = stored_names(entries, patterns)
     listed = {keys[name]: (name, pattern) for name, pattern in patterns.items()}
-    for key in entries:
-        where, _, part = key.rpartition(".")
-        what = {"weight_meta": "packed", "weight_scale": "stored in integers"}.get(part)
-        if what is not None and where not in listed:
-            found.violations.append(Violation(where, "not listed", f"is {what}, and config.json does not list it"))
+    found.violations += [Violation(where, "not listed", problem) for where, problem in unlisted(entries, listed)]
     quiet = None if progress is None else not progress
     for key, (name, pattern) in tqdm(listed.items(), desc="Inspecting", unit="layer", disable=quiet):
         _inspect_layer(found, key, name, pattern, kinds.get(name), entries, with_spectra)

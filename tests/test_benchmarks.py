@@ -143,6 +143,7 @@ def test_integers_are_timed_beside_floats(run):
     assert [line.split("|")[3].strip() for line in printed.splitlines() if line.startswith("| 64x128 | 9 ")] == [
         "packed bfloat16",
         "dense bfloat16",
+        "dense bfloat16, by our kernel",
         "int8",
         "int4",
         "dense int8",

@@ -30,6 +30,7 @@ PARTS = ("weight", "weight_meta", "weight_scale", "bias")
 ELEMENT_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of an element, by the name of its dtype in a header."""
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PRUNE_AGAIN = "download it again, or prune the model again"
 
 
@@ -193,10 +194,24 @@ def check_files(
     for name, pattern in patterns.items():
         for _, problem in header_problems(keys[name], pattern, entries, kinds.get(name)):
             raise CheckpointError(f"{name}: {problem}; {_PRUNE_AGAIN}")
+    for where, problem in unlisted(entries, keys.values()):
+        raise CheckpointError(f"{where}: {problem}; {_PRUNE_AGAIN}")
     return {
         name: {part: entries[f"{key}.{part}"] for part in PARTS if f"{key}.{part}" in entries}
         for name, key in keys.items()
     }
+
+
+def unlisted(entries: Mapping[str, TensorEntry], listed: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(module, problem) for what is packed or stored in integers, and not among the `listed` names in the files."""
+    listed = set(listed)
+    for key, entry in entries.items():
+        where, _, part = key.rpartition(".")
+        what = {"weight_meta": "packed", "weight_scale": "stored in integers"}.get(part)
+        if part == "weight" and entry.dtype not in _FLOATS and f"{where}.weight_scale" not in entries:
+            what = f"of {entry.dtype}"
+        if what is not None and where not in listed:
+            yield where, f"is {what}, and config.json does not list it"
 
 
 def listed_modules(
@@ -251,7 +266,7 @@ def header_problems(
         columns = "in" if pattern is None else f"in*{n}/{m}" + "/2" * (coding is not None and coding.bits == 4)
         yield "weight shape", f"weight has shape {weight.shape}; at {pattern or 'all kept'} it must be (out, {columns})"
         return
-    allowed = ("F64", "F32", "F16", "BF16") if coding is None else ("I8",) if coding.bits == 8 else ("U8",)
+    allowed = _FLOATS if coding is None else ("I8",) if coding.bits == 8 else ("U8",)
     if weight.dtype not in allowed:
         yield "weight dtype", f"weight has dtype {weight.dtype}; it must be {_either(allowed)}"
     if meta is not None and meta.dtype != "U8":

@@ -217,6 +217,16 @@ def test_a_packed_layer_that_is_not_listed_is_named(checkpoint):
     assert [(violation.where, violation.rule) for violation in checkpoint.inspect().violations] == [(UP, "not listed")]
 
 
+def test_integers_that_are_not_listed_are_named(checkpoint):
+    name = "model.norm"
+    checkpoint.tensors[f"{name}.weight"] = torch.ones(12, dtype=torch.int8)
+    (found,) = checkpoint.inspect().violations
+    assert (found.where, found.rule) == (name, "not listed")
+    assert found.detail == "is of I8, and config.json does not list it"
+    with pytest.raises(CheckpointError, match=rf"^{name}: is of I8, and config.json does not list it; download"):
+        checkpoint.check()
+
+
 def test_a_promised_floor_that_does_not_hold_is_named(checkpoint):
     # All rows of one layer keep the first half of each group; the other layer keeps its floor.
     values = checkpoint.tensors[f"{UP}.weight"]

@@ -4,10 +4,12 @@
         --python llama=llama/bin/python bitsandbytes=bnb/bin/python
 
 Every program runs a model in processes of its own, by the Python given for it; one that is not installed there is
-skipped by its name. All get the same token ids. In every round each program in turn loads its model, gives the
-perplexity (in the first round), and times prefill of 256 tokens and decoding of 64 behind one, so that a machine which
-slows down slows all of them. Medians over all repeats of all rounds are printed, and ratios to `--base`. Resident
-memory is what the process holds after the timing beyond what it held before the model was loaded.
+skipped by its name. All get the same token ids. In every round each program in turn loads its model and times prefill
+of 256 tokens, with the logits of the last, and decoding of 64 behind one, so that a machine which slows down slows all
+of them; in the first round it then gives the perplexity. Packed models read what they are judged on by eight tokens at
+a time, since kernels for few tokens, which decoding runs, round what integers are multiplied by. Medians over all
+repeats of all rounds are printed, and ratios to `--base`. Resident memory is what the process holds after the timing
+beyond what it held before the model was loaded.
 
 llama.cpp's files are made from the GGUF file: BF16 of it, and the others of BF16. A file is what `save_pretrained`
 writes, or the GGUF file. Bits a weight are those of the file by the parameters of the dense model. Rows are written to
@@ -53,7 +55,7 @@ def timed(run: Any, repeats: int) -> list[float]:
 def in_transformers(args: argparse.Namespace, windows: list[list[int]]) -> dict[str, Any]:
     """The row of a model that transformers loads: ours, dense, or as bitsandbytes and torchao quantise it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, DynamicCache
 
     kind, path = args.worker
     options: dict[str, Any] = {}
@@ -75,19 +77,25 @@ def in_transformers(args: argparse.Namespace, windows: list[list[int]]) -> dict[
     prompt = torch.tensor([windows[0][: args.prompt]])
     start = prompt[:, :1]
     sampling = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+    few = 8 if kind == "ours" else args.seq_len  # tokens at a time: as many as kernels that decode take
     with torch.no_grad():
+        row["prefill"] = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), args.repeats)
+        new = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
+        row["decode"] = timed(lambda: model.generate(start, **new, **sampling), args.repeats)
+        row["rss"] = rss() - before
         if args.judge:
             losses = []
             for window in windows:
-                ids = torch.tensor([window])
-                logits = model(input_ids=ids).logits[0].float().log_softmax(-1)
-                losses += (-logits[:-1].gather(1, ids[0, 1:, None])).flatten().tolist()
+                cache = DynamicCache(config=model.config)
+                logits = [
+                    model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()
+                    for ids in torch.tensor([window]).split(few, 1)
+                ]
+                scores = torch.cat(logits).log_softmax(-1)
+                losses += (-scores[:-1].gather(1, torch.tensor(window)[1:, None])).flatten().tolist()
             row["loss"] = statistics.fmean(losses)
             row["bytes"] = saved(model, args.work)
-        row["prefill"] = timed(lambda: model(input_ids=prompt, use_cache=True), args.repeats)
-        new = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
-        row["decode"] = timed(lambda: model.generate(start, **new, **sampling), args.repeats)
-    return row | {"rss": rss() - before}
+    return row
 
 
 def saved(model: Any, work: Path) -> int:
@@ -104,21 +112,9 @@ def in_llama_cpp(args: argparse.Namespace, windows: list[list[int]]) -> dict[str
 
     _, path = args.worker
     before = rss()
-    threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
+    threads = int(os.environ["OMP_NUM_THREADS"])
     options = {"n_threads": threads, "n_threads_batch": threads, "verbose": False, "n_ctx": 1024, "n_batch": 1024}
     row: dict[str, Any] = {"bytes": Path(path).stat().st_size}
-    if args.judge:
-        judge = llama_cpp.Llama(path, logits_all=True, **options)
-        losses = []
-        for window in windows:
-            judge.reset()
-            judge.eval(window)
-            logits = np.asarray(judge.scores[: len(window)], dtype=np.float64)
-            logits -= logits.max(1, keepdims=True)
-            logits -= np.log(np.exp(logits).sum(1, keepdims=True))
-            losses += (-logits[np.arange(len(window) - 1), window[1:]]).tolist()
-        row["loss"] = statistics.fmean(losses)
-        judge.close()
     model = llama_cpp.Llama(path, **options)
 
     def prefill() -> None:
@@ -132,13 +128,30 @@ def in_llama_cpp(args: argparse.Namespace, windows: list[list[int]]) -> dict[str
             model.eval([model.sample(temp=0.0)])
 
     row["prefill"], row["decode"] = timed(prefill, args.repeats), timed(decode, args.repeats)
-    return row | {"rss": rss() - before}
+    row["rss"] = rss() - before
+    model.close()
+    if args.judge:
+        judge = llama_cpp.Llama(path, logits_all=True, **options)
+        losses = []
+        for window in windows:
+            judge.reset()
+            judge.eval(window)
+            logits = np.asarray(judge.scores[: len(window)], dtype=np.float64)
+            logits -= logits.max(1, keepdims=True)
+            logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+            losses += (-logits[np.arange(len(window) - 1), window[1:]]).tolist()
+        row["loss"] = statistics.fmean(losses)
+        judge.close()
+    return row
 
 
 def make_gguf(source: str, folder: Path, python: str, formats: list[str]) -> dict[str, Path]:
     """The files of all formats, made once."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{name}.gguf" for name in ["BF16", *(name for name in formats if name != "BF16")]}
+    files = {
+        name: folder / f"{Path(source).stem}-{name}.gguf"
+        for name in ["BF16", *(name for name in formats if name != "BF16")]
+    }
     for name in files:
         if not files[name].exists():
             made = files[name].with_suffix(".part")
@@ -193,6 +206,7 @@ def main() -> None:
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """All rounds of all programs."""
+    import torch
     from quality import commit, digest
     from transformers import AutoTokenizer
 
@@ -219,7 +233,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "text_sha256": digest([text]),
     }
     found |= {key: getattr(args, key) for key in ("windows", "seq_len", "prompt", "new_tokens", "rounds", "repeats")}
-    found |= {"processor": processor(), "threads": os.environ.get("OMP_NUM_THREADS", "all"), "commit": commit()}
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of all programs
+    found |= {"processor": processor(), "threads": threads, "commit": commit()}
+    found |= {"parameters": parameters(Path(args.model)), "rows": []}
     rows: dict[str, dict[str, Any]] = {}
     for turn in range(args.rounds):
         for name, (kind, path) in list(runs.items()):
@@ -234,9 +250,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             row = rows.setdefault(name, {"name": name} | new | {"prefill": [], "decode": []})
             row["prefill"] += new["prefill"]
             row["decode"] += new["decode"]
-            row["rss"] = new["rss"]  # of a process that judged nothing, if there are several rounds
             print(f"{turn + 1}: {name}", file=sys.stderr, flush=True)
-            found |= {"parameters": parameters(Path(args.model)), "rows": list(rows.values())}
+            found["rows"] = list(rows.values())
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -269,7 +284,7 @@ def table(found: dict[str, Any], base: str) -> str:
 
 def speed(tokens: int, seconds: list[float]) -> str:
     """Tokens a second by the median, and half the distance of the quartiles as a share of it."""
-    low, middle, high = statistics.quantiles(seconds, n=4)
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return f"{tokens / middle:.1f} ± {(high - low) / 2 / middle:.0%}"
 
 

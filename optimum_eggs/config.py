@@ -303,8 +303,9 @@ class EGGSConfig(QuantizationConfigMixin):
             )
         if stored not in (None, needed):
             raise ConfigError(
-                f"format_version={stored!r} with values={self.values!r} and head={self.head!r}: what holds integers is "
-                f"of version {FORMAT_VERSION}, what does not of {FLOAT_VERSION}; leave it out"
+                f"format_version={stored!r} with values={self.values!r}, head={self.head!r} and "
+                f"ignored={self.ignored!r}: what holds integers is of version {FORMAT_VERSION}, what does not of "
+                f"{FLOAT_VERSION}; leave it out"
             )
         return needed
 

@@ -30,10 +30,10 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
             {"format_version": 3},
             r"format_version=3 is unknown .* reads versions up to 2; upgrade optimum-eggs, or prune",
         ),
-        ({"format_version": 2}, r"format_version=2 with values=None and head=None: .*; leave it out"),
+        ({"format_version": 2}, r"format_version=2 with values=None, head=None and ignored=None: .*; leave it out"),
         (
             {"values": "int8", "format_version": 1},
-            r"format_version=1 with values='int8' and head=None: .*; leave",
+            r"format_version=1 with values='int8', head=None and ignored=None: .*; leave",
         ),
         ({"values": "int3"}, r"values='int3' is unknown; use one of \['int8', 'int4'\]"),
         ({"values": "int8", "value_group": 96}, r"value_group=96 is no multiple of 64 inputs of up to 65536; use 64"),

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.blocks import find_block_list
 from ..calibration.context import text_inputs
 from ..config import EGGSConfig
-from ..errors import ConfigError, ShapeError, with_article
+from ..errors import ConfigError, ShapeError, first_line, is_out_of_memory, with_article
 from ..nn import CodedEmbedding, CodedLinear, dense_weight, is_dense_linear
 from ..nn.dense import is_conv1d
 from ..nn.embedding import TiedCodedLinear
 from ..packing.codes import Coding, store_codes
 from ..update.rounding import nearest
-from .plan import is_ignored
+from .error import token_error
+from .plan import ignored_layers
 
 _NUMBERS = 1 << 24  # that are rounded at a time
+_SAME = 0.05  # of `token_error`, far beyond what eight bits do to an output
 
 
 @torch.no_grad()
@@ -58,16 +59,22 @@ def check_left_dense(model: Any, config: EGGSConfig) -> None:
         ConfigError: as [`left_dense_codings`]; or the model looks at the dtype of a weight.
     """
     before = chosen_modules(model, config)
-    asked = " and ".join(f"{key}='int8'" for key in ("head", "ignored") if getattr(config, key))
+    inputs = text_inputs(model, torch.arange(2, device=next(model.parameters()).device)[None])
+    expected = model(**inputs)[0].float()
     code_left_dense(model, config)
     try:
-        device = next(model.parameters()).device
-        model(**text_inputs(model, torch.arange(2, device=device)[None]))
-    except ShapeError as error:
-        raise ConfigError(f"{asked}: {type(model).__name__} cannot run with it: {error}") from error
+        error = float(token_error(model(**inputs)[0].float(), expected))
+        why = None if error < _SAME else f"its output is {error**0.5:.0%} off"
+    except (ShapeError, RuntimeError) as failure:
+        if is_out_of_memory(failure):
+            raise
+        why = first_line(failure)
     finally:
         for name, module in before.items():
             model.set_submodule(name, module)
+    if why:
+        asked = " and ".join(f"{key}='int8'" for key in ("head", "ignored") if getattr(config, key))
+        raise ConfigError(f"{asked}: {type(model).__name__} cannot run with it: {why}")
 
 
 def left_dense_codings(model: Any, config: EGGSConfig) -> dict[str, str]:
@@ -76,10 +83,11 @@ def left_dense_codings(model: Any, config: EGGSConfig) -> dict[str, str]:
     Raises:
         ConfigError: as [`chosen_modules`].
     """
-    weights: dict[int, str] = {}
-    for name, module in chosen_modules(model, config).items():
-        weights.setdefault(id(module.get_parameter("weight")), name)
-    return dict.fromkeys(weights.values(), str(config.dense_coding())) if weights else {}
+    found = chosen_modules(model, config)
+    names, weights = list(found), [id(module.get_parameter("weight")) for module in found.values()]
+    tied = config.head and len(set(weights[:2])) < len(weights[:2])  # embeddings and head are the first two
+    named = names[:1] + names[2:] if tied else names
+    return {name: str(config.dense_coding()) for name in named}
 
 
 def code_tensors(tensors: Mapping[str, Tensor], codings: Mapping[str, str], model: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +112,7 @@ def chosen_modules(model: Any, config: EGGSConfig) -> dict[str, nn.Module]:
     """
     found = outer_modules(model) if config.head else {}
     if config.ignored:
-        layers = dict(_ignored_layers(model, config))
+        layers = ignored_layers(model, config)
         if not layers:
             raise ConfigError(
                 f"ignored={config.ignored!r}: `ignore` and `targets` leave no linear layer of the blocks dense; name "
@@ -112,13 +120,6 @@ def chosen_modules(model: Any, config: EGGSConfig) -> dict[str, nn.Module]:
             )
         found |= layers
     return found
-
-
-def _ignored_layers(model: nn.Module, config: EGGSConfig) -> Iterator[tuple[str, nn.Module]]:
-    inside = f"{find_block_list(model, config.block_list).name}."
-    for name, module in model.named_modules():
-        if name.startswith(inside) and is_dense_linear(module) and is_ignored(name, config):
-            yield name, module
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:

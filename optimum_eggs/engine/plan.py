@@ -14,7 +14,7 @@ from ..config import EGGSConfig
 from ..errors import ConfigError, ModelError, NumericalError, ShapeError, more, with_article
 from ..masks.expander import check_floor
 from ..nn import NMLinear, dense_weight, is_dense_linear
-from ..nn.experts import keep_names, split_experts
+from ..nn.experts import SplitExperts, keep_names, split_experts
 from .report import DenseLayer
 
 _FEW_OUTPUTS = 16  # fewer are a gate's: a mask there saves next to nothing, and moves all that the gate scales
@@ -157,11 +157,6 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def is_ignored(name: str, config: EGGSConfig) -> bool:
-    """Whether `ignore` or `targets` leave a layer of a block dense."""
-    return matches(name, config.ignore) or (config.targets is not None and not matches(name, config.targets))
-
-
 def _why_dense(name: str, block: int | None, config: EGGSConfig) -> str | None:
     if matches(name, config.ignore):
         return "matches `ignore`"
@@ -175,6 +170,21 @@ def _why_dense(name: str, block: int | None, config: EGGSConfig) -> str | None:
     if config.targets is not None and not matches(name, config.targets):
         return "not in `targets`"
     return None
+
+
+def ignored_layers(model: nn.Module, config: EGGSConfig) -> dict[str, nn.Module]:
+    """Linear layers of the blocks that `ignore` or `targets` leave dense; no routers, gates or split experts."""
+    modules = dict(model.named_modules())
+    block_list, routers = find_block_list(model, config.block_list), _routers(modules)
+    experts = tuple(f"{name}." for name, module in modules.items() if isinstance(module, SplitExperts))
+    found = {}
+    for name, module in modules.items():
+        block = _block_index(name, block_list.name)
+        if block is None or not is_dense_linear(module) or name.startswith(experts):
+            continue
+        if _why_dense(name, block, config) and not _why_gate(name, module, routers.get(name, 0), config):
+            found[name] = module
+    return found
 
 
 def _why_gate(name: str, linear: nn.Module, routes: int, config: EGGSConfig) -> str | None:

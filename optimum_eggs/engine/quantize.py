@@ -49,7 +49,9 @@ def quantize_model(
     """
     layers = packed_layers(model)
     if config.values is None and config.head is None and config.ignored is None:
-        raise ConfigError("values=None and head=None: nothing is to be stored in integers; give values='int8'")
+        raise ConfigError(
+            "values=None, head=None and ignored=None: nothing is to be stored in integers; give values='int8'"
+        )
     if not layers:
         raise ModelError("the model has no packed layer; prune it first, with values='int8' in the same command")
     coded = next((name for name, layer in layers.items() if isinstance(layer, CodedLinear)), None)

@@ -24,8 +24,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if nothing_watches(x, weight, bias) and _belong_together(x, weight, bias):
         isa = dense_kernel(x.dtype, x.device, x.numel() // x.shape[-1])
         if isa is not None:
-            x, weight = x.contiguous(), weight.contiguous()
-            return native.linear(isa, x, weight, None, None if bias is None else bias.contiguous(), 1, 1)
+            return native.linear(isa, x.contiguous(), weight, None, None if bias is None else bias.contiguous(), 1, 1)
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -35,6 +34,7 @@ def _belong_together(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.numel() > 0
         and x.dim() > 0
         and weight.shape[1:] == x.shape[-1:]
+        and weight.is_contiguous()
         and weight.dtype is x.dtype
         and weight.device == x.device
         and not torch.is_autocast_enabled(x.device.type)

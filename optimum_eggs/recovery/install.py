@@ -176,7 +176,7 @@ def _refuse_packed_layers(tuner: Any, model: nn.Module, config: Any, state_dict:
 
 
 def _refuse_integers(tuner: Any, model: nn.Module, config: Any, kind: str, state_dict: dict[str, Any] | None) -> None:
-    """Raise if an adapter would change embeddings or a head of integers, or a trainable copy would be made of them.
+    """Raise if an adapter would change integers that are not packed, as those of a head, or a copy would be trained.
 
     Raises:
         ConfigError: it would.
@@ -195,7 +195,7 @@ def _refuse_integers(tuner: Any, model: nn.Module, config: Any, kind: str, state
     name = name or next(_targets(tuner, model, config, kind, state_dict, integers), None)
     if name is not None:
         raise ConfigError(
-            f"{kind} would be put on {name}, which holds integers (head='int8') and is not trained; leave it out of "
+            f"{kind} would be put on {name}, which holds integers, is not packed and is not trained; leave it out of "
             "target_modules and modules_to_save, or make the model dense first with model.dequantize()"
         )
 

@@ -108,6 +108,44 @@ def test_layers_left_dense_on_request_are_stored_as_integers_too(name, left, tmp
     assert type(model.get_submodule(layers[0])) is type(dense.get_submodule(layers[0]))
 
 
+def test_layers_that_share_a_weight_are_stored_each_by_itself():
+    model = tiny.make_model("llama")
+    model.model.layers[1].self_attn.o_proj.weight = model.model.layers[0].self_attn.o_proj.weight
+    config = EGGSConfig(num_samples=8, seq_len=16, band=8, ignore=["lm_head", "o_proj"], ignored="int8", head="int8")
+    EGGSPruner(model).prune(config, WINDOWS)
+    first, second = (layer.self_attn.o_proj for layer in model.model.layers)
+    assert torch.equal(first.dense_weight(), second.dense_weight())
+    assert model.config.quantization_config.coded_modules.keys() == {
+        "model.embed_tokens",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.1.self_attn.o_proj",
+    }
+
+
+def test_experts_and_routers_stay_floats():
+    pruner = pruned("mixtral", ignore=["lm_head", "experts.*.down_proj", "v_proj"], ignored="int8")
+    coded = pruner.model.config.quantization_config.coded_modules
+    assert coded.keys() == {f"model.layers.{block}.self_attn.v_proj" for block in range(2)}
+    by_targets = pruned("mixtral", targets=["experts"], ignored="int8").model.config.quantization_config.coded_modules
+    assert {name.rpartition(".")[2] for name in by_targets} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_a_model_that_reads_the_weight_of_an_ignored_layer_is_refused():
+    model = tiny.make_model("llama")
+    attention = model.model.layers[0].self_attn
+    plain = attention.forward
+
+    def forward(*inputs, **options):
+        states, weights = plain(*inputs, **options)
+        return states + 0 * (states @ attention.v_proj.weight.t()).sum(), weights
+
+    attention.forward = forward
+    with pytest.raises(ConfigError, match=r"ignored='int8': LlamaForCausalLM cannot run with it: .*dtype"):
+        EGGSPruner(model).prune(
+            EGGSConfig(num_samples=8, seq_len=16, band=8, ignore=["v_proj"], ignored="int8"), WINDOWS
+        )
+
+
 def test_no_layer_that_is_left_dense_is_an_error():
     with pytest.raises(ConfigError, match=r"ignored='int8': `ignore` and `targets` leave no linear layer .* dense"):
         pruned(ignored="int8")

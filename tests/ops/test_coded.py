@@ -41,6 +41,20 @@ def test_kernels_round_the_inputs_and_multiply_exactly(isa, kind, n, m):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.skipif(not native.INSTRUCTION_SETS, reason="no kernels were built")
+@pytest.mark.parametrize("isa", CODED)
+def test_nothing_cancels_in_sums_of_a_few_codes_and_inputs_of_one_sign(isa):
+    x, largest = gaussian(1, 8192).abs() + 1, 1e37
+    codes, scale = torch.zeros(3, 8192, dtype=torch.int8), torch.ones(3, 64).bfloat16()
+    codes[:, ::128] = 1
+    expected = coded_product(x, codes, scale, None, None, 1, 1, "int8", 128)
+    with force("native", isa):
+        found = coded_linear(x, codes, scale, None, None, 1, 1, "int8", 128)
+        far = coded_linear(torch.full((1, 8192), largest), codes, scale / 64, None, None, 1, 1, "int8", 128)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(far, torch.full((1, 3), largest), rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_error_of_rounded_inputs_has_the_bound_that_is_stated(kind):
     codes, scale, meta, bias = made(2, 4, kind)

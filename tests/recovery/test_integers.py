@@ -111,7 +111,9 @@ def test_adapters_that_fill_zeros_are_refused(folder):
 def test_nothing_is_put_on_a_head_of_integers(options, folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(ConfigError, match=r"LORA would be put on .*, which holds integers \(head='int8'\)"):
+    with pytest.raises(
+        ConfigError, match=r"LORA would be put on .*, which holds integers, is not packed and is not trained"
+    ):
         peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
     assert {name: type(module) for name, module in model.named_modules()} == before
 
@@ -165,7 +167,10 @@ def test_quantize_from_the_command_line(packed_folder, text_file, tmp_path, caps
     assert json.loads(capsys.readouterr().out)["rounding"] == "nearest"
     for wrong, message in (
         ([str(packed_folder), "--values", "int4"], "calibration is missing"),
-        ([str(packed_folder)], "values=None (--values) and head=None: nothing is to be stored in integers"),
+        (
+            [str(packed_folder)],
+            "values=None (--values), head=None and ignored=None: nothing is to be stored in integers",
+        ),
         ([str(out), "--values", "int8"], "holds integers already"),
     ):
         model, *flags = wrong

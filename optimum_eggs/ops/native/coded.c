@@ -22,10 +22,10 @@ int nm_rounded_open(nm_rounded *to, const nm_coded *p) {
     to->padded = to->scales * p->group;
     int64_t groups = p->tokens * to->scales;
     size_t codes = (size_t)(p->tokens * to->padded);
-    to->codes = nm_alloc(codes + (size_t)groups * (sizeof(float) + sizeof(int32_t)));
+    to->codes = nm_alloc(codes + (size_t)groups * (sizeof(float) + 16 * sizeof(int32_t)));
     if (!to->codes) return -1;
     to->scale = (float *)(to->codes + codes);  // codes are whole groups, so that this is aligned
-    to->sum = (int32_t *)(to->scale + groups);
+    to->below = (int32_t *)(to->scale + groups);
     return 0;
 }
 

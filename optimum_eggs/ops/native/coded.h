@@ -40,7 +40,7 @@ static inline int nm_code(const uint8_t *codes, int64_t i, int bits) {
 typedef struct {
     int8_t *codes;  // (tokens, padded), zeros beyond `in`
     float *scale;   // (tokens, scales)
-    int32_t *sum;   // (tokens, scales): of a group's codes; only the kernels that need it fill it
+    int32_t *below; // (tokens, scales, 16): what lanes of a kernel's sums begin with, if it needs that
     int64_t padded, scales;
 } nm_rounded;
 

@@ -1,8 +1,8 @@
 // AVX-512 VNNI, VBMI and VBMI2: sixty-four positions at a time, codes spread by vpexpandb and multiplied by vpdpbusd.
 //
 // vpdpbusd takes one side unsigned. Codes are made so by adding OFFSET, at the positions that are not kept as well, where
-// OFFSET stands for zero: then all that is too much is OFFSET times the sum of a group's activations, whatever the row,
-// and sums begin below zero by that.
+// OFFSET stands for zero: then all that is too much in a lane is OFFSET times its activations, whatever the row, and sums
+// begin below zero by that. So the sum of every lane is exact.
 #include "coded.h"
 
 #if defined(__x86_64__)
@@ -21,6 +21,9 @@ enum {
     CHUNK = 16,    // groups whose scales are multiplied at a time
     AHEAD = 8192,  // bytes of a row's codes fetched before they are needed
 };
+
+// What is added to codes.
+INLINE int offset_of(int bits) { return bits == 8 ? 128 : 8; }
 
 INLINE __m512 read16(const void *x, int64_t i, __mmask16 valid, int dtype) {
     if (dtype == NM_F32) return _mm512_maskz_loadu_ps(valid, (const float *)x + i);
@@ -53,7 +56,8 @@ INLINE void round_token(const nm_coded *p, int64_t t, const nm_rounded *to, int 
         __m512i sum = _mm512_setzero_si512();
         for (int64_t i = 0; i < p->group; i += LANES)
             sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + i));
-        to->sum[t * to->scales + g] = _mm512_reduce_add_epi32(sum);
+        __m512i below = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-offset_of(p->bits)));
+        _mm512_storeu_si512(to->below + (t * to->scales + g) * 16, below);
     }
 }
 
@@ -63,9 +67,6 @@ TARGET static void round_all(const nm_coded *p, const nm_rounded *to) {
         else if (p->dtype == NM_F16) round_token(p, t, to, NM_F16);
         else round_token(p, t, to, NM_BF16);
 }
-
-// What is added to codes.
-INLINE int offset_of(int bits) { return bits == 8 ? 128 : 8; }
 
 // Sixty-four codes and OFFSET each, of which the first `step` are those that follow; at most 64 bytes are read.
 INLINE __m512i read_codes(const uint8_t *v, int step, int bits) {
@@ -118,8 +119,8 @@ INLINE void group_of(tile_state *s, const nm_rounded *x, int64_t g, int64_t colu
     const __m512i offset = _mm512_set1_epi8((char)offset_of(bits));
     __m512i exact[ROWS][TOKENS];
     for (int t = 0; t < tokens; t++) {
-        int32_t below = -offset_of(bits) * x->sum[(t0 + t) * x->scales + g];
-        for (int r = 0; r < count; r++) exact[r][t] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(below));
+        __m512i below = _mm512_loadu_si512(x->below + ((t0 + t) * x->scales + g) * 16);
+        for (int r = 0; r < count; r++) exact[r][t] = below;
     }
     for (int64_t i = 0; i < times; i++, column += LANES) {
         __m512i w[ROWS];

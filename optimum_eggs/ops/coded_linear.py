@@ -92,7 +92,7 @@ def values_of(
     if isa is None or not fits or not nothing_watches(codes, scale):
         return _decode(codes, scale, width, n, m, kind, group, dtype)
     values = torch.empty(len(codes), width, dtype=dtype)
-    native.decode(codes.contiguous(), scale.contiguous(), values, _per_scale(coding, n, m), coding.bits)
+    native.decode(isa, codes.contiguous(), scale.contiguous(), values, _per_scale(coding, n, m), coding.bits)
     return values
 
 

@@ -100,13 +100,18 @@ static int run_coded(int dtype, int bits, int n, int m, int64_t out, int64_t in,
     void *y = exact(tokens * out * nm_size(dtype)), *values = exact(out * width * nm_size(dtype));
     double unit = dtype == NM_F32 ? 0x1p-24 : dtype == NM_F16 ? 0x1p-11 : 0x1p-8;
     int bad = 0;
-    nm_decode(codes, scale, values, out, width, group / m * n, scales, bits, dtype, threads);
-    for (int64_t r = 0; r < out; r++)
-        for (int64_t i = 0; i < width && !bad; i++) {
-            float found = nm_read(values, r * width + i, dtype), of = nm_read(scale, r * scales + i / (group / m * n), NM_BF16);
-            double want = (double)of * nm_code(codes + r * bytes, i, bits);
-            bad = !(fabs(found - want) <= unit * fabs(want) + 1e-7);
-        }
+    for (int isa = 0; isa < nm_isa_count; isa++) {
+        if (!nm_isas[isa].supported()) continue;
+        memset(values, 0xff, (size_t)(out * width * nm_size(dtype)));
+        nm_isas[isa].decode(codes, scale, values, out, width, group / m * n, scales, bits, dtype, threads);
+        for (int64_t r = 0; r < out; r++)
+            for (int64_t i = 0; i < width && !bad; i++) {
+                float found = nm_read(values, r * width + i, dtype);
+                float of = nm_read(scale, r * scales + i / (group / m * n), NM_BF16);
+                double want = (double)of * nm_code(codes + r * bytes, i, bits);
+                bad = !(fabs(found - want) <= unit * fabs(want) + 1e-7);
+            }
+    }
     for (int isa = 0; isa < nm_isa_count && !bad; isa++) {
         if (!nm_isas[isa].supported()) continue;
         nm_coded p = {dtype, bits, x, codes, scale, meta, tokens % 2 ? bias : NULL, y, tokens, out, in, width, group, n, m,

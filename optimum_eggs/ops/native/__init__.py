@@ -123,9 +123,10 @@ def coded_linear(
     return y
 
 
-def decode(codes: Tensor, scale: Tensor, values: Tensor, per_scale: int, bits: int) -> None:
+def decode(isa: str, codes: Tensor, scale: Tensor, values: Tensor, per_scale: int, bits: int) -> None:
     """Write the values (out, width) of codes (out, ⌈width · bits/8⌉) and scales (out, scales), bfloat16; contiguous."""
     _native.decode(
+        _INDEX[isa],
         codes.data_ptr(),
         scale.data_ptr(),
         values.data_ptr(),

@@ -72,8 +72,8 @@ int nm_coded_portable(const nm_coded *p) {
     return 0;
 }
 
-void nm_decode(const uint8_t *codes, const uint16_t *scale, void *values, int64_t out, int64_t width, int64_t per_scale,
-               int64_t scales, int bits, int dtype, int threads) {
+void nm_decode_portable(const uint8_t *codes, const uint16_t *scale, void *values, int64_t out, int64_t width,
+                        int64_t per_scale, int64_t scales, int bits, int dtype, int threads) {
     int64_t bytes = (width * bits + 7) / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < out; row++)

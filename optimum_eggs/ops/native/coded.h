@@ -25,9 +25,11 @@ int nm_coded_neon_dotprod(const nm_coded *p);
 int nm_coded_avx2(const nm_coded *p);
 int nm_coded_avx512(const nm_coded *p);  // AVX-512 VNNI and VBMI2
 
-// Write the values (out, width) that the codes stand for, in `dtype`.
-void nm_decode(const uint8_t *codes, const uint16_t *scale, void *values, int64_t out, int64_t width, int64_t per_scale,
-               int64_t scales, int bits, int dtype, int threads);
+// Write the values (out, width) that the codes stand for, in `dtype`; an even number of them shares a scale.
+void nm_decode_portable(const uint8_t *codes, const uint16_t *scale, void *values, int64_t out, int64_t width,
+                        int64_t per_scale, int64_t scales, int bits, int dtype, int threads);
+void nm_decode_avx512(const uint8_t *codes, const uint16_t *scale, void *values, int64_t out, int64_t width,
+                      int64_t per_scale, int64_t scales, int bits, int dtype, int threads);
 
 static inline int64_t nm_code_bytes(const nm_coded *p) { return (p->width * p->bits + 7) / 8; }
 static inline int64_t nm_scales(const nm_coded *p) { return (p->in + p->group - 1) / p->group; }

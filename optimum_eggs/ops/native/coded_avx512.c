@@ -239,6 +239,71 @@ static loop loop_for(const nm_coded *p) {
     return p->group == 128 ? (eight ? half_8_128 : half_4_128) : eight ? half_8 : half_4;
 }
 
+// Sixteen numbers, of which those of `valid` are written.
+INLINE void write16(void *to, int64_t i, __mmask16 valid, __m512 v, int dtype) {
+    if (dtype == NM_F32) {
+        _mm512_mask_storeu_ps((float *)to + i, valid, v);
+        return;
+    }
+    __m256i half;
+    if (dtype == NM_F16) {
+        half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {  // as nm_to_bf16: the instruction for it is another set's
+        __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+        __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_srli_epi32(
+            _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        half = _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+    }
+    _mm256_mask_storeu_epi16((uint16_t *)to + i, valid, half);
+}
+
+INLINE void decode_row(const uint8_t *codes, const uint16_t *scale, void *to, int64_t width, int64_t per_scale,
+                       int64_t scales, int bits, int dtype) {
+    for (int64_t g = 0; g < scales; g++) {
+        __m512 s = _mm512_set1_ps(nm_from_bf16(scale[g]));
+        int64_t last = nm_min(width, (g + 1) * per_scale);
+        for (int64_t i = g * per_scale; i < last; i += 16) {
+            __mmask16 valid = last - i >= 16 ? 0xffff : (__mmask16)((1u << (last - i)) - 1);
+            __m128i whole;
+            if (bits == 8) {
+                whole = _mm_maskz_loadu_epi8(valid, codes + i);
+            } else {
+                __m128i pairs = _mm_maskz_loadu_epi8((__mmask16)((1u << (nm_min(last - i, 16) + 1) / 2) - 1), codes + i / 2);
+                pairs = _mm_cvtepu8_epi16(pairs);
+                pairs = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
+                whole = _mm_sub_epi8(pairs, _mm_set1_epi8(8));
+            }
+            write16(to, i, valid, _mm512_mul_ps(s, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(whole))), dtype);
+        }
+    }
+}
+
+#define DECODE(bits, dtype) \
+    decode_row(codes + row * bytes, scale + row * scales, (char *)values + row * width * nm_size(dtype), width, per_scale, \
+               scales, bits, dtype)
+
+TARGET static void decode_any(const uint8_t *codes, const uint16_t *scale, void *values, int64_t row, int64_t bytes,
+                              int64_t width, int64_t per_scale, int64_t scales, int bits, int dtype) {
+    if (bits == 8) {
+        if (dtype == NM_BF16) DECODE(8, NM_BF16);
+        else if (dtype == NM_F16) DECODE(8, NM_F16);
+        else DECODE(8, NM_F32);
+    } else {
+        if (dtype == NM_BF16) DECODE(4, NM_BF16);
+        else if (dtype == NM_F16) DECODE(4, NM_F16);
+        else DECODE(4, NM_F32);
+    }
+}
+
+void nm_decode_avx512(const uint8_t *codes, const uint16_t *scale, void *values, int64_t out, int64_t width,
+                      int64_t per_scale, int64_t scales, int bits, int dtype, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < out; row++)
+        decode_any(codes, scale, values, row, (width * bits + 7) / 8, width, per_scale, scales, bits, dtype);
+}
+
 int nm_coded_avx512(const nm_coded *p) {
     nm_rounded x;
     nm_rows rows;

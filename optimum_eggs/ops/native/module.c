@@ -93,13 +93,15 @@ static PyObject *coded(PyObject *self, PyObject *const *args, Py_ssize_t given) 
 }
 
 static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    long long a[10];
-    if (read_ints(args, given, a, 10)) return NULL;
-    if (a[8] < 0 || a[8] >= NM_DTYPES) return PyErr_Format(PyExc_ValueError, "no dtype %lld", a[8]);
-    if (a[7] != 4 && a[7] != 8) return PyErr_Format(PyExc_ValueError, "no codes of %lld bits", a[7]);
+    long long a[11];
+    if (read_ints(args, given, a, 11)) return NULL;
+    if (a[9] < 0 || a[9] >= NM_DTYPES) return PyErr_Format(PyExc_ValueError, "no dtype %lld", a[9]);
+    if (a[8] != 4 && a[8] != 8) return PyErr_Format(PyExc_ValueError, "no codes of %lld bits", a[8]);
+    const nm_isa *isa = isa_at(a[0]);
+    if (!isa) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    nm_decode((const uint8_t *)(intptr_t)a[0], (const uint16_t *)(intptr_t)a[1], (void *)(intptr_t)a[2], a[3], a[4],
-              a[5], a[6], (int)a[7], (int)a[8], (int)a[9]);
+    isa->decode((const uint8_t *)(intptr_t)a[1], (const uint16_t *)(intptr_t)a[2], (void *)(intptr_t)a[3], a[4], a[5],
+                a[6], a[7], (int)a[8], (int)a[9], (int)a[10]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -165,7 +167,7 @@ static PyMethodDef methods[] = {
     {"coded", (PyCFunction)(void (*)(void))coded, METH_FASTCALL,
      "coded(isa, dtype, bits, x, codes, scale, meta, bias, y, tokens, out, in, width, group, n, m, threads)"},
     {"decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL,
-     "decode(codes, scale, values, out, width, per_scale, scales, bits, dtype, threads)"},
+     "decode(isa, codes, scale, values, out, width, per_scale, scales, bits, dtype, threads)"},
     {"unpack", (PyCFunction)(void (*)(void))unpack, METH_FASTCALL,
      "unpack(isa, values, meta, dense, out, in, width, size, threads)"},
     {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, "pack(dense, meta, values, out, in, width, size, threads)"},

@@ -72,6 +72,8 @@ uint64_t nm_stream(const void *from, int64_t bytes, int threads);
 
 typedef struct nm_coded nm_coded;  // in coded.h
 typedef int (*nm_coded_kernel)(const nm_coded *);
+typedef void (*nm_decoder)(const uint8_t *codes, const uint16_t *scale, void *values, int64_t out, int64_t width,
+                           int64_t per_scale, int64_t scales, int bits, int dtype, int threads);
 
 typedef struct {
     const char *name;
@@ -79,6 +81,7 @@ typedef struct {
     nm_kernel linear[NM_DTYPES];
     nm_unpacker unpack;
     nm_coded_kernel coded;
+    nm_decoder decode;
 } nm_isa;
 
 extern const nm_isa nm_isas[];  // from the simplest to the fastest

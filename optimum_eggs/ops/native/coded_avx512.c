@@ -97,6 +97,8 @@ INLINE __m512i read_codes(const uint8_t *v, int step, int bits) {
 typedef struct {
     const uint8_t *v[ROWS], *meta[ROWS];
     const uint16_t *scale[ROWS];
+    const int8_t *x[TOKENS];
+    const int32_t *below[TOKENS];
     __m512 sum[ROWS][TOKENS];
 } tile_state;
 
@@ -114,15 +116,16 @@ INLINE void multiply_scales(const tile_state *s, const nm_rounded *x, int64_t g,
 }
 
 // One group of inputs, sixty-four columns `times`.
-INLINE void group_of(tile_state *s, const nm_rounded *x, int64_t g, int64_t column, int64_t times, int count, int64_t t0,
-                     int tokens, int step, int bits, int dense, float (*by)[TOKENS][CHUNK], int64_t place) {
+INLINE void group_of(tile_state *s, int64_t times, int count, int tokens, int step, int bits, int dense,
+                     float (*by)[TOKENS][CHUNK], int64_t place) {
     const __m512i offset = _mm512_set1_epi8((char)offset_of(bits));
     __m512i exact[ROWS][TOKENS];
     for (int t = 0; t < tokens; t++) {
-        __m512i below = _mm512_loadu_si512(x->below + ((t0 + t) * x->scales + g) * 16);
+        __m512i below = _mm512_loadu_si512(s->below[t]);
+        s->below[t] += 16;
         for (int r = 0; r < count; r++) exact[r][t] = below;
     }
-    for (int64_t i = 0; i < times; i++, column += LANES) {
+    for (int64_t i = 0; i < times; i++) {
         __m512i w[ROWS];
         for (int r = 0; r < count; r++) {
             // Bits beyond the row's last column, and codes beyond its last, meet activations that are zero.
@@ -130,12 +133,14 @@ INLINE void group_of(tile_state *s, const nm_rounded *x, int64_t g, int64_t colu
             s->v[r] += step * bits / 8;
             if (!dense) {
                 uint64_t kept;
-                memcpy(&kept, s->meta[r] + column / 8, 8);
+                memcpy(&kept, s->meta[r], 8);
+                s->meta[r] += LANES / 8;
                 w[r] = _mm512_mask_expand_epi8(offset, kept, w[r]);
             }
         }
         for (int t = 0; t < tokens; t++) {
-            __m512i xv = _mm512_loadu_si512(x->codes + (t0 + t) * x->padded + column);
+            __m512i xv = _mm512_loadu_si512(s->x[t]);
+            s->x[t] += LANES;
             for (int r = 0; r < count; r++) exact[r][t] = _mm512_dpbusd_epi32(exact[r][t], w[r], xv);
         }
     }
@@ -158,6 +163,10 @@ INLINE void tile(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, in
         s.scale[r] = p->scale + row * x->scales;
         for (int t = 0; t < tokens; t++) s.sum[r][t] = _mm512_setzero_ps();
     }
+    for (int t = 0; t < tokens; t++) {
+        s.x[t] = x->codes + (t0 + t) * x->padded;
+        s.below[t] = x->below + (t0 + t) * x->scales * 16;
+    }
     int64_t size = group ? group : p->group, whole = p->in / size;
     for (int64_t g0 = 0; g0 < x->scales; g0 += CHUNK) {
         int64_t groups = nm_min(CHUNK, x->scales - g0), last = nm_min(g0 + groups, whole);
@@ -167,11 +176,10 @@ INLINE void tile(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, in
                 for (int64_t i = 0; i < size / LANES * step * bits / 8; i += 64)
                     _mm_prefetch((const char *)s.v[r] + AHEAD + i, _MM_HINT_T1);
             }
-            group_of(&s, x, g, g * size, size / LANES, count, t0, tokens, step, bits, dense, by, g - g0);
+            group_of(&s, size / LANES, count, tokens, step, bits, dense, by, g - g0);
         }
         if (g0 + groups > whole)
-            group_of(&s, x, whole, whole * size, (p->in - whole * size + LANES - 1) / LANES, count, t0, tokens, step, bits,
-                     dense, by, whole - g0);
+            group_of(&s, (p->in - whole * size + LANES - 1) / LANES, count, tokens, step, bits, dense, by, whole - g0);
     }
     for (int r = 0; r < count; r++) {
         int64_t row = r0 + r * stride;

@@ -42,7 +42,7 @@ SMALLER = {  # the last of two equal options counts
 }
 PACKED = ["out", "best", "values", "lora", "twin/packed", "l1b/packed"]
 SPARSE = ["sparse"]  # dense, with zeros
-DENSE = ["path/or/id", "path/or/dense", "dense", "sm2", "qwen", "qwen05", "twin/dense", "l1b/dense"]
+DENSE = ["path/or/id", "path/or/dense", "dense", "sm2", "qwen", "qwen05", "qwen15", "twin/dense", "l1b/dense"]
 TEXTS = [
     "calibration.txt",
     "other.txt",

@@ -180,9 +180,8 @@ def test_eight_bits_cost_next_to_nothing_and_four_bits_less_with_errors_passed_o
 
 
 def test_tuning_with_the_rounding_in_the_loop_makes_up_for_some_of_it():
-    reports = [
-        pruned(preset="best", block_tuning=8, values="int4", value_group=64, rounding_tuning=steps) for steps in (0, 30)
-    ]
+    options = {"preset": "best", "block_tuning": 8, "values": "int4", "value_group": 64, "tuning_lr": 0.003}
+    reports = [pruned(rounding_tuning=steps, **options) for steps in (0, 60)]
     dense = tiny.make_model("llama")
     untuned, tuned = (error(pruner.model, dense) for pruner in reports)
     assert tuned < untuned

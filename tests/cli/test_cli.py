@@ -99,11 +99,11 @@ def test_the_whole_road(dense_folder, text_file, tmp_path):
     both = json.loads(within("evaluate", packed, "--against", dense, *options, "--json").stdout)
     ours, theirs = (both[key]["perplexity"] for key in ("model", "against"))
     assert ours.keys() == theirs.keys()
-    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-4)  # in bfloat16, summed otherwise
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-7)  # its head sums in another order
     assert both["ratio"]["pruned_layer_bytes"] == 9 / 16
     assert both["model"]["perplexity"]["tokens"] == 4 * 15
     assert both["comparison"]["top1_agreement"]["value"] == 1
-    assert both["comparison"]["kl_divergence"] == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-5)
+    assert both["comparison"]["kl_divergence"] == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-7)
     printed = within("evaluate", packed, "--against", dense, "--stride", "8", *options).stdout
     assert "with 95 % intervals" in printed
     assert "bits a byte" in printed

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs import EGGSConfig, EGGSPruner
@@ -177,6 +178,29 @@ def test_quantize_from_the_command_line(packed_folder, text_file, tmp_path, caps
         assert main(["quantize", model, str(tmp_path / "wrong"), *flags]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_layers_left_dense_become_integers_from_the_command_line(dense_folder, text_file, tmp_path, capsys):
+    sizes = ["--num-samples", "4", "--seq-len", "16", "--ignore", "lm_head", "v_proj"]
+    prune = ["prune", str(dense_folder), str(tmp_path / "out"), "--calibration", str(text_file), *sizes]
+    assert main(prune) == 0
+    assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "later"), "--ignored", "int8"]) == 0
+    assert "2 modules in integers: values floats, ignored int8" in capsys.readouterr().out
+    prune[2] = str(tmp_path / "at-once")
+    assert main([*prune, "--ignored", "int8"]) == 0
+    coded = {f"model.layers.{block}.self_attn.v_proj": "int8:128" for block in range(2)}
+    for folder in ("later", "at-once"):
+        found = inspect_checkpoint(tmp_path / folder, progress=False)
+        assert found.ok
+        assert found.config["coded_modules"] == coded
+    later, at_once = (load_file(tmp_path / folder / "model.safetensors") for folder in ("later", "at-once"))
+    assert later.keys() == at_once.keys()
+    assert all(torch.equal(value, at_once[key]) for key, value in later.items())
+    prune[2] = str(tmp_path / "none")
+    assert main([part for part in prune if part != "v_proj"] + ["--ignored", "int8"]) == 2
+    assert "leave no linear layer of the blocks dense" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_prune_takes_integers_from_the_command_line(dense_folder, text_file, tmp_path, capsys):

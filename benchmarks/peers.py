@@ -59,8 +59,8 @@ def in_transformers(args: argparse.Namespace, windows: list[list[int]]) -> dict[
 
     kind, path = args.worker
     options: dict[str, Any] = {}
-    if kind == "ours":
-        import optimum_eggs  # noqa: F401 - makes transformers know the format
+    if kind in ("ours", "compiled"):
+        import optimum_eggs  # makes transformers know the format
     elif kind.startswith("bitsandbytes"):
         from transformers import BitsAndBytesConfig
 
@@ -73,11 +73,13 @@ def in_transformers(args: argparse.Namespace, windows: list[list[int]]) -> dict[
         options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
     before = rss()
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map="cpu", **options).eval()
+    if kind == "compiled":
+        optimum_eggs.compile_generation(model)
     row: dict[str, Any] = {}
     prompt = torch.tensor([windows[0][: args.prompt]])
     start = prompt[:, :1]
     sampling = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
-    few = 8 if kind == "ours" else args.seq_len  # tokens at a time: as many as kernels that decode take
+    few = 8 if kind in ("ours", "compiled") else args.seq_len  # tokens at a time: as many as kernels that decode take
     with torch.no_grad():
         row["prefill"] = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), args.repeats)
         new = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
@@ -171,6 +173,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the dense model")
     parser.add_argument("--ours", nargs="*", default=[], metavar="NAME=FOLDER", help="packed models of it")
+    parser.add_argument(
+        "--compiled", nargs="*", default=[], metavar="NAME=FOLDER", help="and such that decode compiled"
+    )
     parser.add_argument("--gguf", help="the same model as a GGUF file, for llama.cpp")
     parser.add_argument("--work", type=Path, default=Path("gguf"), help="folder for what is made of it (default: gguf)")
     parser.add_argument("--peers", nargs="*", default=HF, choices=HF, help="other programs (default: all)")
@@ -220,6 +225,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     ids.write_text(json.dumps(evaluation_windows([text], tokenizer, args.seq_len, args.windows).tolist()))
     pythons = dict(each.split("=", 1) for each in args.python)
     runs = {f"ours {name}": ("ours", folder) for name, folder in (each.split("=", 1) for each in args.ours)}
+    named = (each.split("=", 1) for each in args.compiled)
+    runs |= {f"ours {name}, compiled": ("compiled", folder) for name, folder in named}
     runs |= {name: (name, args.model) for name in args.peers}
     if args.gguf:
         try:

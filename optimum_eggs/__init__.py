@@ -16,25 +16,35 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config import EGGSConfig
+    from .hf.generation import compile_generation
     from .importance import register_importance
     from .nn import NMLinear
     from .pattern import NMPattern
     from .pruner import EGGSPruner
 
-__all__ = ["EGGSConfig", "EGGSPruner", "NMLinear", "NMPattern", "__version__", "register_importance"]
+__all__ = [
+    "EGGSConfig",
+    "EGGSPruner",
+    "NMLinear",
+    "NMPattern",
+    "__version__",
+    "compile_generation",
+    "register_importance",
+]
 
 _HOME = {
     "EGGSConfig": "config",
     "EGGSPruner": "pruner",
     "NMLinear": "nn",
     "NMPattern": "pattern",
+    "compile_generation": "hf.generation",
     "register_importance": "importance",
 }
 
 # transformers.quantizers, and not the registry within it: our quantizer imports both, and nothing that comes later.
 after_import("torch", f"{__name__}.ops")
 after_import("transformers.quantizers", f"{__name__}.hf.quantizer")
-after_import("transformers.modeling_utils", f"{__name__}.hf.saving")
+after_import("transformers.modeling_utils", f"{__name__}.hf.saving", f"{__name__}.hf.attention")
 after_import("peft.tuners.lora.model", f"{__name__}.recovery.install")
 if importlib.util.find_spec("optimum.quanto"):
     after_import("optimum.quanto", f"{__name__}.nn.quanto")

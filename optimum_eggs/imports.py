@@ -14,21 +14,22 @@ from types import ModuleType
 from typing import Any
 
 
-def after_import(name: str, ours: str) -> None:
-    """Import the module `ours` once the module `name` has been imported; at once if it has been. Twice is harmless.
+def after_import(name: str, *ours: str) -> None:
+    """Import the modules `ours` once the module `name` has been imported; at once if it has been. Twice is harmless.
 
-    `ours` may import `name` itself, and may be imported first: it is then run once, and never before `name` is whole.
+    They may import `name` themselves, and may be imported first: each is run once, and never before `name` is whole.
     """
     if name in sys.modules:
-        importlib.import_module(ours)
+        for module in ours:
+            importlib.import_module(module)
     elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(name, ours))
+        sys.meta_path.insert(0, _AfterImport(name, *ours))
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders do, and imports one of ours when it has been run."""
+    """Finds one module as the other finders do, and imports ours when it has been run."""
 
-    def __init__(self, name: str, ours: str) -> None:
+    def __init__(self, name: str, *ours: str) -> None:
         self.name, self.ours = name, ours
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -42,7 +43,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             run(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            importlib.import_module(self.ours)
+            for name in self.ours:
+                importlib.import_module(name)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

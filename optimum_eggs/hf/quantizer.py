@@ -52,6 +52,7 @@ class EGGSHfQuantizer(HfQuantizer):
         file: One of the files that the weights were loaded from; None for a state dict.
         to_save: The state dict to save in place of the model's own, while that is being done.
         rounds_in_training: Whether the model's layers of integers are replaced by such that train.
+        compiles: Whether `generate` compiles the model.
     """
 
     requires_calibration = False
@@ -62,6 +63,7 @@ class EGGSHfQuantizer(HfQuantizer):
         self.report: PruneReport | None = None
         self.to_save: dict[str, torch.Tensor] | None = None
         self.rounds_in_training = False
+        self.compiles = False
         self._loading: PreTrainedModel | None = None
         self.file: str | None = None
 
@@ -169,8 +171,8 @@ class EGGSHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Packed models are not compiled by `generate`."""
-        return False
+        """Whether `generate` compiles the model by itself: after [`compile_generation`]."""
+        return self.compiles
 
 
 def _check_not_split(model: PreTrainedModel, packed: bool) -> None:

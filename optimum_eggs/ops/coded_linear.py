@@ -16,7 +16,7 @@ from ..pattern import NMPattern
 from . import native
 from .nm_linear import nm_linear
 from .select import MOST_TOKENS_CODED, choose
-from .watch import nothing_watches, wants_torch_alone
+from .watch import needs_no_derivatives, nothing_watches, wants_torch_alone
 
 _NUMBERS = 1 << 25  # values made of the codes that exist at a time
 
@@ -65,8 +65,11 @@ def coded_linear(
     if autocast and x.dtype is not torch.float64:  # what torch's own autocast casts
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if needs_no_derivatives(x):
+        bits = 8 if kind == "int8" else 4
+        return torch.ops.optimum_eggs.packed_linear(x, codes, scale, weight_meta, bias, n, m, bits, group)
     if nothing_watches(x, codes, bias):
-        return _run(x, codes, scale, weight_meta, bias, n, m, kind, group)
+        return run(x, codes, scale, weight_meta, bias, n, m, kind, group)
     if wants_torch_alone():
         values = _decode(codes, scale, x.shape[-1] // m * n, n, m, kind, group, x.dtype)
         if weight_meta is None:
@@ -82,14 +85,14 @@ def values_of(
     coding, width = Coding(kind, group), in_features // m * n
     if codes.dtype is not coding.dtype:
         raise ShapeError(f"codes of {kind} are of {coding.dtype}, and these are of {codes.dtype}; load the model again")
-    isa = choose(dtype, codes.device, tokens=1).isa
+    isa = choose(dtype, codes.device, tokens=1).isa if nothing_watches(codes, scale) else None
     fits = (
         codes.shape == (len(codes), coding.width(width))
         and scale.dtype is torch.bfloat16
         and scale.shape == (len(codes), coding.scales(in_features))
         and scale.device == codes.device
     )
-    if isa is None or not fits or not nothing_watches(codes, scale):
+    if isa is None or not fits:
         return _decode(codes, scale, width, n, m, kind, group, dtype)
     values = torch.empty(len(codes), width, dtype=dtype)
     native.decode(isa, codes.contiguous(), scale.contiguous(), values, _per_scale(coding, n, m), coding.bits)
@@ -108,7 +111,7 @@ def _per_scale(coding: Coding, n: int, m: int) -> int:
     return coding.per_scale(NMPattern(n, m) if n < m else None)
 
 
-def _run(
+def run(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -119,6 +122,7 @@ def _run(
     kind: str,
     group: int,
 ) -> Tensor:
+    """Y by the kernel, or by values made of the codes."""
     in_features = x.shape[-1]
     tokens = x.numel() // in_features if x.dim() and in_features else 0
     choice = choose(x.dtype, x.device, tokens)
@@ -188,7 +192,7 @@ def _op(
     group: int,
 ) -> Tensor:
     with torch.no_grad():
-        return _run(x, codes, scale, weight_meta, bias, n, m, kind, group)
+        return run(x, codes, scale, weight_meta, bias, n, m, kind, group)
 
 
 @_op.register_fake

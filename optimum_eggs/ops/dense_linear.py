@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import native
 from .select import dense_kernel
-from .watch import nothing_watches
+from .watch import needs_no_derivatives, nothing_watches
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -21,7 +21,14 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (..., out). The kernel sums in float32, in another order than `F.linear`.
     """
-    if nothing_watches(x, weight, bias) and _belong_together(x, weight, bias):
+    if needs_no_derivatives(x) and x.device.type == "cpu" and x.dtype is weight.dtype is not torch.float32:
+        return torch.ops.optimum_eggs.packed_linear(x, weight, None, None, bias, 1, 1, 0, 0)
+    return run(x, weight, bias) if nothing_watches(x, weight, bias) else torch.nn.functional.linear(x, weight, bias)
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Y by the kernel, where it is faster and takes the tensors, or by torch."""
+    if _belong_together(x, weight, bias):
         isa = dense_kernel(x.dtype, x.device, x.numel() // x.shape[-1])
         if isa is not None:
             return native.linear(isa, x.contiguous(), weight, None, None if bias is None else bias.contiguous(), 1, 1)

@@ -14,7 +14,7 @@ from ..pattern import NMPattern
 from . import held, native, semi_structured, triton
 from .layout import gather, spread, unpack_by_torch
 from .select import choose
-from .watch import may_hold, nothing_watches, wants_torch_alone
+from .watch import may_hold, needs_no_derivatives, nothing_watches, wants_torch_alone
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
@@ -48,8 +48,10 @@ def nm_linear(
     if autocast and x.is_floating_point() and x.dtype is not torch.float64:  # what torch's own autocast casts
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if needs_no_derivatives(x):
+        return torch.ops.optimum_eggs.packed_linear(x, weight, None, weight_meta, bias, n, m, 0, 0)
     if nothing_watches(x, weight, bias):
-        return _run(x, weight, weight_meta, bias, n, m, own if hold else None)
+        return run(x, weight, weight_meta, bias, n, m, own if hold else None)
     if wants_torch_alone():
         return _by_torch(x, weight, weight_meta, bias, n, m)
     if may_hold(x, own, weight_meta):  # not in the operation, which a compiled graph may run in its own memory
@@ -60,7 +62,7 @@ def nm_linear(
     return torch.ops.optimum_eggs.nm_linear(x, weight, weight_meta, bias, n, m)
 
 
-def _run(
+def run(
     x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int, own: Tensor | None = None
 ) -> Tensor:
     """Y by the backend chosen. `own`: the weight, before a cast, to hold a dense one of; without it none is held."""
@@ -142,7 +144,7 @@ def _by_panels(isa: str, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: T
 @torch.library.custom_op("optimum_eggs::nm_linear", mutates_args=())
 def _op(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
     with torch.no_grad():
-        return _run(x, weight, weight_meta, bias, n, m)
+        return run(x, weight, weight_meta, bias, n, m)
 
 
 @_op.register_fake

@@ -92,12 +92,25 @@ def force(backend: str | None = None, isa: str | None = None) -> Iterator[None]:
     forced = _Forced(backend, isa)
     forced.check()
     before, _forced = _forced, forced
-    _decide.cache_clear()
+    publish()
     try:
         yield
     finally:
         _forced = before
-        _decide.cache_clear()
+        publish()
+
+
+def publish() -> None:
+    """Let the operation that compiled code calls know what is forced."""
+    _decide.cache_clear()
+    possible = _forced.backend in (None, "native") and (_forced.isa or "portable") in INSTRUCTION_SETS
+    isa = (_forced.isa or INSTRUCTION_SETS[-1]) if possible else None
+    for dtype in DTYPES:
+        if isa is None:
+            native.take(dtype, None)
+            continue
+        most = _most_tokens(isa, dtype) if _forced.backend is None else 1 << 62
+        native.take(dtype, isa, most, _tokens_dense(isa, dtype), MOST_TOKENS_CODED)
 
 
 def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
@@ -111,13 +124,22 @@ def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
 
 def dense_kernel(dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     """The instruction set whose kernel multiplies a dense weight of `dtype` faster than torch; None if none does."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return None
     choice = choose(dtype, device, tokens)
     if choice.backend != "native" or choice.isa is None:
         return None
-    known = _TOKENS_DENSE_BF16 if dtype is torch.bfloat16 else {}
-    return choice.isa if tokens in known.get(choice.isa, _TOKENS_DENSE.get(choice.isa, ())) else None
+    return choice.isa if tokens in _tokens_dense(choice.isa, dtype) else None
+
+
+def _most_tokens(isa: str, dtype: torch.dtype) -> int:
+    """The most tokens of a packed layer that a kernel multiplies."""
+    return max(_MOST_TOKENS[isa], _MOST_TOKENS_BF16.get(isa, 0) if dtype is torch.bfloat16 else 0)
+
+
+def _tokens_dense(isa: str, dtype: torch.dtype) -> range:
+    """Tokens of a dense layer that a kernel multiplies."""
+    if dtype is torch.bfloat16 and isa in _TOKENS_DENSE_BF16:
+        return _TOKENS_DENSE_BF16[isa]
+    return range(0) if dtype is torch.float32 else _TOKENS_DENSE.get(isa, range(0))
 
 
 def holds() -> bool:
@@ -149,8 +171,7 @@ def _decide(dtype: torch.dtype, device: str, tokens: int, torch_may_hang: bool) 
         return Choice("reference", None, f"the backend {_forced.backend!r} runs on a GPU")
     if _forced.backend is not None:
         return Choice(_forced.backend, None if _forced.backend == "reference" else isa, "forced")
-    most = _MOST_TOKENS_BF16.get(isa, 0) if dtype is torch.bfloat16 else 0
-    most = max(most, _MOST_TOKENS[isa])
+    most = _most_tokens(isa, dtype)
     if tokens <= most:
         return Choice("native", isa, f"{tokens} tokens: up to {most}, {isa} beats the dense product")
     if torch_may_hang:

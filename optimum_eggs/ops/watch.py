@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
+from . import native
+
 
 def nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether kernels may be called on the tensors by address: plain ones, no gradient, no compiler, no mode."""
@@ -26,6 +28,23 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+    )
+
+
+def needs_no_derivatives(x: Tensor) -> bool:
+    """Whether a product with `x` may be the operation without derivatives, as all of a model that generates are.
+
+    Compiled, it always is, but for what is exported to run elsewhere; else where its kernel is called without Python.
+    """
+    if torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return (
+        native.direct
+        and x.is_cpu
+        and forward_ad._current_level < 0  # as in `forward_derivatives`
+        and torch._C._get_tracing_state() is None
     )
 
 

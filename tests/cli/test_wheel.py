@@ -43,7 +43,7 @@ def build(tmp_path, **environment):
 
 
 def test_without_a_compiler_the_package_installs_all_the_same(tmp_path):
-    site = build(tmp_path, CC="false")
+    site = build(tmp_path, CC="false", CXX="false")
     assert (site / "optimum_eggs" / "ops" / "native" / "__init__.py").is_file()
     assert not list(site.rglob("*.so"))
 
@@ -54,6 +54,9 @@ def test_the_command_works_from_a_wheel(tmp_path):
     if shutil.which(sysconfig.get_config_var("CC").split()[0]):
         (extension,) = (site / "optimum_eggs" / "ops" / "native").glob("_native*")
         assert ".abi3." in extension.name  # one build for every Python
+    if shutil.which(sysconfig.get_config_var("CXX").split()[0]):
+        (extension,) = (site / "optimum_eggs" / "ops" / "native").glob("_torch_ops*")
+        assert ".abi3." in extension.name
     assert (site / "optimum_eggs" / "py.typed").is_file()
     for name in ("sample.txt.gz", "sample.md"):
         shipped = site / "optimum_eggs" / "calibration" / name

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attend.h"
 #include "coded.h"
 
 static uint64_t state = 1;
@@ -169,6 +170,45 @@ static int topn_is_wrong(int n, int m, int64_t groups, int threads) {
     return bad;
 }
 
+// Attention of one query a sequence, against softmax in double.
+static int attention_is_wrong(int dtype, int64_t batch, int64_t kv_heads, int64_t group, int64_t length, int64_t dim, int masked,
+                              int threads) {
+    int64_t heads = kv_heads * group, states = batch * kv_heads * length * dim;
+    void *q = values_of(batch * heads * dim, dtype), *k = values_of(states, dtype), *v = values_of(states, dtype);
+    void *y = exact(batch * heads * dim * nm_size(dtype));
+    uint8_t *allowed = exact(batch * length);
+    double *weight = exact(length * (int64_t)sizeof(double));
+    for (int64_t i = 0; i < batch * length; i++) allowed[i] = draw() % 3 > 0 && i >= length;  // none of the first sequence
+    nm_attention p = {dtype, q, k, v, y, masked ? allowed : NULL, batch, heads, kv_heads, length, dim, heads * dim, dim,
+                      kv_heads * length * dim, length * dim, dim, kv_heads * length * dim, length * dim, dim, length, 0, 1, 0.2f,
+                      threads};
+    int bad = nm_attend(&p);
+    double unit = dtype == NM_F32 ? 1e-6 : 0x1p-8;
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t h = 0; h < heads && !bad; h++) {
+            int64_t at = (b * kv_heads + h / group) * length * dim;
+            double total = 0;
+            for (int64_t t = 0; t < length; t++) {
+                double sum = 0;
+                for (int64_t i = 0; i < dim; i++)
+                    sum += (double)nm_read(q, (b * heads + h) * dim + i, dtype) * nm_read(k, at + t * dim + i, dtype);
+                weight[t] = masked && !allowed[b * length + t] ? 0 : exp(0.2f * sum);
+                total += weight[t];
+            }
+            for (int64_t i = 0; i < dim; i++) {
+                double want = 0;
+                for (int64_t t = 0; t < length && total > 0; t++)
+                    want += weight[t] / total * nm_read(v, at + t * dim + i, dtype);
+                bad |= !(fabs(nm_read(y, (b * heads + h) * dim + i, dtype) - want) <= unit * (1 + fabs(want)));
+            }
+        }
+    if (bad)
+        printf("attention is off: dtype %d, batch %ld, heads %ld of %ld, length %ld, dim %ld\n", dtype, (long)batch, (long)heads,
+               (long)kv_heads, (long)length, (long)dim);
+    free(q), free(k), free(v), free(y), free(allowed), free(weight);
+    return bad;
+}
+
 int main(void) {
     static const int patterns[][2] = {{2, 4}, {1, 4}, {4, 8}, {6, 8}, {1, 2}, {5, 16}, {17, 32}, {16, 32}};
     static const int tokens[] = {0, 1, 2, 3, 5, 7, 16, 17, 28, 33, 70};
@@ -177,6 +217,10 @@ int main(void) {
         for (unsigned t = 0; t < sizeof tokens / sizeof *tokens; t++)
             if (patterns[i][1] <= NM_TOPN_LARGEST && topn_is_wrong(patterns[i][0], patterns[i][1], tokens[t], 1 + t % 3))
                 return 1;
+    for (int i = 0; i < 200; i++)
+        if (attention_is_wrong(i % 2 ? NM_F32 : NM_BF16, 1 + draw() % 3, 1 + draw() % 3, 1 + draw() % 7, 1 + draw() % 90,
+                               16 * (1 + draw() % 16), i % 3 > 0, 1 + (int)(draw() % 4)))
+            return 1;
     for (unsigned i = 0; i < sizeof patterns / sizeof *patterns; i++)
         for (int dtype = 0; dtype < NM_DTYPES; dtype++)
             for (unsigned t = 0; t < sizeof tokens / sizeof *tokens; t++)

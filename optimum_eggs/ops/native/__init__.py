@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch  # before the extension, so that both use the OpenMP runtime that torch brings
@@ -23,10 +24,17 @@ except ModuleNotFoundError:
 except ImportError as error:  # it was built elsewhere, or for another Python
     _native, missing = None, f"it cannot be loaded: {error}"
 
+try:
+    _torch_ops: Any = importlib.import_module("._torch_ops", __name__) if _native else None
+except ImportError:  # there was no C++ compiler; all works without, by way of Python
+    _torch_ops = None
+
 MOST_COMPARED = 16  # the largest m that `topn` takes: NM_TOPN_LARGEST
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INDEX: dict[str, int] = _native.instruction_sets() if _native else {}
 INSTRUCTION_SETS = tuple(_INDEX)  # those this processor runs, the fastest last
+direct = False
+"""Whether the operation of torch has a kernel of its own that may be called, without Python."""
 _forked = False  # a forked child has lost the threads that the parent's OpenMP waits for
 
 
@@ -37,6 +45,37 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def register(library: str = "libtorch_cpu.so") -> str | None:
+    """Make the operations, which must be defined, known to torch by their kernels; or say why they are not."""
+    global _torch_ops
+    if _torch_ops is None:
+        return "it was not built, since there was no C++ compiler when the package was installed"
+    try:
+        _torch_ops.register(str(Path(torch.__file__).parent / "lib" / library), _native.kernels)
+    except OSError as error:
+        _torch_ops = None
+        return str(error)
+    return None
+
+
+def take(dtype: torch.dtype, isa: str | None, most: int = 0, dense: range = range(0), most_coded: int = 0) -> None:
+    """Say what the operation's own kernel is to take: up to how many tokens, by which instruction set; or nothing.
+
+    Args:
+        dtype: Of the activations.
+        isa: The instruction set, or None for nothing.
+        most: The most tokens of a packed layer.
+        dense: Tokens of a dense one.
+        most_coded: The most tokens of one of integers, whatever the dtype.
+    """
+    global direct
+    direct = _torch_ops is not None and isa is not None
+    if _torch_ops is not None:
+        _torch_ops.choose(
+            DTYPES[dtype], -1 if isa is None else _INDEX[isa], most, dense.start, dense.stop - 1, most_coded
+        )
 
 
 def threads() -> int:

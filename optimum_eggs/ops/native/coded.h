@@ -51,7 +51,7 @@ void nm_rounded_fill(nm_rounded *to, const nm_coded *p);
 void nm_rounded_close(nm_rounded *of);
 
 static inline int nm_coded_threads(const nm_coded *p) {
-    int64_t useful = p->out * nm_code_bytes(p) * (p->tokens > 4 ? p->tokens / 4 : 1) / 65536;
+    int64_t useful = p->out * p->width * (p->tokens > 4 ? p->tokens / 4 : 1) / 65536;
     return useful < 1 ? 1 : (int)nm_min(useful, p->threads);
 }
 #endif

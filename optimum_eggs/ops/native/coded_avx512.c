@@ -32,6 +32,43 @@ INLINE __m512 read16(const void *x, int64_t i, __mmask16 valid, int dtype) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// Sixteen numbers, of which those of `valid` are written.
+INLINE void write16(void *to, int64_t i, __mmask16 valid, __m512 v, int dtype) {
+    if (dtype == NM_F32) {
+        _mm512_mask_storeu_ps((float *)to + i, valid, v);
+        return;
+    }
+    __m256i half;
+    if (dtype == NM_F16) {
+        half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {  // as nm_to_bf16: the instruction for it is another set's
+        __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+        __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_srli_epi32(
+            _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        half = _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+    }
+    _mm256_mask_storeu_epi16((uint16_t *)to + i, valid, half);
+}
+
+// Rows [first, last) of y of their sums, of which there is one for every token.
+INLINE void write_sums(const nm_coded *p, const float *sums, int64_t first, int64_t last, int dtype) {
+    for (int64_t t = 0; t < p->tokens; t++)
+        for (int64_t i = first; i < last; i += 16) {
+            __mmask16 valid = last - i >= 16 ? 0xffff : (__mmask16)((1u << (last - i)) - 1);
+            __m512 sum = _mm512_maskz_loadu_ps(valid, sums + t * p->out + i);
+            if (p->bias) sum = _mm512_add_ps(sum, read16(p->bias, i, valid, dtype));
+            write16(p->y, t * p->out + i, valid, sum, dtype);
+        }
+}
+
+TARGET static void write_rows(const nm_coded *p, const float *sums, int64_t first, int64_t last) {
+    if (p->dtype == NM_F32) write_sums(p, sums, first, last, NM_F32);
+    else if (p->dtype == NM_F16) write_sums(p, sums, first, last, NM_F16);
+    else write_sums(p, sums, first, last, NM_BF16);
+}
+
 INLINE void round_token(const nm_coded *p, int64_t t, const nm_rounded *to, int dtype) {
     for (int64_t g = 0; g < to->scales; g++) {
         int64_t first = g * p->group, count = nm_min(p->group, p->in - first), from = t * p->in + first;
@@ -150,9 +187,18 @@ INLINE void group_of(tile_state *s, int64_t times, int count, int tokens, int st
                 _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[r][t]), _mm512_set1_ps(by[r][t][place]), s->sum[r][t]);
 }
 
-// `count` rows, `stride` apart, by `tokens` tokens: one tile of y. `step` codes are kept of 64 positions. `group`: of
+// The sums of the lanes of four vectors.
+INLINE __m128 add_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 each = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(each), _mm512_extractf32x8_ps(each, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// `count` rows, `stride` apart, by `tokens` tokens: one tile of `sums` (tokens, out). `step` codes are kept of 64 positions. `group`: of
 // inputs that share a scale, or 0 where their number varies.
-INLINE void tile(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, int64_t r0, int64_t stride, int count,
+INLINE void tile(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, float *sums, int64_t r0, int64_t stride, int count,
                  int64_t t0, int tokens, int step, int bits, int dense, int64_t group) {
     tile_state s;
     float by[ROWS][TOKENS][CHUNK];
@@ -181,24 +227,27 @@ INLINE void tile(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, in
         if (g0 + groups > whole)
             group_of(&s, (p->in - whole * size + LANES - 1) / LANES, count, tokens, step, bits, dense, by, whole - g0);
     }
-    for (int r = 0; r < count; r++) {
-        int64_t row = r0 + r * stride;
-        float bias = p->bias ? nm_read(p->bias, row, p->dtype) : 0;
-        for (int t = 0; t < tokens; t++)
-            nm_write(p->y, (t0 + t) * p->out + row, p->dtype, _mm512_reduce_add_ps(s.sum[r][t]) + bias);
+    for (int t = 0; t < tokens; t++) {
+        float own[ROWS], *to = sums + (t0 + t) * p->out + r0;
+        if (count == ROWS) _mm_storeu_ps(own, add_four(s.sum[0][t], s.sum[1][t], s.sum[2][t], s.sum[3][t]));
+        for (int r = 0; r < count; r++) to[r * stride] = count == ROWS ? own[r] : _mm512_reduce_add_ps(s.sum[r][t]);
     }
 }
 
 #define TILE(R, T) \
     case T: \
-        tile(p, rows, x, r0, stride, R, t0, T, step, bits, dense, group); \
+        tile(p, rows, x, sums, r0, stride, R, t0, T, step, bits, dense, group); \
         break;
 
-INLINE void block(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, int64_t r0, int64_t stride, int count,
+// How many of the tokens that are left to take next: `most`, and of few more than that one half.
+INLINE int64_t next_share(int64_t left, int64_t most) {
+    return left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
+}
+
+INLINE void block(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, float *sums, int64_t r0, int64_t stride, int count,
                   int step, int bits, int dense, int64_t group) {
-    int64_t parts = (p->tokens + TOKENS - 1) / TOKENS;
-    for (int64_t part = 0; part < parts; part++) {
-        int64_t t0 = p->tokens * part / parts, tokens = p->tokens * (part + 1) / parts - t0;
+    for (int64_t t0 = 0, tokens; t0 < p->tokens; t0 += tokens) {
+        tokens = next_share(p->tokens - t0, TOKENS);
         if (count == ROWS) {
             switch (tokens) { TILE(ROWS, 1) TILE(ROWS, 2) }
         } else if (count == FEW_ROWS) {
@@ -210,21 +259,22 @@ INLINE void block(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, i
 }
 
 // Rows [first, last), in stripes that advance together, as in avx512bf16.c.
-INLINE void stripes(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, int64_t first, int64_t last, int count,
+INLINE void stripes(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, float *sums, int64_t first, int64_t last, int count,
                     int step, int bits, int dense, int64_t group) {
     int64_t stride = (last - first) / count;
-    for (int64_t r = first; r < first + stride; r++) block(p, rows, x, r, stride, count, step, bits, dense, group);
-    for (int64_t r = first + stride * count; r < last; r++) block(p, rows, x, r, 1, 1, step, bits, dense, group);
+    for (int64_t r = first; r < first + stride; r++) block(p, rows, x, sums, r, stride, count, step, bits, dense, group);
+    for (int64_t r = first + stride * count; r < last; r++) block(p, rows, x, sums, r, 1, 1, step, bits, dense, group);
 }
 
 #define LOOP(name, step, bits, dense, group) \
-    TARGET static void name(const nm_coded *p, const nm_rows *rows, const nm_rounded *x) { \
+    TARGET static void name(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, float *sums) { \
         int threads = nm_coded_threads(p); \
         _Pragma("omp parallel for schedule(static) num_threads(threads)") \
         for (int64_t i = 0; i < threads; i++) { \
             int64_t first = p->out * i / threads, last = p->out * (i + 1) / threads; \
-            if (p->tokens <= FEW) stripes(p, rows, x, first, last, ROWS, step, bits, dense, group); \
-            else stripes(p, rows, x, first, last, FEW_ROWS, step, bits, dense, group); \
+            if (p->tokens <= FEW) stripes(p, rows, x, sums, first, last, ROWS, step, bits, dense, group); \
+            else stripes(p, rows, x, sums, first, last, FEW_ROWS, step, bits, dense, group); \
+            write_rows(p, sums, first, last); \
         } \
     }
 LOOP(half_8_128, 32, 8, 0, 128)
@@ -238,33 +288,13 @@ LOOP(all_4_128, 64, 4, 1, 128)
 LOOP(all_8, 64, 8, 1, 0)
 LOOP(all_4, 64, 4, 1, 0)
 
-typedef void (*loop)(const nm_coded *, const nm_rows *, const nm_rounded *);
+typedef void (*loop)(const nm_coded *, const nm_rows *, const nm_rounded *, float *);
 
 static loop loop_for(const nm_coded *p) {
     int eight = p->bits == 8;
     if (!p->meta) return p->group == 128 ? (eight ? all_8_128 : all_4_128) : eight ? all_8 : all_4;
     if (2 * p->n != p->m) return eight ? any_8 : any_4;
     return p->group == 128 ? (eight ? half_8_128 : half_4_128) : eight ? half_8 : half_4;
-}
-
-// Sixteen numbers, of which those of `valid` are written.
-INLINE void write16(void *to, int64_t i, __mmask16 valid, __m512 v, int dtype) {
-    if (dtype == NM_F32) {
-        _mm512_mask_storeu_ps((float *)to + i, valid, v);
-        return;
-    }
-    __m256i half;
-    if (dtype == NM_F16) {
-        half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    } else {  // as nm_to_bf16: the instruction for it is another set's
-        __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
-        __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-        __m512i rounded = _mm512_srli_epi32(
-            _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        half = _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
-    }
-    _mm256_mask_storeu_epi16((uint16_t *)to + i, valid, half);
 }
 
 INLINE void decode_row(const uint8_t *codes, const uint16_t *scale, void *to, int64_t width, int64_t per_scale,
@@ -315,17 +345,23 @@ void nm_decode_avx512(const uint8_t *codes, const uint16_t *scale, void *values,
 int nm_coded_avx512(const nm_coded *p) {
     nm_rounded x;
     nm_rows rows;
-    if (nm_rounded_open(&x, p)) return -1;
+    float *sums = nm_alloc((size_t)(p->tokens * p->out) * sizeof(float));
+    if (!sums || nm_rounded_open(&x, p)) {
+        nm_free(sums);
+        return -1;
+    }
     // A row's last codes are read 64 bytes at a time, and its last bits 8.
     if (nm_rows_of(&rows, p->codes, nm_code_bytes(p), p->meta ? p->meta : NULL, p->meta ? nm_meta_width(p->in) : 0,
                    p->out, 64)) {
         nm_rounded_close(&x);
+        nm_free(sums);
         return -1;
     }
     round_all(p, &x);
-    loop_for(p)(p, &rows, &x);
+    loop_for(p)(p, &rows, &x, sums);
     nm_rows_close(&rows);
     nm_rounded_close(&x);
+    nm_free(sums);
     return 0;
 }
 #endif

@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "attend.h"
 #include "coded.h"
 
 static int read_ints(PyObject *const *args, Py_ssize_t given, long long *to, Py_ssize_t wanted) {
@@ -181,7 +182,12 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "N:M kernels in C; see optimum_eggs.ops.native.", -1, methods, NULL, NULL, NULL, NULL,
 };
 
+static nm_kernels kernels = {nm_isas, nm_attend};
+
 PyMODINIT_FUNC PyInit__native(void) {
     for (int i = 0; i < nm_isa_count && i < MOST; i++) supported[i] = (char)nm_isas[i].supported();
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition), *capsule = PyCapsule_New(&kernels, "optimum_eggs.kernels", NULL);
+    if (!module || !capsule || PyModule_AddObjectRef(module, "kernels", capsule)) Py_CLEAR(module);
+    Py_XDECREF(capsule);
+    return module;
 }

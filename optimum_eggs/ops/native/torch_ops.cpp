@@ -1,0 +1,384 @@
+// The kernels as operations of torch, which compiled code calls without Python: `optimum_eggs::packed_linear` and
+// `optimum_eggs::attend`, for the CPU. What a kernel cannot take (too many tokens, a dtype that it does not know, what is
+// not contiguous) goes on to the operation of that name with `_by_python`.
+//
+// It calls torch through the C functions that torch keeps stable across versions, found by name when it is registered: the
+// package needs no headers of torch to be built, and one build serves all versions.
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#if defined(_OPENMP)
+#include <omp.h>  // has templates, which are not for the C that follows
+#endif
+
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+extern "C" {
+#include "attend.h"
+#include "coded.h"
+}
+
+namespace {
+
+using Value = uint64_t;  // torch's StableIValue: a number, a tensor's handle, or the address of a Value if it is optional
+using Tensor = void *;
+
+struct Torch {
+    int32_t (*data_ptr)(Tensor, void **);
+    int32_t (*dim)(Tensor, int64_t *);
+    int32_t (*sizes)(Tensor, int64_t **);
+    int32_t (*strides)(Tensor, int64_t **);
+    int32_t (*dtype)(Tensor, int32_t *);
+    int32_t (*is_contiguous)(Tensor, bool *);
+    int32_t (*empty_strided)(int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, Tensor *);
+    int32_t (*delete_tensor)(Tensor);
+    int32_t (*call)(const char *, const char *, Value *);
+    int32_t (*library)(const char *, const char *, const char *, uint32_t, void **);
+    int32_t (*implement)(void *, const char *, void (*)(Value *, uint64_t, uint64_t));
+    int32_t (*dtype_float32)();
+    int32_t (*dtype_float16)();
+    int32_t (*dtype_bfloat16)();
+    int32_t (*dtype_int8)();
+    int32_t (*dtype_uint8)();
+    int32_t (*dtype_bool)();
+    int32_t (*device_type_cpu)();
+    // Of newer versions alone.
+    int32_t (*num_threads)(uint32_t *);
+    int32_t (*delete_value)(Value *);
+    const char *(*what)();
+} torch;
+
+struct {
+    int32_t float_[NM_DTYPES], int8, uint8, boolean, cpu;
+} kinds;
+
+// What `select.py` chose, by dtype.
+struct {
+    const nm_isa *isa[NM_DTYPES];
+    int64_t most[NM_DTYPES];                                  // tokens of a packed layer
+    int64_t dense_first[NM_DTYPES], dense_last[NM_DTYPES];    // tokens of a dense one
+    int64_t most_coded;
+} chosen;
+
+const nm_kernels *kernels;
+bool forked;  // a forked child has lost the threads that the parent's OpenMP waits for
+
+int threads() {
+    if (forked) return 1;
+    uint32_t found = 1;
+    if (torch.num_threads && torch.num_threads(&found) == 0) return static_cast<int>(found);
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+void check(int32_t error) {
+    if (!error) return;
+    const char *what = torch.what ? torch.what() : nullptr;
+    std::string said = what ? what : "an operation of optimum_eggs failed in torch, which says why to its log alone";
+    throw std::runtime_error(said.substr(0, said.find("\n\nAt:")));  // what follows are lines of Python
+}
+
+// What the operation knows of a tensor, if there is one.
+struct Known {
+    Tensor handle = nullptr;
+    void *data = nullptr;
+    int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+    int32_t dtype = -1;
+    bool contiguous = true;
+
+    explicit Known(Tensor of) : handle(of) {
+        if (!of) return;
+        check(torch.data_ptr(of, &data));
+        check(torch.dim(of, &dim));
+        check(torch.sizes(of, &sizes));
+        check(torch.strides(of, &strides));
+        check(torch.dtype(of, &dtype));
+        check(torch.is_contiguous(of, &contiguous));
+    }
+
+    bool is(int32_t kind, int64_t rows, int64_t columns) const {
+        return contiguous && dtype == kind && dim == 2 && sizes[0] == rows && sizes[1] == columns;
+    }
+
+    // From one to the next along dimension d, where one may serve for all `wanted`; -1 if it does not fit.
+    int64_t step(int64_t d, int64_t wanted) const {
+        return sizes[d] == wanted ? strides[d] : sizes[d] == 1 ? 0 : -1;
+    }
+};
+
+Tensor optional(Value value) { return value ? reinterpret_cast<Tensor>(*reinterpret_cast<Value *>(value)) : nullptr; }
+
+void let_go(Value value) {
+    if (!value) return;
+    check(torch.delete_tensor(optional(value)));
+    auto *of = reinterpret_cast<Value *>(value);
+    if (torch.delete_value) check(torch.delete_value(of));
+    else delete of;  // as the headers of those versions do
+}
+
+// The arguments, in the order of the schema.
+enum { X, WEIGHT, SCALE, META, BIAS, N, M, BITS, GROUP, ARGUMENTS };
+
+// X Wᵀ + b, or nullptr where no kernel takes it.
+Tensor product(const Value *stack) {
+    Known x(reinterpret_cast<Tensor>(stack[X])), weight(reinterpret_cast<Tensor>(stack[WEIGHT]));
+    Known scale(optional(stack[SCALE])), meta(optional(stack[META])), bias(optional(stack[BIAS]));
+    int dtype = 0;
+    while (dtype < NM_DTYPES && kinds.float_[dtype] != x.dtype) dtype++;
+    if (dtype == NM_DTYPES || !chosen.isa[dtype] || !x.contiguous || x.dim < 1 || weight.dim != 2) return nullptr;
+    auto n = static_cast<int64_t>(stack[N]), m = static_cast<int64_t>(stack[M]);
+    auto bits = static_cast<int64_t>(stack[BITS]), group = static_cast<int64_t>(stack[GROUP]);
+    int64_t in = x.sizes[x.dim - 1], out = weight.sizes[0], tokens = 1;
+    for (int64_t d = 0; d + 1 < x.dim; d++) tokens *= x.sizes[d];
+    if (tokens < 1 || in < 1 || out < 1 || n < 1 || m < n || in % m || (n == m) != !meta.handle) return nullptr;
+    int64_t width = in / m * n;
+    if (meta.handle && !meta.is(kinds.uint8, out, nm_meta_width(in))) return nullptr;
+    if (bias.handle && !(bias.contiguous && bias.dtype == x.dtype && bias.dim == 1 && bias.sizes[0] == out)) return nullptr;
+    if (bits) {
+        if ((bits != 8 && bits != 4) || group < 64 || group % 64 || tokens > chosen.most_coded) return nullptr;
+        if (!scale.handle || !scale.is(kinds.float_[NM_BF16], out, (in + group - 1) / group)) return nullptr;
+        if (!weight.is(bits == 8 ? kinds.int8 : kinds.uint8, out, (width * bits + 7) / 8)) return nullptr;
+    } else {
+        if (!weight.is(x.dtype, out, width)) return nullptr;
+        if (meta.handle ? tokens > chosen.most[dtype]
+                        : tokens < chosen.dense_first[dtype] || tokens > chosen.dense_last[dtype])
+            return nullptr;
+    }
+    if (x.dim > 8) return nullptr;
+    int64_t sizes[8], strides[8], stride = 1;
+    for (int64_t d = x.dim - 1; d >= 0; d--) {
+        sizes[d] = d == x.dim - 1 ? out : x.sizes[d];
+        strides[d] = stride;
+        stride *= sizes[d];
+    }
+    Tensor result = nullptr;
+    check(torch.empty_strided(x.dim, sizes, strides, x.dtype, kinds.cpu, 0, &result));
+    Known y(result);
+    int failed;
+    if (bits) {
+        nm_coded p = {dtype,
+                      static_cast<int>(bits),
+                      x.data,
+                      static_cast<const uint8_t *>(weight.data),
+                      static_cast<const uint16_t *>(scale.data),
+                      static_cast<const uint8_t *>(meta.data),
+                      bias.data,
+                      y.data,
+                      tokens,
+                      out,
+                      in,
+                      width,
+                      group,
+                      static_cast<int>(n),
+                      static_cast<int>(m),
+                      threads()};
+        failed = chosen.isa[dtype]->coded(&p);
+    } else {
+        nm_problem p = {dtype,
+                        x.data,
+                        weight.data,
+                        static_cast<const uint8_t *>(meta.data),
+                        bias.data,
+                        y.data,
+                        tokens,
+                        out,
+                        in,
+                        width,
+                        static_cast<int>(n),
+                        static_cast<int>(m),
+                        threads()};
+        failed = chosen.isa[dtype]->linear[dtype](&p);
+    }
+    if (failed) {
+        torch.delete_tensor(result);
+        throw std::bad_alloc();
+    }
+    return result;
+}
+
+void packed_linear(Value *stack, uint64_t, uint64_t) {
+    Tensor result = product(stack);
+    if (!result) {
+        check(torch.call("optimum_eggs::packed_linear_by_python", "", stack));  // takes the arguments over
+        return;
+    }
+    check(torch.delete_tensor(reinterpret_cast<Tensor>(stack[X])));
+    check(torch.delete_tensor(reinterpret_cast<Tensor>(stack[WEIGHT])));
+    let_go(stack[SCALE]);
+    let_go(stack[META]);
+    let_go(stack[BIAS]);
+    stack[0] = reinterpret_cast<Value>(result);
+}
+
+// An empty (batch, 1, heads, dim) for the result, or any of its sizes.
+Tensor make(const int64_t (&sizes)[4], int32_t dtype) {
+    int64_t strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+    Tensor result = nullptr;
+    check(torch.empty_strided(4, sizes, strides, dtype, kinds.cpu, 0, &result));
+    return result;
+}
+
+enum { Q, K, V, MASK, SCALING };
+
+// softmax(q Kᵀ · scale) V, or nullptr where the kernel does not take it.
+Tensor attention(const Value *stack) {
+    Known q(reinterpret_cast<Tensor>(stack[Q])), k(reinterpret_cast<Tensor>(stack[K]));
+    Known v(reinterpret_cast<Tensor>(stack[V])), mask(optional(stack[MASK]));
+    int dtype = q.dtype == kinds.float_[NM_F32] ? NM_F32 : NM_BF16;
+    if (q.dtype != kinds.float_[dtype] || k.dtype != q.dtype || v.dtype != q.dtype) return nullptr;
+    if (q.dim != 4 || k.dim != 4 || v.dim != 4 || q.sizes[2] != 1) return nullptr;
+    int64_t batch = q.sizes[0], heads = q.sizes[1], dim = q.sizes[3], kv_heads = k.sizes[1], length = k.sizes[2];
+    if (batch < 1 || kv_heads < 1 || heads < 1 || heads % kv_heads || length < 1 || dim < 16 || dim % 16 || dim > NM_MOST_DIM)
+        return nullptr;
+    for (int64_t d = 0; d < 4; d++)
+        if (k.sizes[d] != v.sizes[d]) return nullptr;
+    if (k.sizes[0] != batch || k.sizes[3] != dim || q.strides[3] != 1 || k.strides[3] != 1 || v.strides[3] != 1)
+        return nullptr;
+    int64_t mask_steps[3] = {0, 0, 0};
+    if (mask.handle) {
+        if (mask.dtype != kinds.boolean || mask.dim != 4 || mask.sizes[2] != 1 || mask.sizes[3] != length) return nullptr;
+        mask_steps[0] = mask.step(0, batch), mask_steps[1] = mask.step(1, heads), mask_steps[2] = mask.strides[3];
+        if (mask_steps[0] < 0 || mask_steps[1] < 0) return nullptr;
+    }
+    double scale;
+    std::memcpy(&scale, stack + SCALING, sizeof(scale));
+    Tensor result = make({batch, 1, heads, dim}, q.dtype);
+    nm_attention p = {dtype,
+                      q.data,
+                      k.data,
+                      v.data,
+                      Known(result).data,
+                      static_cast<const uint8_t *>(mask.data),
+                      batch,
+                      heads,
+                      kv_heads,
+                      length,
+                      dim,
+                      q.strides[0],
+                      q.strides[1],
+                      k.strides[0],
+                      k.strides[1],
+                      k.strides[2],
+                      v.strides[0],
+                      v.strides[1],
+                      v.strides[2],
+                      mask_steps[0],
+                      mask_steps[1],
+                      mask_steps[2],
+                      static_cast<float>(scale),
+                      threads()};
+    if (kernels->attend(&p)) {
+        torch.delete_tensor(result);
+        throw std::bad_alloc();
+    }
+    return result;
+}
+
+void attend(Value *stack, uint64_t, uint64_t) {
+    Tensor result = attention(stack);
+    if (!result) {
+        check(torch.call("optimum_eggs::attend_by_python", "", stack));
+        return;
+    }
+    for (int i : {Q, K, V}) check(torch.delete_tensor(reinterpret_cast<Tensor>(stack[i])));
+    let_go(stack[MASK]);
+    stack[0] = reinterpret_cast<Value>(result);
+}
+
+template <class Function>
+bool find(void *library, const char *name, Function &to) {
+    void *found = dlsym(library, name);
+    std::memcpy(&to, &found, sizeof(found));
+    return found;
+}
+
+// The name of what this version of torch lacks, or nullptr.
+const char *find_all(void *library) {
+#define FIND(name, to) \
+    if (!find(library, name, torch.to)) return name;
+    FIND("aoti_torch_get_data_ptr", data_ptr)
+    FIND("aoti_torch_get_dim", dim)
+    FIND("aoti_torch_get_sizes", sizes)
+    FIND("aoti_torch_get_strides", strides)
+    FIND("aoti_torch_get_dtype", dtype)
+    FIND("aoti_torch_is_contiguous", is_contiguous)
+    FIND("aoti_torch_empty_strided", empty_strided)
+    FIND("aoti_torch_delete_tensor_object", delete_tensor)
+    FIND("aoti_torch_call_dispatcher", call)
+    FIND("aoti_torch_library_init_impl", library)
+    FIND("aoti_torch_library_impl", implement)
+    FIND("aoti_torch_dtype_float32", dtype_float32)
+    FIND("aoti_torch_dtype_float16", dtype_float16)
+    FIND("aoti_torch_dtype_bfloat16", dtype_bfloat16)
+    FIND("aoti_torch_dtype_int8", dtype_int8)
+    FIND("aoti_torch_dtype_uint8", dtype_uint8)
+    FIND("aoti_torch_dtype_bool", dtype_bool)
+    FIND("aoti_torch_device_type_cpu", device_type_cpu)
+#undef FIND
+    find(library, "torch_get_num_threads", torch.num_threads);
+    find(library, "torch_delete_stable_ivalue", torch.delete_value);
+    find(library, "torch_exception_get_what_without_backtrace", torch.what);
+    return nullptr;
+}
+
+PyObject *register_op(PyObject *, PyObject *args) {
+    const char *path;
+    PyObject *table;
+    if (!PyArg_ParseTuple(args, "sO", &path, &table)) return nullptr;
+    kernels = static_cast<const nm_kernels *>(PyCapsule_GetPointer(table, "optimum_eggs.kernels"));
+    if (!kernels) return nullptr;
+    void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (!library) return PyErr_Format(PyExc_OSError, "%s is not loaded", path);
+    if (const char *missing = find_all(library)) return PyErr_Format(PyExc_OSError, "this torch has no %s", missing);
+    kinds = {{torch.dtype_float32(), torch.dtype_float16(), torch.dtype_bfloat16()},
+             torch.dtype_int8(),
+             torch.dtype_uint8(),
+             torch.dtype_bool(),
+             torch.device_type_cpu()};
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    void *registrations;  // for as long as the process lives
+    if (torch.library("optimum_eggs", "CPU", __FILE__, __LINE__, &registrations) ||
+        torch.implement(registrations, "packed_linear", packed_linear) ||
+        torch.implement(registrations, "attend", attend))
+        return PyErr_Format(PyExc_OSError, "torch did not take the operations");
+    Py_RETURN_NONE;
+}
+
+PyObject *choose(PyObject *, PyObject *args) {
+    int dtype;
+    long long isa, most, dense_first, dense_last, most_coded;
+    if (!PyArg_ParseTuple(args, "iLLLLL", &dtype, &isa, &most, &dense_first, &dense_last, &most_coded)) return nullptr;
+    if (dtype < 0 || dtype >= NM_DTYPES) return PyErr_Format(PyExc_ValueError, "no dtype %d", dtype);
+    chosen.isa[dtype] = isa < 0 ? nullptr : kernels->isas + isa;
+    chosen.most[dtype] = most;
+    chosen.dense_first[dtype] = dense_first;
+    chosen.dense_last[dtype] = dense_last;
+    chosen.most_coded = most_coded;
+    Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"register", register_op, METH_VARARGS, "register(path of libtorch_cpu, kernels): make the operations known to torch."},
+    {"choose", choose, METH_VARARGS,
+     "choose(dtype, isa, most, dense_first, dense_last, most_coded): tokens that kernels take; isa -1 for none."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_torch_ops", "Operations of torch; see optimum_eggs.ops.native.", -1, methods, nullptr, nullptr,
+    nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__torch_ops(void) { return PyModule_Create(&definition); }

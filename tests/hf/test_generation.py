@@ -1,0 +1,110 @@
+"""The attention `eggs` and compiled generation: the tokens and the logits are those of the model as it is."""
+
+import pytest
+import tiny
+import torch
+import transformers as t
+from oracles import gaussian
+
+from optimum_eggs import EGGSPruner, compile_generation
+from optimum_eggs.errors import ModelError
+from optimum_eggs.hf import attention
+
+SIZES = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZES, sliding_window=8)),
+    "gemma3": lambda: t.Gemma3ForCausalLM(
+        t.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    ),
+}
+GREEDY = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+
+
+@pytest.fixture(params=MODELS)
+def model(request, tokenizer, config):
+    torch.manual_seed(0)
+    pruner = EGGSPruner(MODELS[request.param]().eval(), tokenizer)
+    pruner.prune(config, calibration=tiny.make_windows(8, 16))
+    return pruner.model
+
+
+def prompts():
+    """Two, the first of which is shorter: the mask is then not of the causal kind."""
+    ids = tiny.make_windows(2, 12)
+    mask = torch.ones_like(ids)
+    ids[0, :5] = mask[0, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def decoded(model, **options):
+    given = {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+    found = model.generate(**prompts(), **GREEDY, **given, **options)
+    return found.sequences, torch.stack(found.logits)
+
+
+def test_generation_is_that_of_sdpa(model, monkeypatch):
+    sequences, logits = decoded(model)
+    model.set_attn_implementation("eggs")
+    assert model.config._attn_implementation == "eggs"
+    calls = []
+    monkeypatch.setattr(attention, "attend", lambda *args: calls.append(args) or torch.ops.optimum_eggs.attend(*args))
+    for cache in ("dynamic", "static"):
+        calls.clear()
+        found, same = decoded(model, cache_implementation=cache)
+        assert len(calls) == 19 * 2  # tokens by layers; the first comes of the prompt
+        assert torch.equal(found, sequences)
+        torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_are_those_of_sdpa(model):
+    ids = tiny.make_windows(2, 1)
+    embedded = gaussian(2, 1, 64).requires_grad_()
+    grads = []
+    for name in ("sdpa", "eggs"):
+        model.set_attn_implementation(name)
+        model(inputs_embeds=embedded, labels=ids, shift_labels=ids).loss.backward()
+        grads.append(embedded.grad.clone())
+        embedded.grad = None
+    assert torch.equal(*grads)
+
+
+def test_weights_of_attention_are_refused_as_by_sdpa(model):
+    model.set_attn_implementation("eggs")
+    query = gaussian(1, 4, 1, 16)
+    layer = next(module for module in model.modules() if hasattr(module, "num_key_value_groups"))
+    with torch.no_grad(), pytest.raises(ValueError, match="softcap"):
+        attention.attention_forward(layer, query, query[:, :2], query[:, :2], None, softcap=30.0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_generation_gives_the_same_tokens(model):
+    sequences, logits = decoded(model)
+    assert compile_generation(model) is model
+    found, same = decoded(model)
+    assert hasattr(model, "_compiled_call")
+    assert torch.equal(found, sequences)
+    torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(decoded(model, cache_implementation="dynamic")[0], sequences)
+
+
+def test_what_cannot_be_compiled_is_said(model, monkeypatch):
+    with pytest.raises(ModelError, match="is not packed"):
+        compile_generation(tiny.make_model("llama"))
+    monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
+    with pytest.raises(ModelError, match="cannot compile"):
+        compile_generation(model)
+    monkeypatch.setattr(type(model), "device", torch.device("meta"))
+    with pytest.raises(ModelError, match="on meta"):
+        compile_generation(model)
+    assert model.generation_config.cache_implementation is None

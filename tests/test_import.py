@@ -114,7 +114,7 @@ def test_optimum_cli_starts_without_importing_torch(python):
 
 def test_exports():
     classes = {"EGGSConfig", "EGGSPruner", "NMLinear", "NMPattern"}
-    assert set(optimum_eggs.__all__) == {*classes, "register_importance", "__version__"}
+    assert set(optimum_eggs.__all__) == {*classes, "compile_generation", "register_importance", "__version__"}
     assert all(getattr(optimum_eggs, name) for name in optimum_eggs.__all__)
     assert set(optimum_eggs.__all__) <= set(dir(optimum_eggs))
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):

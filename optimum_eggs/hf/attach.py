@@ -69,7 +69,7 @@ def give_back(model: PreTrainedModel) -> None:
     from transformers import PreTrainedModel
 
     read_fast(model, fast=False)
-    for name in ("push_to_hub", "half", "float", "resize_token_embeddings", "_weight_conversions"):
+    for name in ("push_to_hub", "half", "float", "resize_token_embeddings", "_weight_conversions", "generate"):
         vars(model).pop(name, None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

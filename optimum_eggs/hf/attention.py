@@ -9,15 +9,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ..errors import ModelError
+from ..ops import native
 from ..ops.attend import attend
-from ..ops.watch import needs_no_derivatives
+from ..ops.watch import compiles_without_derivatives
 
 NAME = "eggs"
+KNOWN = frozenset(
+    [
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    ]
+)
+"""Types of models for which it is right. Others may ask whether their attention is `sdpa`, and do otherwise if not."""
 
 
 def attention_forward(
@@ -30,21 +47,34 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls: (batch, heads, queries, dim) to (batch, queries, heads, dim), and no weights."""
-    ours = (
-        query.shape[2] == 1
-        and needs_no_derivatives(query)
-        and not dropout
-        and kwargs.get("position_bias") is None
-        and kwargs.get("softcap") is None
-        and kwargs.get("s_aux") is None
-    )
-    if not ours:
+    """What transformers calls: (batch, heads, queries, dim) to (batch, queries, heads, dim), and no weights.
+
+    Raises:
+        ModelError: the model is of a type that is not known to be right with it.
+    """
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind not in KNOWN:
+        raise ModelError(
+            f"attn_implementation='{NAME}' is not known to be right for models of the type {kind!r}, only for "
+            f"{', '.join(sorted(KNOWN))}; use 'sdpa'"
+        )
+    if query.shape[2] != 1 or dropout or not _ours(query, key, attention_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, attention_mask, scale), None
+
+
+def _ours(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel takes these, and nothing watches."""
+    if not native.registered() or query.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() and not compiles_without_derivatives():
+        return False
+    fits = query.dtype is key.dtype and query.dtype in (torch.float32, torch.bfloat16)
+    fits = fits and query.shape[-1] % 16 == 0 and query.shape[-1] <= native.MOST_DIM
+    return fits and (mask is None or mask.dtype is torch.bool)
 
 
 AttentionInterface.register(NAME, attention_forward)

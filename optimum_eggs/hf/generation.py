@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
@@ -16,34 +17,46 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
 
     The prompt is read as before. The first token after it waits for the compiler, up to a minute for a model of some
     billions of parameters, and again for another size of the cache or another number of sequences; torch keeps what it
-    compiled for later processes. The settings are those of `model.generation_config`, which `generate` takes arguments
-    over: `cache_implementation="dynamic"` decodes as before.
+    compiled for later processes. A call that names a cache of its own (`cache_implementation`, `past_key_values`,
+    `use_cache=False`) is not compiled. What is saved is as if this had not been called.
 
     Args:
-        model: A packed model on the CPU that supports a static cache, as decoders of transformers do.
+        model: A packed model on the CPU. Of the types that [`KNOWN`][optimum_eggs.hf.attention.KNOWN] lists it gets the
+            attention `eggs`; others keep theirs.
 
     Raises:
         ModelError: the model is not packed, or not on the CPU, or transformers cannot compile it.
     """
-    from transformers import CompileConfig
-
     from .quantizer import EGGSHfQuantizer
 
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, EGGSHfQuantizer):
-        raise ModelError(
-            f"{type(model).__name__} is not packed, so compiling it is up to torch.compile and transformers"
-        )
+        raise ModelError(f"{type(model).__name__} is not packed; generate() compiles other models by its own settings")
     if model.device.type != "cpu":
         raise ModelError(
-            f"compiled generation is for the CPU, and the model is on {model.device}; use generate() as it is"
+            f"the model is on {model.device}, and generation is compiled on the CPU; use generate() as it is"
         )
     if not model._can_compile_fullgraph:
         raise ModelError(f"transformers cannot compile {type(model).__name__} as a whole; use generate() as it is")
-    model.set_attn_implementation(attention.NAME)
-    config: Any = CompileConfig(mode="default")
-    config._compile_all_devices = True  # it compiles for accelerators alone otherwise
+    if model.config.model_type in attention.KNOWN and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention.NAME)
     quantizer.compiles = True
-    settings: Any = model.generation_config
-    settings.cache_implementation, settings.compile_config = "static", config
+    vars(model)["generate"] = partial(_generate, model)
     return model
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    from transformers import CompileConfig
+
+    settings = kwargs.get("generation_config") or model.generation_config
+    own = {"cache", "past_key_values", "cache_implementation", "compile_config"} & kwargs.keys()
+    cached = kwargs.get("use_cache") is not False and getattr(settings, "cache_implementation", None) is None
+    if cached and not own and model.device.type == "cpu":
+        config: Any = CompileConfig(mode="default")
+        config._compile_all_devices = True  # it compiles for accelerators alone otherwise
+        kwargs |= {"cache_implementation": "static", "compile_config": config}
+    # What transformers keeps compiled is bound to one model, and a copy of the model has it too.
+    if vars(model).get("_compiled_for") != id(model):
+        vars(model).pop("_compiled_call", None)
+        vars(model)["_compiled_for"] = id(model)
+    return type(model).generate(model, *args, **kwargs)

@@ -16,7 +16,7 @@ from ..pattern import NMPattern
 from . import native
 from .nm_linear import nm_linear
 from .select import MOST_TOKENS_CODED, choose
-from .watch import needs_no_derivatives, nothing_watches, wants_torch_alone
+from .watch import compiles_without_derivatives, may_go_direct, nothing_watches, wants_torch_alone
 
 _NUMBERS = 1 << 25  # values made of the codes that exist at a time
 
@@ -65,7 +65,11 @@ def coded_linear(
     if autocast and x.dtype is not torch.float64:  # what torch's own autocast casts
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if needs_no_derivatives(x):
+    if (
+        compiles_without_derivatives()
+        if torch.compiler.is_compiling()
+        else may_go_direct(x, codes, MOST_TOKENS_CODED if x.dtype in native.most_direct else 0)
+    ):
         bits = 8 if kind == "int8" else 4
         return torch.ops.optimum_eggs.packed_linear(x, codes, scale, weight_meta, bias, n, m, bits, group)
     if nothing_watches(x, codes, bias):

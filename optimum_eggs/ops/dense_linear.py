@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import native
 from .select import dense_kernel
-from .watch import needs_no_derivatives, nothing_watches
+from .watch import compiles_without_derivatives, nothing_watches
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -21,7 +21,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (..., out). The kernel sums in float32, in another order than `F.linear`.
     """
-    if needs_no_derivatives(x) and x.device.type == "cpu" and x.dtype is weight.dtype is not torch.float32:
+    ours = compiles_without_derivatives() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if ours and x.dtype is weight.dtype is not torch.float32 and type(weight) in (Tensor, torch.nn.Parameter):
         return torch.ops.optimum_eggs.packed_linear(x, weight, None, None, bias, 1, 1, 0, 0)
     return run(x, weight, bias) if nothing_watches(x, weight, bias) else torch.nn.functional.linear(x, weight, bias)
 

@@ -14,7 +14,7 @@ from ..pattern import NMPattern
 from . import held, native, semi_structured, triton
 from .layout import gather, spread, unpack_by_torch
 from .select import choose
-from .watch import may_hold, needs_no_derivatives, nothing_watches, wants_torch_alone
+from .watch import compiles_without_derivatives, may_go_direct, may_hold, nothing_watches, wants_torch_alone
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
@@ -48,7 +48,11 @@ def nm_linear(
     if autocast and x.is_floating_point() and x.dtype is not torch.float64:  # what torch's own autocast casts
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if needs_no_derivatives(x):
+    if (
+        compiles_without_derivatives()
+        if torch.compiler.is_compiling()
+        else may_go_direct(x, weight, native.most_direct.get(x.dtype, 0))
+    ):
         return torch.ops.optimum_eggs.packed_linear(x, weight, None, weight_meta, bias, n, m, 0, 0)
     if nothing_watches(x, weight, bias):
         return run(x, weight, weight_meta, bias, n, m, own if hold else None)

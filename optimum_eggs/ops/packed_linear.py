@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..errors import ShapeError
 from .coded_linear import run as run_coded
 from .dense_linear import run as run_dense
 from .library import LIBRARY, define
@@ -42,7 +43,10 @@ def _by_python(
         return run_packed(x, weight, meta, bias, n, m)
 
 
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, scale: Any, meta: Any, bias: Any, n: int, m: int, bits: int, group: int) -> Tensor:
+    width = x.shape[-1] // m * n
+    if weight.shape[1] != ((width * bits + 7) // 8 if bits else width):
+        raise ShapeError(f"inputs {tuple(x.shape)} do not fit a weight stored as {tuple(weight.shape)}, {n}:{m}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

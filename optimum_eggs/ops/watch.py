@@ -7,8 +7,6 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
-from . import native
-
 
 def nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether kernels may be called on the tensors by address: plain ones, no gradient, no compiler, no mode."""
@@ -31,19 +29,34 @@ def nothing_watches(*tensors: Tensor | None) -> bool:
     )
 
 
-def needs_no_derivatives(x: Tensor) -> bool:
-    """Whether a product with `x` may be the operation without derivatives, as all of a model that generates are.
-
-    Compiled, it always is, but for what is exported to run elsewhere; else where its kernel is called without Python.
-    """
-    if torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
+def compiles_without_derivatives() -> bool:
+    """Whether torch compiles a call to run it here, and no derivatives are asked for, backward or forward."""
     return (
-        native.direct
+        torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def may_go_direct(x: Tensor, weight: Tensor, most: int) -> bool:
+    """Whether an eager product of x with a packed weight is one that the operation's own kernel takes, without Python.
+
+    Args:
+        x: (..., in).
+        weight: The parameter.
+        most: The most tokens.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and type(weight) in (Tensor, torch.nn.Parameter)
         and x.is_cpu
+        and 0 < x.numel() <= most * x.shape[-1]
         and forward_ad._current_level < 0  # as in `forward_derivatives`
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
     )
 

@@ -1,5 +1,7 @@
 """The attention `eggs` and compiled generation: the tokens and the logits are those of the model as it is."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -78,17 +80,48 @@ def test_derivatives_are_those_of_sdpa(model):
     assert torch.equal(*grads)
 
 
-def test_weights_of_attention_are_refused_as_by_sdpa(model):
+OTHERS = {
+    "granite": (t.GraniteForCausalLM, t.GraniteConfig, {"attention_multiplier": 0.2}),
+    "olmo2": (t.Olmo2ForCausalLM, t.Olmo2Config, {}),
+    "phi3": (t.Phi3ForCausalLM, t.Phi3Config, {"sliding_window": 8}),
+    "qwen2": (
+        t.Qwen2ForCausalLM,
+        t.Qwen2Config,
+        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    ),
+    "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config, {"head_dim": 16}),
+    "smollm3": (t.SmolLM3ForCausalLM, t.SmolLM3Config, {"no_rope_layers": [1, 0]}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_other_architectures_generate_as_by_plain_attention(name, cache):
+    model, config, more = OTHERS[name]
+    torch.manual_seed(0)
+    model = model(config(**SIZES, **more)).eval()
+    model.set_attn_implementation("eager")
+    sequences, logits = decoded(model, cache_implementation=cache)
     model.set_attn_implementation("eggs")
-    query = gaussian(1, 4, 1, 16)
-    layer = next(module for module in model.modules() if hasattr(module, "num_key_value_groups"))
-    with torch.no_grad(), pytest.raises(ValueError, match="softcap"):
-        attention.attention_forward(layer, query, query[:, :2], query[:, :2], None, softcap=30.0)
+    found, same = decoded(model, cache_implementation=cache)
+    assert torch.equal(found, sequences)
+    torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_every_type_that_is_known_is_compared():
+    assert {*OTHERS, "llama", "mistral", "gemma3_text"} == attention.KNOWN
+
+
+def test_types_that_are_not_known_are_refused():
+    model = t.Gemma2ForCausalLM(t.Gemma2Config(**SIZES, head_dim=16)).eval()
+    model.set_attn_implementation("eggs")
+    with torch.no_grad(), pytest.raises(ModelError, match="not known to be right for models of the type 'gemma2'"):
+        model(tiny.make_windows(1, 8))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_generation_gives_the_same_tokens(model):
+def test_compiled_generation_gives_the_same_tokens(model, tmp_path):
     sequences, logits = decoded(model)
     assert compile_generation(model) is model
     found, same = decoded(model)
@@ -96,6 +129,20 @@ def test_compiled_generation_gives_the_same_tokens(model):
     assert torch.equal(found, sequences)
     torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(decoded(model, cache_implementation="dynamic")[0], sequences)
+    for options in ({"past_key_values": t.DynamicCache(config=model.config)}, {"use_cache": False}):
+        assert torch.equal(decoded(model, **options)[0], sequences)
+
+    # A copy has weights of its own, and what is saved says nothing of how it was run.
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not decoded(other)[1].any()
+    assert torch.equal(decoded(model)[0], sequences)
+    model.save_pretrained(tmp_path)
+    assert t.GenerationConfig.from_pretrained(tmp_path).cache_implementation is None
+    model.dequantize()
+    assert "generate" not in vars(model)
 
 
 def test_what_cannot_be_compiled_is_said(model, monkeypatch):
@@ -107,4 +154,4 @@ def test_what_cannot_be_compiled_is_said(model, monkeypatch):
     monkeypatch.setattr(type(model), "device", torch.device("meta"))
     with pytest.raises(ModelError, match="on meta"):
         compile_generation(model)
-    assert model.generation_config.cache_implementation is None
+    assert "generate" not in vars(model)

@@ -74,6 +74,19 @@ def test_what_is_not_a_number_stays_so():
     assert found[0, 0, 1].isfinite().all()
 
 
+def test_scores_of_minus_infinity_are_not_seen():
+    q, k = torch.ones(1, 1, 1, 16), gaussian(1, 1, 5, 16)
+    k[0, 0, 2:, 0] = -torch.inf
+    torch.testing.assert_close(attend(q, k, k.clamp(-9), None, 0.2), attend(q, k[:, :, :2], k[:, :, :2], None, 0.2))
+    assert not attend(q, k[:, :, 2:], k[:, :, 2:].clamp(-9), None, 0.2).any()
+
+
+def test_values_may_have_another_size():
+    q, k, v = gaussian(2, 4, 1, 48), gaussian(2, 2, 9, 48, seed=1), gaussian(2, 2, 9, 32, seed=2)
+    torch.testing.assert_close(attend(q, k, v, None, 0.2).double(), expected(q, k, v, None, 0.2), rtol=1e-5, atol=1e-6)
+    assert attend(q.to("meta"), k.to("meta"), v.to("meta"), None, 0.2).shape == (2, 1, 4, 32)
+
+
 @pytest.mark.parametrize("wrong", ["heads", "dim", "length", "mask"])
 def test_what_does_not_belong_together_is_an_error(wrong):
     q, k, v = gaussian(1, 4, 1, 32), gaussian(1, 2, 9, 32, seed=1), gaussian(1, 2, 9, 32, seed=2)

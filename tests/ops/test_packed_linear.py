@@ -1,5 +1,6 @@
 """The products as operations without derivatives: equal to the layers', by whichever road torch takes to them."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_eggs import NMLinear, NMPattern
+from optimum_eggs.errors import ShapeError
 from optimum_eggs.nn import CodedLinear
 from optimum_eggs.nn.dense import read_fast
 from optimum_eggs.ops import BACKENDS, INSTRUCTION_SETS, force, native, without_kernels
+from optimum_eggs.ops.coded_linear import coded_linear
 from optimum_eggs.packing.codes import Coding
 from optimum_eggs.update.rounding import nearest
 
@@ -152,6 +155,42 @@ def test_compiled_layers_call_it_where_no_derivatives_are_asked_for():
     compiled(x.clone().requires_grad_()).sum().backward()
     assert "optimum_eggs.nm_linear" in graphs[-1]
     assert dense_after.weight.grad is not None
+
+
+@pytest.mark.parametrize("tokens", [2, 100])
+def test_what_is_raised_on_the_way_stays_what_it_is(tokens, monkeypatch):
+    """Not by way of C++, which knows one kind of error."""
+    dense = torch.nn.Linear(192, 33)
+    layer = NMLinear.from_linear(dense, NMPattern(2, 4))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["optimum_eggs.ops.nm_linear"], "run", interrupted)
+    with torch.no_grad(), contextlib.suppress(*[KeyboardInterrupt] * (tokens == 100)):
+        assert layer(gaussian(tokens, 192)).shape == (tokens, 33)
+        assert tokens == 2
+    with torch.no_grad(), pytest.raises(ShapeError, match="got inputs of torch.int64"):
+        coded_linear(torch.ones(2, 192, dtype=torch.int64), *arguments("int8")[:4], 2, 4, "int8", 64)
+
+
+def test_subclasses_autocast_and_forward_derivatives_go_to_torch():
+    class Own(torch.Tensor):
+        pass
+
+    dense = torch.nn.Linear(192, 33, dtype=torch.bfloat16).requires_grad_(False)
+    x = gaussian(2, 192, dtype=torch.bfloat16)
+    read_fast(model := torch.nn.Sequential(dense))
+    expected = torch.nn.functional.linear(x, dense.weight, dense.bias)
+    with torch.no_grad():
+        assert type(model(x.as_subclass(Own))) is Own
+        with torch.autocast("cpu", torch.float16):
+            assert model(x.half()).dtype is torch.float16
+            for tokens in (2, 40):
+                assert model(gaussian(tokens, 192)).dtype is torch.float16
+        for run in (model, torch.compile(model, backend="eager")):
+            _, tangent = torch.func.jvp(run, (x,), (x,))
+            torch.testing.assert_close(tangent, expected - dense.bias, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

@@ -24,17 +24,15 @@ except ModuleNotFoundError:
 except ImportError as error:  # it was built elsewhere, or for another Python
     _native, missing = None, f"it cannot be loaded: {error}"
 
-try:
-    _torch_ops: Any = importlib.import_module("._torch_ops", __name__) if _native else None
-except ImportError:  # there was no C++ compiler; all works without, by way of Python
-    _torch_ops = None
+_torch_ops: Any = None  # from `register` on, if they are there
 
+MOST_DIM = 256  # the largest head that `attend` takes: NM_MOST_DIM
 MOST_COMPARED = 16  # the largest m that `topn` takes: NM_TOPN_LARGEST
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INDEX: dict[str, int] = _native.instruction_sets() if _native else {}
 INSTRUCTION_SETS = tuple(_INDEX)  # those this processor runs, the fastest last
-direct = False
-"""Whether the operation of torch has a kernel of its own that may be called, without Python."""
+most_direct: dict[torch.dtype, int] = {}
+"""Tokens of a packed layer up to which the operation of torch has a kernel of its own, by dtype."""
 _forked = False  # a forked child has lost the threads that the parent's OpenMP waits for
 
 
@@ -50,14 +48,22 @@ if hasattr(os, "register_at_fork"):
 def register(library: str = "libtorch_cpu.so") -> str | None:
     """Make the operations, which must be defined, known to torch by their kernels; or say why they are not."""
     global _torch_ops
-    if _torch_ops is None:
-        return "it was not built, since there was no C++ compiler when the package was installed"
+    if _native is None:
+        return missing
     try:
-        _torch_ops.register(str(Path(torch.__file__).parent / "lib" / library), _native.kernels)
-    except OSError as error:
-        _torch_ops = None
-        return str(error)
+        found = importlib.import_module("._torch_ops", __name__)
+        found.register(str(Path(torch.__file__).parent / "lib" / library), _native.kernels)
+    except ModuleNotFoundError:
+        return "they were not built, since there was no C++ compiler when the package was installed"
+    except (ImportError, AttributeError, OSError, ValueError) as error:  # built elsewhere, or a part of it before
+        return f"they cannot be loaded: {error}"
+    _torch_ops = found
     return None
+
+
+def registered() -> bool:
+    """Whether the operations have kernels for the CPU that are called without Python."""
+    return _torch_ops is not None
 
 
 def take(dtype: torch.dtype, isa: str | None, most: int = 0, dense: range = range(0), most_coded: int = 0) -> None:
@@ -70,9 +76,10 @@ def take(dtype: torch.dtype, isa: str | None, most: int = 0, dense: range = rang
         dense: Tokens of a dense one.
         most_coded: The most tokens of one of integers, whatever the dtype.
     """
-    global direct
-    direct = _torch_ops is not None and isa is not None
+    most_direct.pop(dtype, None)
     if _torch_ops is not None:
+        if isa is not None:
+            most_direct[dtype] = most
         _torch_ops.choose(
             DTYPES[dtype], -1 if isa is None else _INDEX[isa], most, dense.start, dense.stop - 1, most_coded
         )

@@ -46,7 +46,7 @@ INLINE float exponential(float x) {
     return e * power;
 }
 
-// Scores to probabilities, times their sum, which is returned; 0 if nothing may be seen.
+// Scores to probabilities, times their sum, which is returned; 0 if nothing may be seen. What may not has -FLT_MAX.
 INLINE float soften(float *score, int64_t length) {
     float largest = -FLT_MAX, sum[LANES] = {0}, whole = 0;
     for (int64_t t = 0; t < length; t++) largest = score[t] > largest ? score[t] : largest;
@@ -54,11 +54,11 @@ INLINE float soften(float *score, int64_t length) {
     for (int64_t t = 0; t < vectors; t += LANES)
         for (int l = 0; l < LANES; l++) {
             float s = score[t + l];
-            score[t + l] = s == -FLT_MAX ? 0 : exponential(s - largest);
+            score[t + l] = s <= -FLT_MAX ? 0 : exponential(s - largest);
             sum[l] += score[t + l];
         }
     for (int64_t t = vectors; t < length; t++) {
-        score[t] = score[t] == -FLT_MAX ? 0 : exponential(score[t] - largest);
+        score[t] = score[t] <= -FLT_MAX ? 0 : exponential(score[t] - largest);
         whole += score[t];
     }
     for (int l = 0; l < LANES; l++) whole += sum[l];

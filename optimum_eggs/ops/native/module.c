@@ -186,7 +186,7 @@ static nm_kernels kernels = {nm_isas, nm_attend};
 
 PyMODINIT_FUNC PyInit__native(void) {
     for (int i = 0; i < nm_isa_count && i < MOST; i++) supported[i] = (char)nm_isas[i].supported();
-    PyObject *module = PyModule_Create(&definition), *capsule = PyCapsule_New(&kernels, "optimum_eggs.kernels", NULL);
+    PyObject *module = PyModule_Create(&definition), *capsule = PyCapsule_New(&kernels, NM_KERNELS, NULL);
     if (!module || !capsule || PyModule_AddObjectRef(module, "kernels", capsule)) Py_CLEAR(module);
     Py_XDECREF(capsule);
     return module;

@@ -15,6 +15,7 @@
 #include <omp.h>  // has templates, which are not for the C that follows
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -29,6 +30,8 @@ namespace {
 
 using Value = uint64_t;  // torch's StableIValue: a number, a tensor's handle, or the address of a Value if it is optional
 using Tensor = void *;
+
+enum { MOST_DIMENSIONS = 8 };
 
 struct Torch {
     int32_t (*data_ptr)(Tensor, void **);
@@ -126,6 +129,41 @@ void let_go(Value value) {
     else delete of;  // as the headers of those versions do
 }
 
+// The arguments: first tensors, then optional ones; numbers need nothing.
+void let_go_of_all(const Value *stack, int tensors, int optionals) {
+    for (int i = 0; i < tensors; i++) check(torch.delete_tensor(reinterpret_cast<Tensor>(stack[i])));
+    for (int i = tensors; i < tensors + optionals; i++) let_go(stack[i]);
+}
+
+// Puts what `run` gives in place of the arguments, tensors first; without a result they go on to the operation `instead`.
+void replace(Value *stack, Tensor (*run)(const Value *), int tensors, int optionals, const char *instead) {
+    Tensor result;
+    try {
+        result = run(stack);
+    } catch (...) {
+        let_go_of_all(stack, tensors, optionals);
+        throw;
+    }
+    if (!result) {
+        check(torch.call(instead, "", stack));  // takes the arguments over
+        return;
+    }
+    let_go_of_all(stack, tensors, optionals);
+    stack[0] = reinterpret_cast<Value>(result);
+}
+
+// An empty tensor of these sizes.
+Tensor make(int64_t dim, const int64_t *sizes, int32_t dtype) {
+    int64_t strides[MOST_DIMENSIONS], stride = 1;
+    for (int64_t d = dim - 1; d >= 0; d--) {
+        strides[d] = stride;
+        stride *= sizes[d];
+    }
+    Tensor result = nullptr;
+    check(torch.empty_strided(dim, sizes, strides, dtype, kinds.cpu, 0, &result));
+    return result;
+}
+
 // The arguments, in the order of the schema.
 enum { X, WEIGHT, SCALE, META, BIAS, N, M, BITS, GROUP, ARGUMENTS };
 
@@ -135,7 +173,8 @@ Tensor product(const Value *stack) {
     Known scale(optional(stack[SCALE])), meta(optional(stack[META])), bias(optional(stack[BIAS]));
     int dtype = 0;
     while (dtype < NM_DTYPES && kinds.float_[dtype] != x.dtype) dtype++;
-    if (dtype == NM_DTYPES || !chosen.isa[dtype] || !x.contiguous || x.dim < 1 || weight.dim != 2) return nullptr;
+    const nm_isa *isa = dtype < NM_DTYPES ? chosen.isa[dtype] : nullptr;  // read once: another thread may choose otherwise
+    if (!isa || !x.contiguous || x.dim < 1 || weight.dim != 2) return nullptr;
     auto n = static_cast<int64_t>(stack[N]), m = static_cast<int64_t>(stack[M]);
     auto bits = static_cast<int64_t>(stack[BITS]), group = static_cast<int64_t>(stack[GROUP]);
     int64_t in = x.sizes[x.dim - 1], out = weight.sizes[0], tokens = 1;
@@ -154,15 +193,11 @@ Tensor product(const Value *stack) {
                         : tokens < chosen.dense_first[dtype] || tokens > chosen.dense_last[dtype])
             return nullptr;
     }
-    if (x.dim > 8) return nullptr;
-    int64_t sizes[8], strides[8], stride = 1;
-    for (int64_t d = x.dim - 1; d >= 0; d--) {
-        sizes[d] = d == x.dim - 1 ? out : x.sizes[d];
-        strides[d] = stride;
-        stride *= sizes[d];
-    }
-    Tensor result = nullptr;
-    check(torch.empty_strided(x.dim, sizes, strides, x.dtype, kinds.cpu, 0, &result));
+    if (x.dim > MOST_DIMENSIONS) return nullptr;
+    int64_t sizes[MOST_DIMENSIONS];
+    std::copy_n(x.sizes, x.dim, sizes);
+    sizes[x.dim - 1] = out;
+    Tensor result = make(x.dim, sizes, x.dtype);
     Known y(result);
     int failed;
     if (bits) {
@@ -182,7 +217,7 @@ Tensor product(const Value *stack) {
                       static_cast<int>(n),
                       static_cast<int>(m),
                       threads()};
-        failed = chosen.isa[dtype]->coded(&p);
+        failed = isa->coded(&p);
     } else {
         nm_problem p = {dtype,
                         x.data,
@@ -197,7 +232,7 @@ Tensor product(const Value *stack) {
                         static_cast<int>(n),
                         static_cast<int>(m),
                         threads()};
-        failed = chosen.isa[dtype]->linear[dtype](&p);
+        failed = isa->linear[dtype](&p);
     }
     if (failed) {
         torch.delete_tensor(result);
@@ -207,25 +242,7 @@ Tensor product(const Value *stack) {
 }
 
 void packed_linear(Value *stack, uint64_t, uint64_t) {
-    Tensor result = product(stack);
-    if (!result) {
-        check(torch.call("optimum_eggs::packed_linear_by_python", "", stack));  // takes the arguments over
-        return;
-    }
-    check(torch.delete_tensor(reinterpret_cast<Tensor>(stack[X])));
-    check(torch.delete_tensor(reinterpret_cast<Tensor>(stack[WEIGHT])));
-    let_go(stack[SCALE]);
-    let_go(stack[META]);
-    let_go(stack[BIAS]);
-    stack[0] = reinterpret_cast<Value>(result);
-}
-
-// An empty (batch, 1, heads, dim) for the result, or any of its sizes.
-Tensor make(const int64_t (&sizes)[4], int32_t dtype) {
-    int64_t strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
-    Tensor result = nullptr;
-    check(torch.empty_strided(4, sizes, strides, dtype, kinds.cpu, 0, &result));
-    return result;
+    replace(stack, product, 2, 3, "optimum_eggs::packed_linear_by_python");
 }
 
 enum { Q, K, V, MASK, SCALING };
@@ -252,7 +269,8 @@ Tensor attention(const Value *stack) {
     }
     double scale;
     std::memcpy(&scale, stack + SCALING, sizeof(scale));
-    Tensor result = make({batch, 1, heads, dim}, q.dtype);
+    const int64_t sizes[] = {batch, 1, heads, dim};
+    Tensor result = make(4, sizes, q.dtype);
     nm_attention p = {dtype,
                       q.data,
                       k.data,
@@ -285,14 +303,7 @@ Tensor attention(const Value *stack) {
 }
 
 void attend(Value *stack, uint64_t, uint64_t) {
-    Tensor result = attention(stack);
-    if (!result) {
-        check(torch.call("optimum_eggs::attend_by_python", "", stack));
-        return;
-    }
-    for (int i : {Q, K, V}) check(torch.delete_tensor(reinterpret_cast<Tensor>(stack[i])));
-    let_go(stack[MASK]);
-    stack[0] = reinterpret_cast<Value>(result);
+    replace(stack, attention, 3, 1, "optimum_eggs::attend_by_python");
 }
 
 template <class Function>
@@ -335,7 +346,7 @@ PyObject *register_op(PyObject *, PyObject *args) {
     const char *path;
     PyObject *table;
     if (!PyArg_ParseTuple(args, "sO", &path, &table)) return nullptr;
-    kernels = static_cast<const nm_kernels *>(PyCapsule_GetPointer(table, "optimum_eggs.kernels"));
+    kernels = static_cast<const nm_kernels *>(PyCapsule_GetPointer(table, NM_KERNELS));
     if (!kernels) return nullptr;
     void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
     if (!library) return PyErr_Format(PyExc_OSError, "%s is not loaded", path);

@@ -170,7 +170,7 @@ def test_what_is_raised_on_the_way_stays_what_it_is(tokens, monkeypatch):
     with torch.no_grad(), contextlib.suppress(*[KeyboardInterrupt] * (tokens == 100)):
         assert layer(gaussian(tokens, 192)).shape == (tokens, 33)
         assert tokens == 2
-    with torch.no_grad(), pytest.raises(ShapeError, match="got inputs of torch.int64"):
+    with torch.no_grad(), pytest.raises(ShapeError, match="got inputs of"):
         coded_linear(torch.ones(2, 192, dtype=torch.int64), *arguments("int8")[:4], 2, 4, "int8", 64)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from optimum_eggs import NMLinear, NMPattern
 from optimum_eggs.errors import ConfigError, ShapeError
-from optimum_eggs.ops import INSTRUCTION_SETS, Choice, choose, explain, force, native, nm_linear
+from optimum_eggs.ops import INSTRUCTION_SETS, Choice, choose, explain, force, native, nm_linear, select
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(not INSTRUCTION_SETS, reason=f"no native extension: {native.missing}")
@@ -341,12 +341,18 @@ importlib.reload(native).warn_missing()
     assert "circular import" not in said
 
 
-def test_without_the_extension_the_reference_runs_and_says_so_once(monkeypatch, caplog):
-    from optimum_eggs.ops import select
-
+@pytest.fixture
+def no_extension(monkeypatch):
     monkeypatch.setattr(select, "INSTRUCTION_SETS", ())
     monkeypatch.setattr(native, "missing", "no compiler")
     native.warn_missing.cache_clear()
+    yield
+    monkeypatch.undo()
+    select.publish()
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_without_the_extension_the_reference_runs_and_says_so_once(caplog):
     with force():
         made = layer()
         for _ in range(2):

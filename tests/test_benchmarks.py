@@ -177,6 +177,8 @@ def test_programs_are_measured_in_turn_and_what_is_missing_is_skipped(
         text_file,
         "--ours",
         f"2:4={packed_folder}",
+        "--compiled",
+        f"2:4={packed_folder}",
         "--work",
         tmp_path,
         "--json",
@@ -189,7 +191,8 @@ def test_programs_are_measured_in_turn_and_what_is_missing_is_skipped(
         assert "torchao-int8 is left out" in done.stderr
     found = json.loads(result.read_text())
     rows = {row["name"]: row for row in found["rows"]}
-    assert {"ours 2:4", "dense"} <= rows.keys()
+    assert {"ours 2:4", "ours 2:4, compiled", "dense"} <= rows.keys()
+    assert rows["ours 2:4, compiled"]["loss"] == pytest.approx(rows["ours 2:4"]["loss"], abs=1e-3)
     assert len(rows["dense"]["decode"]) == 4
     assert rows["ours 2:4"]["bytes"] < rows["dense"]["bytes"]
     assert f"| dense | {8 * rows['dense']['bytes'] / found['parameters']:.2f} |" in done.stdout

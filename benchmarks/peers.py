@@ -7,7 +7,8 @@ Every program runs a model in processes of its own, by the Python given for it; 
 skipped by its name. All get the same token ids. In every round each program in turn loads its model and times prefill
 of 256 tokens, with the logits of the last, and decoding of 64 behind one, so that a machine which slows down slows all
 of them; in the first round it then gives the perplexity. Packed models read what they are judged on by eight tokens at
-a time, since kernels for few tokens, which decoding runs, round what integers are multiplied by. Medians over all
+a time, since kernels for few tokens, which decoding runs, round what integers are multiplied by. Those of `--compiled`
+decode by `compile_generation`. Medians over all
 repeats of all rounds are printed, and ratios to `--base`. Resident memory is what the process holds after the timing
 beyond what it held before the model was loaded.
 

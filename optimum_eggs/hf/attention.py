@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ..errors import ModelError
 from ..ops import native
 from ..ops.attend import attend
-from ..ops.watch import compiles_without_derivatives
+from ..ops.watch import compiles_without_derivatives, nothing_watches
 
 NAME = "eggs"
 KNOWN = frozenset(
@@ -58,7 +58,7 @@ def attention_forward(
             f"attn_implementation='{NAME}' is not known to be right for models of the type {kind!r}, only for "
             f"{', '.join(sorted(KNOWN))}; use 'sdpa'"
         )
-    if query.shape[2] != 1 or dropout or not _ours(query, key, attention_mask):
+    if query.shape[2] != 1 or dropout or not _ours(query, key, value, attention_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -66,11 +66,12 @@ def attention_forward(
     return attend(query, key, value, attention_mask, scale), None
 
 
-def _ours(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+def _ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel takes these, and nothing watches."""
-    if not native.registered() or query.device.type != "cpu" or torch.is_grad_enabled():
+    if not native.registered() or query.device.type != "cpu":
         return False
-    if torch.compiler.is_compiling() and not compiles_without_derivatives():
+    compiling = torch.compiler.is_compiling()
+    if not (compiles_without_derivatives() if compiling else nothing_watches(query, key, value)):
         return False
     fits = query.dtype is key.dtype and query.dtype in (torch.float32, torch.bfloat16)
     fits = fits and query.shape[-1] % 16 == 0 and query.shape[-1] <= native.MOST_DIM

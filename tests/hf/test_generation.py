@@ -7,6 +7,8 @@ import tiny
 import torch
 import transformers as t
 from oracles import gaussian
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_eggs import EGGSPruner, compile_generation
 from optimum_eggs.errors import ModelError
@@ -143,6 +145,42 @@ def test_compiled_generation_gives_the_same_tokens(model, tmp_path):
     assert t.GenerationConfig.from_pretrained(tmp_path).cache_implementation is None
     model.dequantize()
     assert "generate" not in vars(model)
+
+
+def test_a_model_of_another_type_keeps_its_attention(model, monkeypatch):
+    monkeypatch.setattr(attention, "KNOWN", frozenset())
+    compile_generation(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_watches_sees_the_operations_of_torch(model):
+    model.set_attn_implementation("eggs")
+    layer = next(module for module in model.modules() if hasattr(module, "num_key_value_groups"))
+    q, k = gaussian(1, 4, 1, 16), gaussian(1, 2, 9, 16, seed=1)
+
+    def seen(q):
+        class Names(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                names.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        names = []
+        with Names():
+            attention.attention_forward(layer, q, k, k, None)
+        return names
+
+    with torch.no_grad():
+        names = seen(q)
+    assert any("scaled_dot_product" in name for name in names)
+    assert not any("optimum_eggs" in name for name in names)
+
+    def attended(q):
+        return attention.attention_forward(layer, q, k, k, None)[0]
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(attended, (q,), (q,))
+        step = (attended(q * 1.01) - attended(q * 0.99)) / 0.02
+    torch.testing.assert_close(tangent, step, rtol=1e-2, atol=1e-3)
 
 
 def test_what_cannot_be_compiled_is_said(model, monkeypatch):

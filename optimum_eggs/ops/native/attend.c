@@ -65,8 +65,8 @@ INLINE float soften(float *score, int64_t length) {
     return whole;
 }
 
-// One sequence and the query heads that share keys and values. `room`: for each of the heads
-// `length` scores, two rows and a number.
+// One sequence and the query heads that share keys and values. `room`: for each of the heads `length` scores, two rows and
+// a number.
 INLINE void attend_head(const nm_attention *p, int64_t b, int64_t h, float *room, int64_t dim, int dtype) {
     int64_t group = p->heads / p->kv_heads, length = p->length;
     float rows[TOGETHER * NM_MOST_DIM], *score = room, *q = score + group * length, *sum = q + group * dim;
@@ -80,7 +80,7 @@ INLINE void attend_head(const nm_attention *p, int64_t b, int64_t h, float *room
     for (int64_t t = 0; t < length; t++) {
         int any = !allowed;
         for (int64_t g = 0; !any && g < group; g++)
-            any = allowed[g * p->allowed_head + t * p->allowed_position] || 0;
+            any = allowed[g * p->allowed_head + t * p->allowed_position];
         if (any) read_row(p->k, b * p->k_batch + h * p->k_head + t * p->k_position, dim, dtype, rows);
         for (int64_t g = 0; g < group; g++) {
             int seen = any && (!allowed || allowed[g * p->allowed_head + t * p->allowed_position]);

@@ -165,7 +165,7 @@ Tensor make(int64_t dim, const int64_t *sizes, int32_t dtype) {
 }
 
 // The arguments, in the order of the schema.
-enum { X, WEIGHT, SCALE, META, BIAS, N, M, BITS, GROUP, ARGUMENTS };
+enum { X, WEIGHT, SCALE, META, BIAS, N, M, BITS, GROUP };
 
 // X Wᵀ + b, or nullptr where no kernel takes it.
 Tensor product(const Value *stack) {

@@ -83,8 +83,8 @@ def in_transformers(args: argparse.Namespace, windows: list[list[int]]) -> dict[
     few = 8 if kind in ("ours", "compiled") else args.seq_len  # tokens at a time: as many as kernels that decode take
     with torch.no_grad():
         row["prefill"] = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), args.repeats)
-        new = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
-        row["decode"] = timed(lambda: model.generate(start, **new, **sampling), args.repeats)
+        model.generation_config.eos_token_id = None  # no token ends it, as in llama.cpp's loop
+        row["decode"] = timed(lambda: model.generate(start, max_new_tokens=args.new_tokens, **sampling), args.repeats)
         row["rss"] = rss() - before
         if args.judge:
             losses = []

@@ -69,7 +69,8 @@ def give_back(model: PreTrainedModel) -> None:
     from transformers import PreTrainedModel
 
     read_fast(model, fast=False)
-    for name in ("push_to_hub", "half", "float", "resize_token_embeddings", "_weight_conversions", "generate"):
+    names = ("push_to_hub", "half", "float", "resize_token_embeddings", "_weight_conversions", "generate")
+    for name in (*names, "get_compiled_call"):
         vars(model).pop(name, None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from . import attention
+from .program import compiled_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,22 +42,29 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
     if model.config.model_type in attention.KNOWN and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.NAME)
     quantizer.compiles = True
-    vars(model)["generate"] = partial(_generate, model)
+    vars(model).update(generate=partial(_generate, model), get_compiled_call=partial(_compiled_call, model))
     return model
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    from transformers import CompileConfig
-
     settings = kwargs.get("generation_config") or model.generation_config
     own = {"cache", "past_key_values", "cache_implementation", "compile_config"} & kwargs.keys()
     cached = kwargs.get("use_cache") is not False and getattr(settings, "cache_implementation", None) is None
     if cached and not own and model.device.type == "cpu":
-        config: Any = CompileConfig(mode="default")
-        config._compile_all_devices = True  # it compiles for accelerators alone otherwise
-        kwargs |= {"cache_implementation": "static", "compile_config": config}
-    # What transformers keeps compiled is bound to one model, and a copy of the model has it too.
-    if vars(model).get("_compiled_for") != id(model):
-        vars(model).pop("_compiled_call", None)
-        vars(model)["_compiled_for"] = id(model)
+        kwargs |= {"cache_implementation": "static", "compile_config": _settings()}
     return type(model).generate(model, *args, **kwargs)
+
+
+def _settings() -> Any:
+    from transformers import CompileConfig
+
+    settings: Any = CompileConfig(mode="default")
+    settings._compile_all_devices = True  # it compiles for accelerators alone otherwise
+    return settings
+
+
+def _compiled_call(model: Any, compile_config: Any) -> Any:
+    """What `generate` decodes with: by a configuration of the caller's, what transformers makes of it."""
+    if compile_config == _settings():
+        return compiled_step(model)
+    return type(model).get_compiled_call(model, compile_config)

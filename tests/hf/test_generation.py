@@ -10,9 +10,9 @@ from oracles import gaussian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimum_eggs import EGGSPruner, compile_generation
+from optimum_eggs import EGGSConfig, EGGSPruner, compile_generation
 from optimum_eggs.errors import ModelError
-from optimum_eggs.hf import attention
+from optimum_eggs.hf import attention, program
 
 SIZES = {
     "vocab_size": tiny.VOCABULARY,
@@ -127,12 +127,14 @@ def test_compiled_generation_gives_the_same_tokens(model, tmp_path):
     sequences, logits = decoded(model)
     assert compile_generation(model) is model
     found, same = decoded(model)
-    assert hasattr(model, "_compiled_call")
+    kept = program._PROGRAMS[model]
     assert torch.equal(found, sequences)
     torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(decoded(model, cache_implementation="dynamic")[0], sequences)
     for options in ({"past_key_values": t.DynamicCache(config=model.config)}, {"use_cache": False}):
         assert torch.equal(decoded(model, **options)[0], sequences)
+
+    assert program._PROGRAMS[model] is kept
 
     # A copy has weights of its own, and what is saved says nothing of how it was run.
     other = copy.deepcopy(model)
@@ -144,7 +146,93 @@ def test_compiled_generation_gives_the_same_tokens(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert t.GenerationConfig.from_pretrained(tmp_path).cache_implementation is None
     model.dequantize()
-    assert "generate" not in vars(model)
+    assert not {"generate", "get_compiled_call"} & vars(model).keys()
+
+
+def one(name="llama", pattern="2:4"):
+    """A packed model whose generation is compiled."""
+    torch.manual_seed(0)
+    config = EGGSConfig(pattern, num_samples=8, seq_len=16, band=8)
+    pruner = EGGSPruner(MODELS[name]().eval(), tiny.make_tokenizer())
+    pruner.prune(config, calibration=tiny.make_windows(8, 16))
+    return compile_generation(pruner.model)
+
+
+def check(model):
+    """What it gives compiled is what it gives as it is."""
+    expected, logits = decoded(model, cache_implementation="dynamic")
+    found, same = decoded(model)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
+    return program._PROGRAMS[model]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_models_of_one_class_have_programs_of_their_own():
+    """Their packed tensors have equal shapes, and what is not checked at every call tells them apart."""
+    models = [one(pattern="2:4"), one(pattern="4:8")]
+    programs = [check(model) for model in models]
+    assert programs[0] is not programs[1]
+    assert [check(model) for model in models] == programs
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_change_between_generations_is_seen():
+    model = one()
+    programs = [check(model)]
+
+    def changed():
+        programs.append(check(model))
+        assert programs[-1] is not programs[-2]
+
+    layer = model.model.layers[0]
+    layer.self_attn.scaling *= 2
+    changed()
+    layer.mlp.register_forward_hook(lambda module, inputs, out: out * 0.5)
+    changed()
+    layer.mlp._forward_hooks.clear()
+    layer.mlp = model.model.layers[1].mlp
+    changed()
+    model.to(torch.float64)
+    changed()
+    layer.input_layernorm.weight.data *= 3  # values are read where they are
+    assert check(model) is programs[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_more_shapes_than_torch_keeps_begin_again(monkeypatch):
+    made, compile_ = [], program._compile
+    monkeypatch.setattr(program, "_compile", lambda *args, **options: made.append(args) or compile_(*args, **options))
+    model = one("gemma3")  # whose cache slides, which takes two shapes at least
+    with torch._dynamo.config.patch(recompile_limit=1):
+        check(model)
+    assert len(made) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_what_is_no_single_program_is_compiled_in_parts(monkeypatch, caplog):
+    model = one()
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", torch.compiler.disable(plain_mlp))
+    assert program.compiles_whole(model)
+    check(model)
+    assert "LlamaForCausalLM is compiled in parts" in caplog.text
+
+
+def plain_mlp(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_positions_by_the_length_so_far_are_no_single_program():
+    config = t.LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert not program.compiles_whole(t.LlamaForCausalLM(config))
+    model = MODELS["gemma3"]()
+    assert program.compiles_whole(model)
+    model.model.rotary_emb.rope_type["sliding_attention"] = "longrope"
+    assert not program.compiles_whole(model)
 
 
 def test_a_model_of_another_type_keeps_its_attention(model, monkeypatch):

@@ -71,7 +71,7 @@ def run(
 ) -> Tensor:
     """Y by the backend chosen. `own`: the weight, before a cast, to hold a dense one of; without it none is held."""
     tokens = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
-    choice = choose(x.dtype, x.device, tokens)
+    choice = choose(x.dtype, x.device, tokens, x.shape[-1] if tokens else 0, n, m)
     if choice.backend == "dense" and weight.dtype is x.dtype:
         dense = held.find_dense(weight if own is None else own, weight_meta, n, m, x.dtype)
         if dense is not None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,13 +114,23 @@ def publish() -> None:
         native.take(dtype, isa, most, _tokens_dense(isa, dtype), MOST_TOKENS_CODED)
 
 
-def choose(dtype: torch.dtype, device: torch.device, tokens: int) -> Choice:
+def choose(
+    dtype: torch.dtype, device: torch.device, tokens: int, in_features: int = 0, n: int = 0, m: int = 0
+) -> Choice:
     """The backend for values and activations of `dtype` on `device`, by the number of tokens.
+
+    Args:
+        dtype: Of values and activations.
+        device: Theirs.
+        tokens: Rows of activations.
+        in_features: Inputs of the layer; without them, a pattern that no kernel skips is taken for granted.
+        n: Number kept of every m inputs.
+        m: Size of a group.
 
     Raises:
         ConfigError: an environment variable forces what is not there.
     """
-    return _decide(dtype, device.type, tokens, native.torch_may_hang())
+    return _decide(dtype, device.type, tokens, native.torch_may_hang(), (in_features, n, m) if in_features else None)
 
 
 def dense_kernel(dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
@@ -148,7 +159,9 @@ def holds() -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _decide(dtype: torch.dtype, device: str, tokens: int, torch_may_hang: bool) -> Choice:
+def _decide(
+    dtype: torch.dtype, device: str, tokens: int, torch_may_hang: bool, layer: tuple[int, int, int] | None
+) -> Choice:
     _forced.check()
     if _forced.backend == "dense" and device != "meta":
         return Choice("dense", None, "forced")
@@ -174,6 +187,8 @@ def _decide(dtype: torch.dtype, device: str, tokens: int, torch_may_hang: bool) 
     most = _most_tokens(isa, dtype)
     if tokens <= most:
         return Choice("native", isa, f"{tokens} tokens: up to {most}, {isa} beats the dense product")
+    if layer and native.skips(isa, dtype, *layer):
+        return Choice("native", isa, f"{tokens} tokens: {isa} skips what {layer[1]}:{layer[2]} prunes, and beats dense")
     if torch_may_hang:
         return Choice(
             "native", isa, "the dense product may hang after a fork, unless torch.set_num_threads(1) is called"
@@ -198,13 +213,17 @@ def explain(layer: torch.nn.Module, batch: int = 1) -> Choice:
         raise ShapeError(f"{type(layer).__name__} is not a packed layer; pass an NMLinear")
     if not weight.is_floating_point():
         return _of_integers(layer, batch)
-    return choose(weight.dtype, weight.device, batch)
+    return choose(weight.dtype, weight.device, batch, *_shape(layer))
+
+
+def _shape(layer: Any) -> tuple[int, int, int]:
+    return layer.in_features, *((0, 0) if layer.pattern is None else (layer.pattern.n, layer.pattern.m))
 
 
 def _of_integers(layer: torch.nn.Module, batch: int) -> Choice:
     """For a layer of integers, by the dtype of its bias; float32 without one, for the layer has none of its own."""
     bias, device = getattr(layer, "bias", None), next(layer.parameters()).device
-    found = choose(torch.float32 if bias is None else bias.dtype, device, batch)
+    found = choose(torch.float32 if bias is None else bias.dtype, device, batch, *_shape(layer))
     if found.backend == "native" and batch <= MOST_TOKENS_CODED:
         return Choice("native", found.isa, f"{batch} tokens: rounded to bytes up to {MOST_TOKENS_CODED}")
     return Choice(found.backend, found.isa, f"values are made of the integers at every call; then: {found.why}")

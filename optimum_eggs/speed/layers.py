@@ -109,7 +109,7 @@ def time_layer(
     def packed_product(i: int) -> Tensor:
         return product(*packed[i])
 
-    choice = choose(dtype, x.device, tokens)
+    choice = choose(dtype, x.device, tokens, in_features, pattern.n, pattern.m)
     if choice.backend in ("dense", "semi_structured"):  # which make what they hold at the first call
         for i in range(copies):
             packed_product(i)

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import gaussian
 
+from optimum_eggs import NMLinear
 from optimum_eggs.masks import topn_mask
-from optimum_eggs.ops import INSTRUCTION_SETS, force, native, nm_linear
+from optimum_eggs.ops import INSTRUCTION_SETS, explain, force, native, nm_linear
 from optimum_eggs.packing import pack, unpack_mask
 from optimum_eggs.pattern import NMPattern
 
@@ -70,13 +71,14 @@ def test_a_kernel_is_right_up_to_rounding(isa, pattern, rows, groups, tokens, dt
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("tokens", [1, 40, 600])
-def test_wide_rows_and_many_panels(isa, tokens, monkeypatch):
-    pattern = NMPattern(2, 4)
-    dense, values, meta, x, _ = problem(pattern, 200, 700, tokens, torch.bfloat16, False)
+@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+def test_wide_rows_and_many_panels(isa, tokens, pattern, monkeypatch):
+    groups = 2800 // pattern.m
+    dense, values, meta, x, _ = problem(pattern, 200, groups, tokens, torch.bfloat16, False)
     monkeypatch.setattr(importlib.import_module("optimum_eggs.ops.nm_linear"), "_PANEL_BYTES", 1)  # panels of 64 rows
     for backend in ("native", "panel"):
         with force(backend, isa):
-            check(nm_linear(x, values, meta, None, 2, 4), x, dense, None)
+            check(nm_linear(x, values, meta, None, pattern.n, pattern.m), x, dense, None)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -101,8 +103,9 @@ def test_packing_is_exact(dtype, pattern):
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_infinities_and_nan_come_through(isa):
-    dense, values, meta, x, _ = problem(NMPattern(2, 4), 8, 16, 3, torch.bfloat16, False)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_infinities_and_nan_come_through(isa, tokens):
+    dense, values, meta, x, _ = problem(NMPattern(2, 4), 8, 16, tokens, torch.bfloat16, False)
     x[1, 5], x[2, 7] = torch.inf, torch.nan
     with force("native", isa):
         y = nm_linear(x, values, meta, None, 2, 4)
@@ -115,9 +118,10 @@ def test_infinities_and_nan_come_through(isa):
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_threads_change_nothing(isa):
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_threads_change_nothing(isa, tokens):
     pattern = NMPattern(2, 4)
-    dense, values, meta, x, _ = problem(pattern, 513, 256, 3, torch.bfloat16, False)
+    dense, values, meta, x, _ = problem(pattern, 513, 256, tokens, torch.bfloat16, False)
     with force("native", isa):
         expected = nm_linear(x, values, meta, None, 2, 4)
         check(expected, x, dense, None)
@@ -128,6 +132,18 @@ def test_threads_change_nothing(isa):
                 assert torch.equal(nm_linear(x, values, meta, None, 2, 4), expected)
         finally:
             torch.set_num_threads(before)
+
+
+@pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize(("pattern", "skipped"), zip(PATTERNS, [True] * 3 + [False] * 3, strict=True), ids=str)
+def test_what_is_skipped_is_multiplied_by_the_kernel_for_any_number_of_tokens(pattern, skipped):
+    assert native.skips("avx512_bf16", torch.bfloat16, 4096, pattern.n, pattern.m) is skipped
+    assert not native.skips("avx512_bf16", torch.float32, 4096, pattern.n, pattern.m)
+    layer = NMLinear(128, 8, pattern=pattern, bias=False, dtype=torch.bfloat16)
+    with force(isa="avx512_bf16"):
+        assert explain(layer, 4096).backend == ("native" if skipped else "panel")
+        assert explain(layer.float(), 4096).backend == "panel"
+    assert not native.skips("avx512_bf16", torch.bfloat16, 4100, 1, 4)  # two groups are taken together
 
 
 def test_two_python_threads_at_once():

@@ -16,7 +16,8 @@ enum {
     FEW = 2,       // rows of up to two tokens
     TOKENS = 6,
     MOST = 26,     // tokens; beyond, tiles are faster
-    SPARE = 7,     // tokens beyond full tiles that are faster by themselves
+    TILE_TOKENS = 16,
+    SPARE = 6,     // tokens beyond full tiles that are faster by themselves
 };
 
 // How many bytes before their use values are fetched. The first cache of Intel and of AMD's Zen 5 keeps enough requests
@@ -171,15 +172,17 @@ static int few_tokens(const nm_problem *p) {
 }
 
 int nm_linear_avx512bf16(const nm_problem *p) {
-    if (p->tokens <= MOST || !p->meta) return few_tokens(p);
+    int64_t least = nm_least_avx512bf16_skip(p);
+    int skips = least && p->tokens >= least;
+    if (!p->meta || (p->tokens <= MOST && !skips)) return few_tokens(p);
     // Tiles hold sixteen tokens: a few beyond the last full one cost less by themselves.
-    int64_t rest = p->tokens % 16 <= SPARE ? p->tokens % 16 : 0;
+    int64_t rest = p->tokens > TILE_TOKENS && p->tokens % TILE_TOKENS <= SPARE ? p->tokens % TILE_TOKENS : 0;
     nm_problem many = *p, few = *p;
     many.tokens -= rest;
     few.tokens = rest;
     few.x = (const uint16_t *)p->x + many.tokens * p->in;
     few.y = (uint16_t *)p->y + many.tokens * p->out;
-    int failed = nm_linear_avx512bf16_tiles(&many);
+    int failed = skips ? nm_linear_avx512bf16_skip(&many) : nm_linear_avx512bf16_tiles(&many);
     return failed || !rest ? failed : few_tokens(&few);
 }
 #endif

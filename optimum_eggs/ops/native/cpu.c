@@ -31,6 +31,8 @@ static int has_vnni(void) {
 
 #if defined(NM_AVX512BF16)
 static int has_bf16(void) { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+static int skips_bf16(const nm_problem *p) { return nm_least_avx512bf16_skip(p) > 0; }
 #endif
 
 #if defined(NM_AMX)
@@ -64,26 +66,28 @@ static int has_dotprod(void) {
 #endif
 
 #define ALL(kernel) {kernel, kernel, kernel}
+#define NEVER {NULL, NULL, NULL}
 
 const nm_isa nm_isas[] = {
-    {"portable", always, ALL(nm_linear_portable), nm_unpack_portable, nm_coded_portable, nm_decode_portable},
+    {"portable", always, ALL(nm_linear_portable), NEVER, nm_unpack_portable, nm_coded_portable, nm_decode_portable},
 #if defined(__aarch64__)
-    {"neon", always, ALL(nm_linear_neon), nm_unpack_portable, nm_coded_neon, nm_decode_portable},
+    {"neon", always, ALL(nm_linear_neon), NEVER, nm_unpack_portable, nm_coded_neon, nm_decode_portable},
 #if defined(NM_DOTPROD)
-    {"neon_dotprod", has_dotprod, ALL(nm_linear_neon), nm_unpack_portable, nm_coded_neon_dotprod, nm_decode_portable},
+    {"neon_dotprod", has_dotprod, ALL(nm_linear_neon), NEVER, nm_unpack_portable, nm_coded_neon_dotprod, nm_decode_portable},
 #endif
 #endif
 #if defined(__x86_64__)
-    {"avx2", has_avx2, ALL(nm_linear_avx2), nm_unpack_portable, nm_coded_avx2, nm_decode_portable},
-    {"avx512", has_avx512, ALL(nm_linear_avx512), nm_unpack_portable, nm_coded_avx2, nm_decode_portable},
-    {"avx512_vbmi2", has_vbmi2, ALL(nm_linear_avx512), nm_unpack_avx512, nm_coded_avx2, nm_decode_portable},
-    {"avx512_vnni", has_vnni, ALL(nm_linear_avx512), nm_unpack_avx512, nm_coded_avx512, nm_decode_avx512},
+    {"avx2", has_avx2, ALL(nm_linear_avx2), NEVER, nm_unpack_portable, nm_coded_avx2, nm_decode_portable},
+    {"avx512", has_avx512, ALL(nm_linear_avx512), NEVER, nm_unpack_portable, nm_coded_avx2, nm_decode_portable},
+    {"avx512_vbmi2", has_vbmi2, ALL(nm_linear_avx512), NEVER, nm_unpack_avx512, nm_coded_avx2, nm_decode_portable},
+    {"avx512_vnni", has_vnni, ALL(nm_linear_avx512), NEVER, nm_unpack_avx512, nm_coded_avx512, nm_decode_avx512},
 #if defined(NM_AVX512BF16)
-    {"avx512_bf16", has_bf16, {nm_linear_avx512, nm_linear_avx512, nm_linear_avx512bf16}, nm_unpack_avx512, nm_coded_avx512,
-     nm_decode_avx512},
+    {"avx512_bf16", has_bf16, {nm_linear_avx512, nm_linear_avx512, nm_linear_avx512bf16}, {NULL, NULL, skips_bf16},
+     nm_unpack_avx512, nm_coded_avx512, nm_decode_avx512},
 #endif
 #if defined(NM_AMX)
-    {"amx", has_amx, {nm_linear_avx512, nm_linear_avx512, nm_linear_amx}, nm_unpack_avx512, nm_coded_avx512, nm_decode_avx512},
+    {"amx", has_amx, {nm_linear_avx512, nm_linear_avx512, nm_linear_amx}, NEVER, nm_unpack_avx512, nm_coded_avx512,
+     nm_decode_avx512},
 #endif
 #endif
 };

@@ -58,6 +58,14 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
     Py_RETURN_NONE;
 }
 
+static PyObject *skips(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[5];
+    if (read_ints(args, given, a, 5)) return NULL;
+    if (a[1] < 0 || a[1] >= NM_DTYPES) return PyErr_Format(PyExc_ValueError, "no dtype %lld", a[1]);
+    const nm_isa *isa = isa_at(a[0]);
+    return isa ? PyBool_FromLong(nm_skips(isa, (int)a[1], a[2], (int)a[3], (int)a[4])) : NULL;
+}
+
 static PyObject *coded(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     long long a[17];
     if (read_ints(args, given, a, 17)) return NULL;
@@ -165,6 +173,8 @@ static PyObject *instruction_sets(PyObject *self, PyObject *none) {
 static PyMethodDef methods[] = {
     {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL,
      "linear(isa, dtype, x, values, meta, bias, y, tokens, out, in, width, n, m, threads)"},
+    {"skips", (PyCFunction)(void (*)(void))skips, METH_FASTCALL,
+     "skips(isa, dtype, in, n, m): whether `linear` beats the dense product with any number of tokens."},
     {"coded", (PyCFunction)(void (*)(void))coded, METH_FASTCALL,
      "coded(isa, dtype, bits, x, codes, scale, meta, bias, y, tokens, out, in, width, group, n, m, threads)"},
     {"decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL,

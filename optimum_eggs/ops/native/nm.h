@@ -48,6 +48,8 @@ int nm_linear_avx2(const nm_problem *p);
 int nm_linear_avx512(const nm_problem *p);
 int nm_linear_avx512bf16(const nm_problem *p);        // bf16 only
 int nm_linear_avx512bf16_tiles(const nm_problem *p);  // bf16 only; for many tokens
+int nm_linear_avx512bf16_skip(const nm_problem *p);   // bf16 only; for many tokens of the patterns that it is made for
+int64_t nm_least_avx512bf16_skip(const nm_problem *p);  // from how many tokens on it is the fastest; 0 if never
 int nm_linear_amx(const nm_problem *p);         // bf16 only
 int nm_linear_neon(const nm_problem *p);
 
@@ -79,6 +81,7 @@ typedef struct {
     const char *name;
     int (*supported)(void);  // does this processor (and this build) run it?
     nm_kernel linear[NM_DTYPES];
+    int (*skips[NM_DTYPES])(const nm_problem *);  // see nm_skips; of `in`, `n` and `m`; NULL if never
     nm_unpacker unpack;
     nm_coded_kernel coded;
     nm_decoder decode;
@@ -86,6 +89,16 @@ typedef struct {
 
 extern const nm_isa nm_isas[];  // from the simplest to the fastest
 extern const int nm_isa_count;
+
+// Does `linear` beat the dense product with any number of tokens, since what is pruned costs it nothing?
+static inline int nm_skips(const nm_isa *isa, int dtype, int64_t in, int n, int m) {
+    nm_problem p = {0};
+    p.dtype = dtype;
+    p.in = in;
+    p.n = n;
+    p.m = m;
+    return isa->skips[dtype] && isa->skips[dtype](&p);
+}
 
 // Rounding to nearest even; NaN stays NaN.
 static inline uint16_t nm_to_bf16(float f) {

@@ -189,7 +189,8 @@ Tensor product(const Value *stack) {
         if (!weight.is(bits == 8 ? kinds.int8 : kinds.uint8, out, (width * bits + 7) / 8)) return nullptr;
     } else {
         if (!weight.is(x.dtype, out, width)) return nullptr;
-        if (meta.handle ? tokens > chosen.most[dtype]
+        if (meta.handle ? tokens > chosen.most[dtype] &&
+                              !nm_skips(isa, dtype, in, static_cast<int>(n), static_cast<int>(m))
                         : tokens < chosen.dense_first[dtype] || tokens > chosen.dense_last[dtype])
             return nullptr;
     }

@@ -1,0 +1,304 @@
+// AVX-512 BF16, many tokens: what is pruned is not multiplied.
+//
+// Vectors hold sixteen tokens each, four of them side by side. A vector product takes two columns at once, so for a block
+// of columns all pairs that a group may keep are laid side by side in a table in the first cache: six of 2:4, for each of
+// the four vectors. A pair of kept values is then broadcast, and multiplied by the four vectors of its pair, whose place
+// its bits tell: for 2:4 half of what a dense weight takes. A band of rows goes through its columns a span at a time: the
+// span's values and places are put in the order of its blocks, since rows that lie a power of two apart fall into the same
+// sets of the cache, and multiplied by all tokens, whose sums stay in the second cache.
+#include "nm.h"
+
+#if defined(NM_AVX512BF16)
+#include <immintrin.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#include "tokens.h"
+
+enum {
+    SIDE = TOKENS_SIDE,
+    DEPTH = TOKENS_DEPTH,
+    TILES = 4,  // vectors of tokens
+    PASS = TILES * SIDE,
+    LINE = TILES * 64,       // bytes of a pair in the table
+    SPAN = 256,              // columns: a multiple of every block
+    SPAN_SLOTS = SPAN / 4,   // pairs that a row keeps of them, at the most
+    MOST_TOKENS = 512,       // at a time
+    BAND = 512,              // rows, at the most
+    SUMS_BYTES = 512 << 10,  // of a band, for all tokens at a time
+    MOST_ENTRIES = 16 * 6,   // of a table, beside its zeros
+};
+
+// What the columns of a unit may be paired to, and how many pairs a row keeps of a unit.
+enum { TWO_FOUR, ONE_FOUR, FOUR_EIGHT };
+
+// Columns of a unit; its pairs; pairs a row keeps of it; units of a block, whose table fills the first cache.
+#define WIDTH(kind) ((kind) == TWO_FOUR ? 4 : 8)
+#define PAIRS(kind) ((kind) == TWO_FOUR ? 6 : (kind) == ONE_FOUR ? 16 : 24)
+#define KEPT(kind) ((kind) == FOUR_EIGHT ? 2 : 1)
+#define UNITS(kind) ((kind) == TWO_FOUR ? 16 : 4)
+#define SLOTS(kind) (UNITS(kind) * KEPT(kind))
+
+// The kind of a pattern, or -1.
+static int kind_of(const nm_problem *p) {
+    int kind = p->n == 2 && p->m == 4   ? TWO_FOUR
+               : p->n == 1 && p->m == 4 ? ONE_FOUR
+               : p->n == 4 && p->m == 8 ? FOUR_EIGHT
+                                        : -1;
+    return kind >= 0 && p->in % WIDTH(kind) == 0 ? kind : -1;
+}
+
+int64_t nm_least_avx512bf16_skip(const nm_problem *p) {
+    static const int64_t least[] = {13, 9, 64};
+    int kind = kind_of(p);
+    return kind < 0 ? 0 : least[kind];
+}
+
+// Whether the first column of a pair may be i, and the second j: kept columns are in order, one of each group of 1:4, and
+// of 4:8 two more lie behind the first pair or before the second.
+static inline int paired(int kind, int i, int j) {
+    if (kind == TWO_FOUR) return i < j;
+    if (kind == ONE_FOUR) return i < 4 && j >= 4;
+    return i < j && (j <= 5 || i >= 2);
+}
+
+// The table of a block: the pairs of each unit, in the order of their first columns and then of their second.
+INLINE void table(const char *pairs, char *to, int64_t units, int kind, int tiles) {
+    for (int64_t u = 0; u < units; u++, pairs += WIDTH(kind) / 2 * tiles * 64, to += PAIRS(kind) * LINE)
+        for (int t = 0; t < tiles; t++) {
+            __m512i low[8], high[8];  // of each column, where it is the first and where it is the second
+            for (int i = 0; i < WIDTH(kind) / 2; i++) {
+                const char *from = pairs + 64 * (i * tiles + t);
+                _mm_prefetch(from + UNITS(kind) * WIDTH(kind) / 2 * tiles * 64, _MM_HINT_T1);
+                low[2 * i] = high[2 * i + 1] = _mm512_load_si512(from);
+                low[2 * i + 1] = _mm512_srli_epi32(low[2 * i], 16);
+                high[2 * i] = _mm512_slli_epi32(low[2 * i], 16);
+            }
+            char *line = to + 64 * t;
+            for (int i = 0; i < WIDTH(kind); i++)
+                for (int j = 0; j < WIDTH(kind); j++)
+                    if (paired(kind, i, j)) {
+                        _mm512_store_si512(line, _mm512_mask_blend_epi16(0xaaaaaaaa, low[i], high[j]));
+                        line += LINE;
+                    }
+        }
+}
+
+// Where the pairs of a unit lie in the table, by its bits: sums for two nibbles, or two at once for a byte. Bits that lie
+// get any place in the table.
+typedef struct {
+    uint16_t low[32], high[32];
+    uint32_t byte[256];
+} index_of_pairs;
+
+static void list_pairs(int kind, index_of_pairs *index) {
+    uint32_t order = 1, place[8][8] = {{0}};  // behind the zeros
+    memset(index, 0, sizeof(*index));
+    for (int i = 0; i < WIDTH(kind); i++)
+        for (int j = 0; j < WIDTH(kind); j++)
+            if (paired(kind, i, j)) place[i][j] = order++ * LINE;
+    for (int i = 0; i < 4; i++) {
+        index->high[1 << i] = (uint16_t)(i * LINE);
+        index->low[1 << i] = (uint16_t)place[i][4];
+    }
+    if (kind == TWO_FOUR)
+        for (int i = 0; i < 4; i++)
+            for (int j = i + 1; j < 4; j++) index->low[1 << i | 1 << j] = (uint16_t)place[i][j];
+    for (int bits = 0; kind == FOUR_EIGHT && bits < 256; bits++) {
+        int at[8], count = 0;
+        for (int i = 0; i < 8; i++)
+            if (bits >> i & 1) at[count++] = i;
+        if (count == 4) index->byte[bits] = place[at[0]][at[1]] | place[at[2]][at[3]] << 16;
+    }
+}
+
+// The places of a row's pairs in a span, by its 32 bytes of bits.
+INLINE void find_places(const uint8_t *bits, const index_of_pairs *index, uint16_t *where, int kind) {
+    if (kind == FOUR_EIGHT) {
+        for (int u = 0; u < 32; u++) {
+            uint32_t two = index->byte[bits[u]] + (uint32_t)(u % 4 * PAIRS(FOUR_EIGHT) * LINE) * 0x10001u;
+            memcpy(where + 2 * u, &two, 4);
+        }
+        return;
+    }
+    const short unit = (short)(PAIRS(kind) * LINE);
+    __m256i all = _mm256_loadu_si256((const __m256i *)bits), nibble = _mm256_set1_epi8(15);
+    __m512i even = _mm512_cvtepu8_epi16(_mm256_and_si256(all, nibble));
+    __m512i odd = _mm512_cvtepu8_epi16(_mm256_and_si256(_mm256_srli_epi16(all, 4), nibble));
+    __m512i low = _mm512_loadu_si512(index->low), high = _mm512_loadu_si512(index->high);
+    __m512i four = _mm512_set1_epi64(0x0003000200010000);
+    if (kind == ONE_FOUR) {
+        __m512i found = _mm512_add_epi16(_mm512_permutexvar_epi16(even, low), _mm512_permutexvar_epi16(odd, high));
+        _mm512_storeu_si512(where, _mm512_add_epi16(found, _mm512_mullo_epi16(four, _mm512_set1_epi16(unit))));
+        return;
+    }
+    __m512i first = _mm512_permutexvar_epi16(even, low), second = _mm512_permutexvar_epi16(odd, low);
+    __m512i twice = _mm512_set1_epi64(0x0006000400020000), once = _mm512_set1_epi16(1);  // units of even nibbles
+    twice = _mm512_mask_add_epi16(twice, 0xf0f0f0f0, twice, _mm512_set1_epi16(8));
+    first = _mm512_add_epi16(first, _mm512_mullo_epi16(twice, _mm512_set1_epi16(unit)));
+    second = _mm512_add_epi16(second, _mm512_mullo_epi16(_mm512_add_epi16(twice, once), _mm512_set1_epi16(unit)));
+    __m512i lower = _mm512_unpacklo_epi16(first, second), upper = _mm512_unpackhi_epi16(first, second);
+    __m512i front = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), back = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    _mm512_storeu_si512(where, _mm512_permutex2var_epi64(lower, front, upper));
+    _mm512_storeu_si512(where + 32, _mm512_permutex2var_epi64(lower, back, upper));
+}
+
+// The values and places of a span of `count` rows in the order of its blocks. Rows up to a multiple of SIDE, and slots
+// beyond the last column, are zeros.
+INLINE void order(const nm_problem *p, int64_t r0, int64_t count, int64_t column, int32_t *values, uint16_t *where,
+                  const index_of_pairs *index, int kind) {
+    const int slots = SLOTS(kind), of_span = SPAN / WIDTH(kind) * KEPT(kind);
+    int64_t rows = nm_round_up(count, SIDE), skipped = column / WIDTH(kind) * KEPT(kind);
+    int64_t left = nm_min(of_span, p->width / 2 - skipped), blocks = (left + slots - 1) / slots;
+    for (int64_t r = 0; r < rows; r++) {
+        int32_t of_row[SPAN_SLOTS] = {0};
+        uint16_t places[SPAN_SLOTS] __attribute__((aligned(64))) = {0};
+        const char *from = (const char *)of_row;
+        if (r < count) {
+            const char *v = (const char *)p->values + ((r0 + r) * p->width / 2 + skipped) * 4;
+            const uint8_t *bits = p->meta + (r0 + r) * nm_meta_width(p->in) + column / 8;
+            uint8_t last[SPAN / 8] = {0};
+            if (left == of_span) {
+                from = v;
+            } else {
+                memcpy(of_row, v, (size_t)left * 4);
+                memcpy(last, bits, (size_t)((p->in - column + 7) / 8));
+                bits = last;
+            }
+            for (int i = 0; i < of_span * 4; i += 64) _mm_prefetch(v + of_span * 4 + i, _MM_HINT_T1);
+            _mm_prefetch((const char *)bits + SPAN / 8, _MM_HINT_T1);
+            find_places(bits, index, places, kind);
+            if (left < of_span) memset(places + left, 0, (size_t)(of_span - left) * 2);
+        }
+        for (int64_t k = 0; k < blocks; k++) {
+            int64_t at = (k * rows + r) * slots;
+            memcpy(values + at, from + k * slots * 4, (size_t)slots * 4);
+            memcpy(where + at, places + k * slots, (size_t)slots * 2);
+        }
+    }
+}
+
+// Adds a block to the sums of `rows` rows, `count` of them at a time.
+INLINE void multiply(const int32_t *values, const uint16_t *where, const char *lines, float *sums, int64_t rows, int slots,
+                     int count, int tiles) {
+    for (int64_t r = 0; r < rows; r += count, values += count * slots, where += count * slots, sums += count * PASS) {
+        __m512 sum[8][TILES];
+        for (int i = 0; i < count; i++)
+            for (int t = 0; t < tiles; t++) sum[i][t] = _mm512_load_ps(sums + i * PASS + t * SIDE);
+#pragma GCC unroll 4
+        for (int s = 0; s < slots; s++)
+            for (int i = 0; i < count; i++) {
+                const char *line = lines + where[i * slots + s];
+                __m512bh both = (__m512bh)_mm512_set1_epi32(values[i * slots + s]);
+                for (int t = 0; t < tiles; t++)
+                    sum[i][t] = _mm512_dpbf16_ps(sum[i][t], both, (__m512bh)_mm512_load_si512(line + 64 * t));
+            }
+        for (int i = 0; i < count; i++)
+            for (int t = 0; t < tiles; t++) _mm512_store_ps(sums + i * PASS + t * SIDE, sum[i][t]);
+    }
+}
+
+// A span of a band of rows, in order, by up to PASS tokens.
+#define BANDS(kind, tiles, count) \
+    TARGET static void band_##kind##_##tiles(const int32_t *values, const uint16_t *where, const char *pairs, char *lines, \
+                                             float *sums, int64_t rows, int64_t units) { \
+        for (int64_t u = 0; u < units; u += UNITS(kind)) { \
+            table(pairs + u * WIDTH(kind) / 2 * tiles * 64, lines + LINE, nm_min(UNITS(kind), units - u), kind, tiles); \
+            multiply(values, where, lines, sums, rows, SLOTS(kind), count, tiles); \
+            values += rows * SLOTS(kind); \
+            where += rows * SLOTS(kind); \
+        } \
+    }
+#define ORDER(kind) \
+    TARGET static void order_##kind(const nm_problem *p, int64_t r0, int64_t count, int64_t column, int32_t *values, \
+                                    uint16_t *where, const index_of_pairs *index) { \
+        order(p, r0, count, column, values, where, index, kind); \
+    }
+#define ALL(kind) ORDER(kind) BANDS(kind, 1, 8) BANDS(kind, 2, 4) BANDS(kind, 3, 2) BANDS(kind, 4, 2)
+ALL(TWO_FOUR)
+ALL(ONE_FOUR)
+ALL(FOUR_EIGHT)
+
+typedef struct {
+    int width;  // of a unit
+    void (*order)(const nm_problem *, int64_t, int64_t, int64_t, int32_t *, uint16_t *, const index_of_pairs *);
+    void (*band[TILES])(const int32_t *, const uint16_t *, const char *, char *, float *, int64_t, int64_t);
+} skipper;
+#define SKIPPER(kind) {WIDTH(kind), order_##kind, {band_##kind##_1, band_##kind##_2, band_##kind##_3, band_##kind##_4}}
+static const skipper skippers[] = {SKIPPER(TWO_FOUR), SKIPPER(ONE_FOUR), SKIPPER(FOUR_EIGHT)};
+
+// The tokens [t0, t0 + tokens) as vectors, pass by pass: a part of the columns for each turn.
+TARGET static void pack(const nm_problem *p, int64_t t0, int64_t tokens, char *to) {
+    int64_t depth = (p->in + DEPTH - 1) / DEPTH, passes = (tokens + PASS - 1) / PASS, parts = nm_min(4, depth);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < passes * TILES * parts; i++) {
+        int64_t pass = i / parts / TILES, t = i / parts % TILES, part = i % parts;
+        int64_t tiles = nm_min(TILES, (tokens - pass * PASS + SIDE - 1) / SIDE);
+        char *of_pass = to + pass * depth * SIDE * TILES * 64;
+        if (t >= tiles) continue;
+        for (int64_t d = depth * part / parts; d < depth * (part + 1) / parts; d++)
+            tokens_pack(p, t0 + pass * PASS + t * SIDE, d * DEPTH, of_pass + (d * SIDE * tiles + t) * 64, tiles * 64);
+    }
+}
+
+// What a thread works in.
+typedef struct {
+    char *lines;  // of the table, behind one of zeros
+    float *sums;  // (passes, rows, PASS)
+    int32_t *values;
+    uint16_t *where;
+} scratch;
+
+// `count` rows by the tokens [t0, t0 + tokens).
+static void band(const nm_problem *p, const skipper *with, const index_of_pairs *index, const scratch *s,
+                 const char *packed, int64_t r0, int64_t count, int64_t t0, int64_t tokens) {
+    int64_t rows = nm_round_up(count, SIDE), depth = (p->in + DEPTH - 1) / DEPTH, passes = (tokens + PASS - 1) / PASS;
+    memset(s->sums, 0, (size_t)(passes * rows * PASS * 4));
+    for (int64_t column = 0; column < p->in; column += SPAN) {
+        with->order(p, r0, count, column, s->values, s->where, index);
+        for (int64_t i = 0; i < passes; i++) {
+            int64_t tiles = nm_min(TILES, (tokens - i * PASS + SIDE - 1) / SIDE);
+            const char *pairs = packed + i * depth * SIDE * TILES * 64 + column / 2 * tiles * 64;
+            with->band[tiles - 1](s->values, s->where, pairs, s->lines, s->sums + i * rows * PASS, rows,
+                                  nm_min(SPAN, p->in - column) / with->width);
+        }
+    }
+    for (int64_t t = 0; t < tokens; t += SIDE)
+        for (int64_t r = 0; r < count; r += SIDE)
+            tokens_store(p, s->sums + (t / PASS * rows + r) * PASS + t % PASS, PASS, r0 + r, t0 + t, tokens - t);
+}
+
+int nm_linear_avx512bf16_skip(const nm_problem *p) {
+    int threads = nm_threads(p), kind = kind_of(p);
+    int64_t chunk = nm_min(MOST_TOKENS, nm_round_up(p->tokens, PASS));
+    int64_t most = nm_min(BAND, SUMS_BYTES / 4 / chunk), parts = nm_round_up((p->out + most - 1) / most, threads);
+    int64_t height = nm_round_up((p->out + parts - 1) / parts, SIDE);
+    int64_t lines_bytes = (MOST_ENTRIES + 1) * LINE, sums_bytes = height * chunk * 4;
+    int64_t slots_bytes = height * SPAN_SLOTS * 4, each = lines_bytes + sums_bytes + slots_bytes + slots_bytes / 2;
+    char *packed = nm_alloc((size_t)(chunk * nm_round_up(p->in, DEPTH) * 2)), *memory = nm_alloc((size_t)(each * threads));
+    if (packed && memory) {
+        index_of_pairs index;
+        list_pairs(kind, &index);
+#pragma omp parallel num_threads(threads)
+        {
+            scratch s = {.lines = memory + each * nm_thread()};
+            s.sums = (float *)(s.lines + lines_bytes);
+            s.values = (int32_t *)((char *)s.sums + sums_bytes);
+            s.where = (uint16_t *)((char *)s.values + slots_bytes);
+            memset(s.lines, 0, LINE);
+            for (int64_t t0 = 0; t0 < p->tokens; t0 += chunk) {
+                int64_t tokens = nm_min(chunk, p->tokens - t0);
+                pack(p, t0, tokens, packed);
+#pragma omp for schedule(static)
+                for (int64_t r0 = 0; r0 < p->out; r0 += height)
+                    band(p, &skippers[kind], &index, &s, packed, r0, nm_min(height, p->out - r0), t0, tokens);
+            }
+        }
+    }
+    int failed = !packed || !memory;
+    nm_free(packed);
+    nm_free(memory);
+    return failed ? -1 : 0;
+}
+#endif

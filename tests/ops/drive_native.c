@@ -239,7 +239,7 @@ int main(void) {
     for (int i = 0; i < 24; i++, problems++) {  // many tokens: more than are packed at a time, and a few beyond a vector
         int n = patterns[i % 3][0], m = patterns[i % 3][1];
         int64_t in = m * (1 + draw() % (uint32_t)(600 / m));
-        if (run(NM_BF16, n, m, 1 + draw() % 40, in, i % 2 ? 134 : 518, 1 + i % 3, i % 4 > 1)) return 1;
+        if (run(i < 12 ? NM_BF16 : NM_F32, n, m, 1 + draw() % 40, in, i % 2 ? 134 : 518, 1 + i % 3, i % 4 > 1)) return 1;
     }
     printf("%d problems:", problems);
     for (int isa = 0; isa < nm_isa_count; isa++)

@@ -17,13 +17,14 @@ from optimum_eggs.errors import ConfigError, ShapeError
 from optimum_eggs.ops import INSTRUCTION_SETS, Choice, choose, explain, force, native, nm_linear, select
 
 CPU = torch.device("cpu")
+TWO_OF_FOUR = NMPattern(2, 4)
 needs_native = pytest.mark.skipif(not INSTRUCTION_SETS, reason=f"no native extension: {native.missing}")
 
 
-def layer(columns=32, rows=12, bias=True, dtype=torch.float32, trained=False):
+def layer(columns=32, rows=12, bias=True, dtype=torch.float32, trained=False, pattern=TWO_OF_FOUR):
     dense = torch.nn.Linear(columns, rows, bias=bias, dtype=dtype)
     dense.weight.data = gaussian(rows, columns, dtype=dtype)
-    made = NMLinear.from_linear(dense, NMPattern(2, 4))
+    made = NMLinear.from_linear(dense, pattern)
     return made.requires_grad_(trained)
 
 
@@ -278,7 +279,7 @@ def test_the_choice_explains_itself():
     few = explain(layer(), batch=1)
     assert few.backend == "native"
     assert few.isa == INSTRUCTION_SETS[-1]
-    many = explain(layer(), batch=4096)
+    many = explain(layer(pattern=NMPattern(6, 8)), batch=4096)
     assert many.backend == "panel"
     assert "4096 tokens" in many.why
     assert choose(torch.float64, CPU, 1) == Choice(

@@ -32,6 +32,7 @@ __attribute__((constructor)) static void fill_spread(void) {
 TARGET static inline VEC lanes_zero(void) { return _mm256_setzero_ps(); }
 TARGET static inline VEC lanes_x(const float *x) { return _mm256_loadu_ps(x); }
 TARGET static inline void lanes_store(float *to, VEC v) { _mm256_storeu_ps(to, v); }
+TARGET static inline VEC lanes_all(float f) { return _mm256_set1_ps(f); }
 TARGET static inline VEC lanes_add(VEC a, VEC b) { return _mm256_add_ps(a, b); }
 TARGET static inline VEC lanes_fma(VEC a, VEC b, VEC c) { return _mm256_fmadd_ps(a, b, c); }
 TARGET static inline void lanes_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
@@ -60,5 +61,12 @@ TARGET static inline VEC lanes_bf16(const void *v, unsigned bits) {
 
 #define LANES_MORE_TILES(R)
 #include "lanes.h"
-LANES_KERNEL(nm_linear_avx2)
+LANES_KERNEL(few_tokens)
+#include "lanes_skip.h"
+LANES_SKIP(many_tokens)
+
+int nm_linear_avx2(const nm_problem *p) {
+    enum { LEAST = 25 };  // tokens from which on what is pruned is skipped
+    return p->tokens >= LEAST && nm_skips_f32(p) ? many_tokens(p) : few_tokens(p);
+}
 #endif

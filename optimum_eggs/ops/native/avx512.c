@@ -13,6 +13,7 @@
 TARGET static inline VEC lanes_zero(void) { return _mm512_setzero_ps(); }
 TARGET static inline VEC lanes_x(const float *x) { return _mm512_loadu_ps(x); }
 TARGET static inline void lanes_store(float *to, VEC v) { _mm512_storeu_ps(to, v); }
+TARGET static inline VEC lanes_all(float f) { return _mm512_set1_ps(f); }
 TARGET static inline VEC lanes_add(VEC a, VEC b) { return _mm512_add_ps(a, b); }
 TARGET static inline VEC lanes_fma(VEC a, VEC b, VEC c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET static inline float lanes_sum(VEC v) { return _mm512_reduce_add_ps(v); }
@@ -34,7 +35,14 @@ TARGET static inline VEC lanes_bf16(const void *v, unsigned bits) {
 
 #define LANES_MORE_TILES(R) LANES_TILE(R, 5) LANES_TILE(R, 6)
 #include "lanes.h"
-LANES_KERNEL(nm_linear_avx512)
+LANES_KERNEL(few_tokens)
+#include "lanes_skip.h"
+LANES_SKIP(many_tokens)
+
+int nm_linear_avx512(const nm_problem *p) {
+    enum { LEAST = 25 };  // tokens from which on what is pruned is skipped
+    return p->tokens >= LEAST && nm_skips_f32(p) ? many_tokens(p) : few_tokens(p);
+}
 
 #define VBMI2 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")))
 

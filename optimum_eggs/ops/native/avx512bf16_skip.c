@@ -3,10 +3,8 @@
 // Vectors hold sixteen tokens each, four of them side by side. A vector product takes two columns at once, so for a block
 // of columns all pairs that a group may keep are laid side by side in a table in the first cache: six of 2:4, for each of
 // the four vectors. A pair of kept values is then broadcast, and multiplied by the four vectors of its pair, whose place
-// its bits tell: for 2:4 half of what a dense weight takes. A band of rows goes through its columns a span at a time: the
-// span's values and places are put in the order of its blocks, since rows that lie a power of two apart fall into the same
-// sets of the cache, and multiplied by all tokens, whose sums stay in the second cache.
-#include "nm.h"
+// its bits tell: for 2:4 half of what a dense weight takes.
+#include "skip.h"
 
 #if defined(NM_AVX512BF16)
 #include <immintrin.h>
@@ -19,15 +17,11 @@
 enum {
     SIDE = TOKENS_SIDE,
     DEPTH = TOKENS_DEPTH,
-    TILES = 4,  // vectors of tokens
+    TILES = 4,                   // vectors of tokens
     PASS = TILES * SIDE,
-    LINE = TILES * 64,       // bytes of a pair in the table
-    SPAN = 256,              // columns: a multiple of every block
-    SPAN_SLOTS = SPAN / 4,   // pairs that a row keeps of them, at the most
-    MOST_TOKENS = 512,       // at a time
-    BAND = 512,              // rows, at the most
-    SUMS_BYTES = 512 << 10,  // of a band, for all tokens at a time
-    MOST_ENTRIES = 16 * 6,   // of a table, beside its zeros
+    LINE = TILES * 64,           // bytes of a pair in the table
+    SPAN_SLOTS = SKIP_SPAN / 4,  // pairs that a row keeps of a span, at the most
+    MOST_PAIRS = 16 * 6,         // of a table, behind its zeros
 };
 
 // What the columns of a unit may be paired to, and how many pairs a row keeps of a unit.
@@ -144,12 +138,12 @@ INLINE void find_places(const uint8_t *bits, const index_of_pairs *index, uint16
     _mm512_storeu_si512(where + 32, _mm512_permutex2var_epi64(lower, back, upper));
 }
 
-// The values and places of a span of `count` rows in the order of its blocks. Rows up to a multiple of SIDE, and slots
-// beyond the last column, are zeros.
-INLINE void order(const nm_problem *p, int64_t r0, int64_t count, int64_t column, int32_t *values, uint16_t *where,
-                  const index_of_pairs *index, int kind) {
-    const int slots = SLOTS(kind), of_span = SPAN / WIDTH(kind) * KEPT(kind);
-    int64_t rows = nm_round_up(count, SIDE), skipped = column / WIDTH(kind) * KEPT(kind);
+// Rows up to a multiple of SIDE, and slots beyond the last column, are zeros.
+INLINE void order(const nm_problem *p, const nm_skip_memory *s, int64_t r0, int64_t count, int64_t rows, int64_t column,
+                  int kind) {
+    const int slots = SLOTS(kind), of_span = SKIP_SPAN / WIDTH(kind) * KEPT(kind);
+    const index_of_pairs *index = (const index_of_pairs *)(s->table + (MOST_PAIRS + 1) * LINE);
+    int64_t skipped = column / WIDTH(kind) * KEPT(kind);
     int64_t left = nm_min(of_span, p->width / 2 - skipped), blocks = (left + slots - 1) / slots;
     for (int64_t r = 0; r < rows; r++) {
         int32_t of_row[SPAN_SLOTS] = {0};
@@ -158,7 +152,9 @@ INLINE void order(const nm_problem *p, int64_t r0, int64_t count, int64_t column
         if (r < count) {
             const char *v = (const char *)p->values + ((r0 + r) * p->width / 2 + skipped) * 4;
             const uint8_t *bits = p->meta + (r0 + r) * nm_meta_width(p->in) + column / 8;
-            uint8_t last[SPAN / 8] = {0};
+            uint8_t last[SKIP_SPAN / 8] = {0};
+            for (int i = 0; i < of_span * 4; i += 64) _mm_prefetch(v + of_span * 4 + i, _MM_HINT_T1);
+            _mm_prefetch((const char *)bits + SKIP_SPAN / 8, _MM_HINT_T1);
             if (left == of_span) {
                 from = v;
             } else {
@@ -166,15 +162,13 @@ INLINE void order(const nm_problem *p, int64_t r0, int64_t count, int64_t column
                 memcpy(last, bits, (size_t)((p->in - column + 7) / 8));
                 bits = last;
             }
-            for (int i = 0; i < of_span * 4; i += 64) _mm_prefetch(v + of_span * 4 + i, _MM_HINT_T1);
-            _mm_prefetch((const char *)bits + SPAN / 8, _MM_HINT_T1);
             find_places(bits, index, places, kind);
             if (left < of_span) memset(places + left, 0, (size_t)(of_span - left) * 2);
         }
         for (int64_t k = 0; k < blocks; k++) {
             int64_t at = (k * rows + r) * slots;
-            memcpy(values + at, from + k * slots * 4, (size_t)slots * 4);
-            memcpy(where + at, places + k * slots, (size_t)slots * 2);
+            memcpy((int32_t *)s->values + at, from + k * slots * 4, (size_t)slots * 4);
+            memcpy(s->where + at, places + k * slots, (size_t)slots * 2);
         }
     }
 }
@@ -199,40 +193,25 @@ INLINE void multiply(const int32_t *values, const uint16_t *where, const char *l
     }
 }
 
-// A span of a band of rows, in order, by up to PASS tokens.
-#define BANDS(kind, tiles, count) \
-    TARGET static void band_##kind##_##tiles(const int32_t *values, const uint16_t *where, const char *pairs, char *lines, \
-                                             float *sums, int64_t rows, int64_t units) { \
-        for (int64_t u = 0; u < units; u += UNITS(kind)) { \
-            table(pairs + u * WIDTH(kind) / 2 * tiles * 64, lines + LINE, nm_min(UNITS(kind), units - u), kind, tiles); \
-            multiply(values, where, lines, sums, rows, SLOTS(kind), count, tiles); \
-            values += rows * SLOTS(kind); \
-            where += rows * SLOTS(kind); \
-        } \
+// A span of a band of rows by up to PASS tokens.
+INLINE void span(const nm_problem *p, const nm_skip_memory *s, const char *packed, float *sums, int64_t rows, int64_t column,
+                 int kind, int tiles, int count) {
+    const char *pairs = packed + column / 2 * tiles * 64;
+    const int32_t *values = s->values;
+    const uint16_t *where = s->where;
+    int64_t units = nm_min(SKIP_SPAN, p->in - column) / WIDTH(kind);
+    for (int64_t u = 0; u < units; u += UNITS(kind)) {
+        table(pairs + u * WIDTH(kind) / 2 * tiles * 64, s->table + LINE, nm_min(UNITS(kind), units - u), kind, tiles);
+        multiply(values, where, s->table, sums, rows, SLOTS(kind), count, tiles);
+        values += rows * SLOTS(kind);
+        where += rows * SLOTS(kind);
     }
-#define ORDER(kind) \
-    TARGET static void order_##kind(const nm_problem *p, int64_t r0, int64_t count, int64_t column, int32_t *values, \
-                                    uint16_t *where, const index_of_pairs *index) { \
-        order(p, r0, count, column, values, where, index, kind); \
-    }
-#define ALL(kind) ORDER(kind) BANDS(kind, 1, 8) BANDS(kind, 2, 4) BANDS(kind, 3, 2) BANDS(kind, 4, 2)
-ALL(TWO_FOUR)
-ALL(ONE_FOUR)
-ALL(FOUR_EIGHT)
+}
 
-typedef struct {
-    int width;  // of a unit
-    void (*order)(const nm_problem *, int64_t, int64_t, int64_t, int32_t *, uint16_t *, const index_of_pairs *);
-    void (*band[TILES])(const int32_t *, const uint16_t *, const char *, char *, float *, int64_t, int64_t);
-} skipper;
-#define SKIPPER(kind) {WIDTH(kind), order_##kind, {band_##kind##_1, band_##kind##_2, band_##kind##_3, band_##kind##_4}}
-static const skipper skippers[] = {SKIPPER(TWO_FOUR), SKIPPER(ONE_FOUR), SKIPPER(FOUR_EIGHT)};
-
-// The tokens [t0, t0 + tokens) as vectors, pass by pass: a part of the columns for each turn.
 TARGET static void pack(const nm_problem *p, int64_t t0, int64_t tokens, char *to) {
     int64_t depth = (p->in + DEPTH - 1) / DEPTH, passes = (tokens + PASS - 1) / PASS, parts = nm_min(4, depth);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < passes * TILES * parts; i++) {
+    for (int64_t i = 0; i < passes * TILES * parts; i++) {  // a part of the columns for each turn
         int64_t pass = i / parts / TILES, t = i / parts % TILES, part = i % parts;
         int64_t tiles = nm_min(TILES, (tokens - pass * PASS + SIDE - 1) / SIDE);
         char *of_pass = to + pass * depth * SIDE * TILES * 64;
@@ -242,63 +221,44 @@ TARGET static void pack(const nm_problem *p, int64_t t0, int64_t tokens, char *t
     }
 }
 
-// What a thread works in.
-typedef struct {
-    char *lines;  // of the table, behind one of zeros
-    float *sums;  // (passes, rows, PASS)
-    int32_t *values;
-    uint16_t *where;
-} scratch;
-
-// `count` rows by the tokens [t0, t0 + tokens).
-static void band(const nm_problem *p, const skipper *with, const index_of_pairs *index, const scratch *s,
-                 const char *packed, int64_t r0, int64_t count, int64_t t0, int64_t tokens) {
-    int64_t rows = nm_round_up(count, SIDE), depth = (p->in + DEPTH - 1) / DEPTH, passes = (tokens + PASS - 1) / PASS;
-    memset(s->sums, 0, (size_t)(passes * rows * PASS * 4));
-    for (int64_t column = 0; column < p->in; column += SPAN) {
-        with->order(p, r0, count, column, s->values, s->where, index);
-        for (int64_t i = 0; i < passes; i++) {
-            int64_t tiles = nm_min(TILES, (tokens - i * PASS + SIDE - 1) / SIDE);
-            const char *pairs = packed + i * depth * SIDE * TILES * 64 + column / 2 * tiles * 64;
-            with->band[tiles - 1](s->values, s->where, pairs, s->lines, s->sums + i * rows * PASS, rows,
-                                  nm_min(SPAN, p->in - column) / with->width);
-        }
-    }
+TARGET static void store(const nm_problem *p, const float *sums, int64_t r0, int64_t count, int64_t t0, int64_t tokens) {
     for (int64_t t = 0; t < tokens; t += SIDE)
         for (int64_t r = 0; r < count; r += SIDE)
-            tokens_store(p, s->sums + (t / PASS * rows + r) * PASS + t % PASS, PASS, r0 + r, t0 + t, tokens - t);
+            tokens_store(p, sums + r * PASS + t, PASS, r0 + r, t0 + t, tokens - t);
 }
 
-int nm_linear_avx512bf16_skip(const nm_problem *p) {
-    int threads = nm_threads(p), kind = kind_of(p);
-    int64_t chunk = nm_min(MOST_TOKENS, nm_round_up(p->tokens, PASS));
-    int64_t most = nm_min(BAND, SUMS_BYTES / 4 / chunk), parts = nm_round_up((p->out + most - 1) / most, threads);
-    int64_t height = nm_round_up((p->out + parts - 1) / parts, SIDE);
-    int64_t lines_bytes = (MOST_ENTRIES + 1) * LINE, sums_bytes = height * chunk * 4;
-    int64_t slots_bytes = height * SPAN_SLOTS * 4, each = lines_bytes + sums_bytes + slots_bytes + slots_bytes / 2;
-    char *packed = nm_alloc((size_t)(chunk * nm_round_up(p->in, DEPTH) * 2)), *memory = nm_alloc((size_t)(each * threads));
-    if (packed && memory) {
-        index_of_pairs index;
-        list_pairs(kind, &index);
-#pragma omp parallel num_threads(threads)
-        {
-            scratch s = {.lines = memory + each * nm_thread()};
-            s.sums = (float *)(s.lines + lines_bytes);
-            s.values = (int32_t *)((char *)s.sums + sums_bytes);
-            s.where = (uint16_t *)((char *)s.values + slots_bytes);
-            memset(s.lines, 0, LINE);
-            for (int64_t t0 = 0; t0 < p->tokens; t0 += chunk) {
-                int64_t tokens = nm_min(chunk, p->tokens - t0);
-                pack(p, t0, tokens, packed);
-#pragma omp for schedule(static)
-                for (int64_t r0 = 0; r0 < p->out; r0 += height)
-                    band(p, &skippers[kind], &index, &s, packed, r0, nm_min(height, p->out - r0), t0, tokens);
-            }
-        }
+#define FUNCTIONS(kind) \
+    static void start_##kind(const nm_skip_memory *s) { \
+        memset(s->table, 0, LINE); \
+        list_pairs(kind, (index_of_pairs *)(s->table + (MOST_PAIRS + 1) * LINE)); \
+    } \
+    TARGET static void order_##kind(const nm_problem *p, const nm_skip_memory *s, int64_t r0, int64_t count, int64_t rows, \
+                                    int64_t column) { \
+        order(p, s, r0, count, rows, column, kind); \
+    } \
+    TARGET static void multiply_##kind(const nm_problem *p, const nm_skip_memory *s, const char *packed, float *sums, \
+                                       int64_t rows, int64_t column, int64_t tokens) { \
+        switch ((tokens + SIDE - 1) / SIDE) { \
+            case 1: span(p, s, packed, sums, rows, column, kind, 1, 8); break; \
+            case 2: span(p, s, packed, sums, rows, column, kind, 2, 4); break; \
+            case 3: span(p, s, packed, sums, rows, column, kind, 3, 2); break; \
+            default: span(p, s, packed, sums, rows, column, kind, 4, 2); \
+        } \
     }
-    int failed = !packed || !memory;
-    nm_free(packed);
-    nm_free(memory);
-    return failed ? -1 : 0;
+FUNCTIONS(TWO_FOUR)
+FUNCTIONS(ONE_FOUR)
+FUNCTIONS(FOUR_EIGHT)
+
+#define SKIPPER(kind) \
+    { \
+        .pass = PASS, .values_bytes = SPAN_SLOTS * 4, .table_bytes = (MOST_PAIRS + 1) * LINE + sizeof(index_of_pairs), \
+        .band = 512, .start = start_##kind, .pack = pack, .order = order_##kind, .multiply = multiply_##kind, .store = store, \
+    }
+static const nm_skipper skippers[] = {SKIPPER(TWO_FOUR), SKIPPER(ONE_FOUR), SKIPPER(FOUR_EIGHT)};
+
+int nm_linear_avx512bf16_skip(const nm_problem *p) {
+    nm_skipper with = skippers[kind_of(p)];
+    with.pass_bytes = nm_round_up(p->in, DEPTH) * PASS * 2;
+    return nm_skip(p, &with);
 }
 #endif

@@ -1,6 +1,7 @@
 // Which kernels this processor runs.
 #define _GNU_SOURCE  // syscall
 #include "coded.h"
+#include "skip.h"
 
 static int always(void) { return 1; }
 
@@ -67,6 +68,7 @@ static int has_dotprod(void) {
 
 #define ALL(kernel) {kernel, kernel, kernel}
 #define NEVER {NULL, NULL, NULL}
+#define F32 {nm_skips_f32, NULL, NULL}
 
 const nm_isa nm_isas[] = {
     {"portable", always, ALL(nm_linear_portable), NEVER, nm_unpack_portable, nm_coded_portable, nm_decode_portable},
@@ -77,16 +79,16 @@ const nm_isa nm_isas[] = {
 #endif
 #endif
 #if defined(__x86_64__)
-    {"avx2", has_avx2, ALL(nm_linear_avx2), NEVER, nm_unpack_portable, nm_coded_avx2, nm_decode_portable},
-    {"avx512", has_avx512, ALL(nm_linear_avx512), NEVER, nm_unpack_portable, nm_coded_avx2, nm_decode_portable},
-    {"avx512_vbmi2", has_vbmi2, ALL(nm_linear_avx512), NEVER, nm_unpack_avx512, nm_coded_avx2, nm_decode_portable},
-    {"avx512_vnni", has_vnni, ALL(nm_linear_avx512), NEVER, nm_unpack_avx512, nm_coded_avx512, nm_decode_avx512},
+    {"avx2", has_avx2, ALL(nm_linear_avx2), F32, nm_unpack_portable, nm_coded_avx2, nm_decode_portable},
+    {"avx512", has_avx512, ALL(nm_linear_avx512), F32, nm_unpack_portable, nm_coded_avx2, nm_decode_portable},
+    {"avx512_vbmi2", has_vbmi2, ALL(nm_linear_avx512), F32, nm_unpack_avx512, nm_coded_avx2, nm_decode_portable},
+    {"avx512_vnni", has_vnni, ALL(nm_linear_avx512), F32, nm_unpack_avx512, nm_coded_avx512, nm_decode_avx512},
 #if defined(NM_AVX512BF16)
-    {"avx512_bf16", has_bf16, {nm_linear_avx512, nm_linear_avx512, nm_linear_avx512bf16}, {NULL, NULL, skips_bf16},
+    {"avx512_bf16", has_bf16, {nm_linear_avx512, nm_linear_avx512, nm_linear_avx512bf16}, {nm_skips_f32, NULL, skips_bf16},
      nm_unpack_avx512, nm_coded_avx512, nm_decode_avx512},
 #endif
 #if defined(NM_AMX)
-    {"amx", has_amx, {nm_linear_avx512, nm_linear_avx512, nm_linear_amx}, NEVER, nm_unpack_avx512, nm_coded_avx512,
+    {"amx", has_amx, {nm_linear_avx512, nm_linear_avx512, nm_linear_amx}, F32, nm_unpack_avx512, nm_coded_avx512,
      nm_decode_avx512},
 #endif
 #endif

@@ -4,7 +4,7 @@
 //   VEC lanes_zero(void), lanes_x(const float *), lanes_add(VEC, VEC), lanes_fma(VEC, VEC, VEC); float lanes_sum(VEC);
 //   VEC lanes_f32(const void *, unsigned bits), lanes_f16, lanes_bf16: values, read LANES of them, spread by the bits;
 //   void lanes_prefetch(const void *);
-// and then LANES_KERNEL(name), which defines `int name(const nm_problem *)`.
+// and then LANES_KERNEL(name), which defines `static int name(const nm_problem *)`.
 
 #include <string.h>
 
@@ -143,7 +143,7 @@ LANES_INLINE void lanes_rows(const nm_problem *p, const nm_rows *rows, const flo
     LANES_LOOPS(NM_F32, f32) \
     LANES_LOOPS(NM_F16, f16) \
     LANES_LOOPS(NM_BF16, bf16) \
-    int name(const nm_problem *p) { \
+    static int name(const nm_problem *p) { \
         nm_rows rows; \
         int64_t ldx = nm_round_up(p->in, LANES); \
         const float *x = p->x; \

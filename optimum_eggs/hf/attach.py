@@ -15,6 +15,7 @@ from ..nn import CodedEmbedding, CodedLinear, NMLinear
 from ..nn.dense import read_fast
 from ..nn.embedding import TiedCodedLinear
 from ..nn.experts import SplitExperts, join_experts, keep_names
+from . import program
 from .loading import parse_dtype
 from .offload import follow, is_offloaded, onloaded
 
@@ -69,8 +70,9 @@ def give_back(model: PreTrainedModel) -> None:
     from transformers import PreTrainedModel
 
     read_fast(model, fast=False)
+    program.forget(model)
     names = ("push_to_hub", "half", "float", "resize_token_embeddings", "_weight_conversions", "generate")
-    for name in (*names, "get_compiled_call"):
+    for name in (*names, "get_compiled_call", "_compiled_call"):
         vars(model).pop(name, None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

@@ -37,7 +37,7 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
         raise ModelError(
             f"the model is on {model.device}, and generation is compiled on the CPU; use generate() as it is"
         )
-    if not model._can_compile_fullgraph:
+    if not model._can_compile_fullgraph or "llama4" in model.config.model_type:  # transformers runs that one eagerly
         raise ModelError(f"transformers cannot compile {type(model).__name__} as a whole; use generate() as it is")
     if model.config.model_type in attention.KNOWN and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.NAME)
@@ -64,7 +64,11 @@ def _settings() -> Any:
 
 
 def _compiled_call(model: Any, compile_config: Any) -> Any:
-    """What `generate` decodes with: by a configuration of the caller's, what transformers makes of it."""
+    """What `generate` decodes with: for a configuration of the caller's, what transformers makes of it."""
     if compile_config == _settings():
         return compiled_step(model)
+    # What transformers keeps compiled is bound to one model, and a copy of the model has it too.
+    if vars(model).get("_compiled_for") != id(model):
+        vars(model).pop("_compiled_call", None)
+        vars(model)["_compiled_for"] = id(model)
     return type(model).get_compiled_call(model, compile_config)

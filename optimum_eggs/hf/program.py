@@ -2,24 +2,24 @@
 
 `torch.compile` checks before each call all that it took for granted, which for a model of some billions of parameters
 are ten thousand attributes of modules and takes as long as twenty of its products. Nothing changes a model while it
-generates; so the attributes are compared here, between two generations, and torch checks the rest: what is given to the
-call, the cache, and what is global.
+generates; so the attributes are compared here, at the first token of each generation, and torch checks the rest: what
+is given to the call, the cache, and what is global.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
-from functools import partial
+from dataclasses import dataclass
+from enum import Enum
 from itertools import count
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+from transformers.configuration_utils import PreTrainedConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,54 +29,76 @@ if TYPE_CHECKING:
 class _Program:
     state: list[Any]
     step: Callable[..., Any]
+    whole: bool
 
 
-_PROGRAMS: WeakKeyDictionary[nn.Module, _Program] = WeakKeyDictionary()
-_NUMBERS = count()
-_OF_MODULES = frozenset(vars(nn.Module()))
+_KEPT = 4  # programs of a model: adapters that take turns have one each
+_PROGRAMS: WeakKeyDictionary[nn.Module, list[_Program]] = WeakKeyDictionary()
+_STEPS = count()
+_ATTRIBUTES_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+_COMPARED_AS_THEY_ARE = (bool, int, float, str, bytes, Enum, torch.dtype, torch.device, BuiltinFunctionType)
 
 
 def compiled_step(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's call, compiled: the program of the last time if nothing of the model has changed since."""
-    state = model_state(model)
-    program = _PROGRAMS.get(model)
-    if program is None or program.state != state:
-        _compile(model, state, whole=compiles_whole(model))
-    return partial(_run, model)
+    """The model's call, compiled, for one generation: by a program that was made when the model was as it is now."""
+    program: _Program | None = None
+
+    def step(**inputs: Any) -> Any:
+        nonlocal program
+        if program is None:  # now, not before the prompt was read, which may change a model too
+            state = model_state(model)
+            program = next((kept for kept in _PROGRAMS.get(model, ()) if kept.state == state), None)
+            program = program or _new(state, whole=compiles_whole(model))
+            _keep(model, program)
+        exceptions = torch._dynamo.exc
+        try:
+            return program.step(model, **inputs)
+        except exceptions.FailOnRecompileLimitHit:
+            if not program.whole:
+                raise
+            # torch keeps eight programs of a function, for as many shapes of its inputs: a new function has room again.
+            program = _new(program.state, whole=True)
+        except (exceptions.Unsupported, exceptions.UserError) as error:
+            if not program.whole:
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            logging.getLogger(__name__).warning(
+                "%s is compiled in parts, which is slower to call: %s", type(model).__name__, reason
+            )
+            program = _new(program.state, whole=False)
+        _keep(model, program)
+        return program.step(model, **inputs)
+
+    return step
 
 
-def _compile(model: PreTrainedModel, state: list[Any], whole: bool) -> None:
+def forget(model: nn.Module) -> None:
+    """Let go of what was compiled."""
+    _PROGRAMS.pop(model, None)
+
+
+def _keep(model: PreTrainedModel, program: _Program) -> None:
+    """In place of one for the same state, or of the one that was not used for longest."""
+    others = [kept for kept in _PROGRAMS.get(model, ()) if kept.state != program.state]
+    _PROGRAMS[model] = [*others, program][-_KEPT:]
+
+
+def _new(state: list[Any], whole: bool) -> _Program:
     unchecked: Any = {
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
         "size_asserts": False,  # a thousand for each token, of tensors whose shapes the guards and the state know
     }
-    _PROGRAMS[model] = _Program(
-        state, torch.compile(_own_step(), fullgraph=whole, options=unchecked if whole else None)
-    )
-
-
-def _run(model: PreTrainedModel, **inputs: Any) -> Any:
-    program = _PROGRAMS[model]
-    try:
-        return program.step(model, **inputs)
-    except FailOnRecompileLimitHit:  # as many shapes of inputs as torch allows: from the beginning
-        _compile(model, program.state, whole=True)
-    except Unsupported as error:
-        reason = str(error).strip().partition("\n")[0]
-        logging.getLogger(__name__).warning(
-            "%s is compiled in parts, which is slower to call: %s", type(model).__name__, reason
-        )
-        _compile(model, program.state, whole=False)
-    return _PROGRAMS[model].step(model, **inputs)
+    step = torch.compile(_function_of_its_own(), fullgraph=whole, options=unchecked if whole else None)
+    return _Program(state, step, whole)
 
 
 def _step(model: PreTrainedModel, **inputs: Any) -> Any:
     return model(**inputs)
 
 
-def _own_step() -> Callable[..., Any]:
+def _function_of_its_own() -> Callable[..., Any]:
     """`_step` with code of its own: torch finds programs by their code, and unchecked ones are for one model alone."""
-    code = _step.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
+    code = _step.__code__.replace(co_name=f"step_{next(_STEPS)}")
     return FunctionType(code, _step.__globals__)
 
 
@@ -97,28 +119,43 @@ def compiles_whole(model: nn.Module) -> bool:
 
 
 def model_state(model: PreTrainedModel) -> list[Any]:
-    """What a program may take for granted of a model, to be compared with `==`: plain values, and kinds of the others.
+    """What a program may take for granted of a model, to be compared with `==`.
 
-    Of tensors these are shapes, strides, dtypes and devices: a program reads the values where they are.
+    These are the attributes of all modules and their configurations: plain values as they are, the code of functions,
+    shapes, strides, dtypes and devices of tensors (a program reads their values where they are), which tensors and
+    modules are the same, and of other objects the class. Nothing in it refers to the model.
     """
-    found: list[Any] = [model.config.to_dict()]
+    met: dict[int, int] = {}  # numbers of what may be met twice, in order
+    found = []
     for module in model.modules():
         names = list(vars(module))
         if module is model:  # generate() keeps notes of its own there
-            names = [name for name in names if not name.startswith("_") or name in _OF_MODULES]
-        found.append((type(module), {name: _plain(vars(module)[name]) for name in names}))
+            names = [name for name in names if not name.startswith("_") or name in _ATTRIBUTES_OF_ANY_MODULE]
+        attributes = {name: _plain(vars(module)[name], met) for name in names}
+        found.append((type(module), type(module).forward, attributes))
     return found
 
 
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+def _plain(value: Any, met: dict[int, int]) -> Any:
+    if value is None or isinstance(value, _COMPARED_AS_THEY_ARE):
         return value
+    if isinstance(value, FunctionType):
+        return value.__code__
     if isinstance(value, Tensor):
-        return type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        strides = value.stride() if value.layout is torch.strided else None
+        which = met.setdefault(id(value), len(met))
+        return which, type(value), value.shape, strides, value.dtype, value.device, value.requires_grad
+    if isinstance(value, nn.Module):
+        return type(value), met.setdefault(id(value), len(met))
+    if isinstance(value, PreTrainedConfig):
+        known = id(value) in met
+        which = met.setdefault(id(value), len(met))
+        return which if known else (which, _plain(vars(value), met))
+    if isinstance(value, dict):  # hooks have numbers for keys, which are new at every registration
+        return [(None if isinstance(key, int) else key, _plain(item, met)) for key, item in value.items()]
     if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if is_dataclass(value) and value.__hash__ is not None:
-        return value  # frozen, and compared by its fields
+        return [_plain(item, met) for item in value]
+    settings = getattr(type(value), "__dataclass_params__", None)
+    if settings is not None and settings.frozen and settings.eq:
+        return value  # compared by its fields
     return type(value)

@@ -114,6 +114,7 @@ def _belong_together(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tenso
         weight.dtype is dtype
         and weight.device == device
         and weight_meta.device == device
+        and columns % m == 0
         and columns * n == width * m
         and weight_meta.dtype is torch.uint8
         and weight_meta.shape == (rows, meta_width(columns))

@@ -1,7 +1,8 @@
 """Which backend runs a packed layer, and why.
 
-- `native`: a kernel in C on the packed form, the fastest for few tokens.
-- `panel`: rows unpacked in C, a few megabytes at a time, and multiplied by torch's dense product; for many tokens.
+- `native`: a kernel in C on the packed form, the fastest for few tokens, and for many where it skips what is pruned.
+- `panel`: rows unpacked in C, a few megabytes at a time, and multiplied by torch's dense product; for many tokens
+  otherwise.
 - `reference`: all unpacked by torch at every call, then `F.linear`; anywhere, and slow. It holds nothing beside the
   packed form.
 - `dense`: all unpacked once, and held beside the packed form; then `F.linear` at every call. On GPUs and other devices,
@@ -188,7 +189,8 @@ def _decide(
     if tokens <= most:
         return Choice("native", isa, f"{tokens} tokens: up to {most}, {isa} beats the dense product")
     if layer and native.skips(isa, dtype, *layer):
-        return Choice("native", isa, f"{tokens} tokens: {isa} skips what {layer[1]}:{layer[2]} prunes, and beats dense")
+        why = f"{tokens} tokens: with {layer[1]}:{layer[2]} {isa} beats the dense product whatever their number"
+        return Choice("native", isa, why)
     if torch_may_hang:
         return Choice(
             "native", isa, "the dense product may hang after a fork, unless torch.set_num_threads(1) is called"

@@ -1,6 +1,8 @@
 """The attention `eggs` and compiled generation: the tokens and the logits are those of the model as it is."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import tiny
@@ -127,14 +129,14 @@ def test_compiled_generation_gives_the_same_tokens(model, tmp_path):
     sequences, logits = decoded(model)
     assert compile_generation(model) is model
     found, same = decoded(model)
-    kept = program._PROGRAMS[model]
+    (kept,) = program._PROGRAMS[model]
     assert torch.equal(found, sequences)
     torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(decoded(model, cache_implementation="dynamic")[0], sequences)
     for options in ({"past_key_values": t.DynamicCache(config=model.config)}, {"use_cache": False}):
         assert torch.equal(decoded(model, **options)[0], sequences)
 
-    assert program._PROGRAMS[model] is kept
+    assert program._PROGRAMS[model] == [kept]
 
     # A copy has weights of its own, and what is saved says nothing of how it was run.
     other = copy.deepcopy(model)
@@ -149,12 +151,13 @@ def test_compiled_generation_gives_the_same_tokens(model, tmp_path):
     assert not {"generate", "get_compiled_call"} & vars(model).keys()
 
 
-def one(name="llama", pattern="2:4"):
+def one(name="llama", pattern="2:4", **config):
     """A packed model whose generation is compiled."""
     torch.manual_seed(0)
-    config = EGGSConfig(pattern, num_samples=8, seq_len=16, band=8)
-    pruner = EGGSPruner(MODELS[name]().eval(), tiny.make_tokenizer())
-    pruner.prune(config, calibration=tiny.make_windows(8, 16))
+    settings = EGGSConfig(pattern, num_samples=8, seq_len=16, band=8)
+    model = t.LlamaForCausalLM(t.LlamaConfig(**SIZES, **config)) if config else MODELS[name]()
+    pruner = EGGSPruner(model.eval(), tiny.make_tokenizer())
+    pruner.prune(settings, calibration=tiny.make_windows(8, 16))
     return compile_generation(pruner.model)
 
 
@@ -164,7 +167,7 @@ def check(model):
     found, same = decoded(model)
     assert torch.equal(found, expected)
     torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
-    return program._PROGRAMS[model]
+    return program._PROGRAMS[model][-1]
 
 
 @pytest.mark.slow
@@ -180,7 +183,7 @@ def test_models_of_one_class_have_programs_of_their_own():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_change_between_generations_is_seen():
-    model = one()
+    model = one(tie_word_embeddings=True)
     programs = [check(model)]
 
     def changed():
@@ -199,13 +202,50 @@ def test_a_change_between_generations_is_seen():
     changed()
     layer.input_layernorm.weight.data *= 3  # values are read where they are
     assert check(model) is programs[-1]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # no longer that of the embeddings
+    model.lm_head.weight.data *= -1
+    changed()
+    model.set_attn_implementation("sdpa")
+    changed()
+    model.set_attn_implementation("eggs")
+    assert check(model) is programs[-2]
+    assert len(program._PROGRAMS[model]) == program._KEPT < len(programs)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_nothing_that_is_compiled_keeps_a_model():
+    model = one()
+    check(model)
+    model, gone = None, weakref.ref(model)
+    torch._dynamo.reset()  # torch's own notes of what it compiled last
+    gc.collect()
+    assert gone() is None
+    assert not program._PROGRAMS
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_copy_of_what_a_caller_compiled_computes_by_itself():
+    model = one()
+    own = t.CompileConfig(mode="max-autotune-no-cudagraphs")
+    own._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": own}
+    expected = decoded(model, **options)[0]
+    assert model not in program._PROGRAMS
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not decoded(other, **options)[1].any()
+    assert torch.equal(decoded(model, **options)[0], expected)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_more_shapes_than_torch_keeps_begin_again(monkeypatch):
-    made, compile_ = [], program._compile
-    monkeypatch.setattr(program, "_compile", lambda *args, **options: made.append(args) or compile_(*args, **options))
+    made, new = [], program._new
+    monkeypatch.setattr(program, "_new", lambda *args, **options: made.append(args) or new(*args, **options))
     model = one("gemma3")  # whose cache slides, which takes two shapes at least
     with torch._dynamo.config.patch(recompile_limit=1):
         check(model)
@@ -275,6 +315,10 @@ def test_what_cannot_be_compiled_is_said(model, monkeypatch):
     with pytest.raises(ModelError, match="is not packed"):
         compile_generation(tiny.make_model("llama"))
     monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
+    with pytest.raises(ModelError, match="cannot compile"):
+        compile_generation(model)
+    monkeypatch.undo()
+    monkeypatch.setattr(model.config, "model_type", "llama4_text")
     with pytest.raises(ModelError, match="cannot compile"):
         compile_generation(model)
     monkeypatch.setattr(type(model), "device", torch.device("meta"))

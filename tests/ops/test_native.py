@@ -158,9 +158,10 @@ def test_groups_that_are_taken_together_must_be_there():
     assert not native.skips("avx512_bf16", torch.bfloat16, 4100, 1, 4)
 
 
-def test_two_python_threads_at_once():
+@pytest.mark.parametrize("tokens", [2, 64])
+def test_two_python_threads_at_once(tokens):
     pattern = NMPattern(2, 4)
-    _, values, meta, x, _ = problem(pattern, 1024, 256, 2, torch.bfloat16, False)
+    _, values, meta, x, _ = problem(pattern, 1024, 256, tokens, torch.bfloat16, False)
     with force("native"):
         expected = nm_linear(x, values, meta, None, 2, 4)
         wrong = []
@@ -186,17 +187,17 @@ import os, torch
 from optimum_eggs import NMLinear, NMPattern
 from optimum_eggs.ops import explain
 torch.set_num_threads(2)
-layers = {dtype: NMLinear.from_linear(torch.nn.Linear(1024, 1024, dtype=dtype), NMPattern(6, 8))
-          for dtype in (torch.float32, torch.bfloat16)}
-inputs = [torch.ones(tokens, 1024, dtype=dtype) for tokens in (1, 64, 1024) for dtype in layers]
-expected = [layers[x.dtype](x) for x in inputs]  # by torch's product where there are many tokens
+layers = [NMLinear.from_linear(torch.nn.Linear(1024, 1024, dtype=dtype), pattern)
+          for dtype in (torch.float32, torch.bfloat16) for pattern in (NMPattern(2, 4), NMPattern(6, 8))]
+calls = [(layer, torch.ones(tokens, 1024, dtype=layer.weight.dtype)) for tokens in (1, 64, 1024) for layer in layers]
+expected = [layer(x) for layer, x in calls]  # of 6:8 by torch's product where there are many tokens
 child = os.fork()
 if child == 0:
-    found = [layers[x.dtype](x) for x in inputs]
-    chosen = {explain(layers[x.dtype], len(x)).backend for x in inputs}
+    found = [layer(x) for layer, x in calls]
+    chosen = {explain(layer, len(x)).backend for layer, x in calls}
     torch.set_num_threads(1)  # torch waits for nobody now, as it would in `allclose` too
     good = all(torch.allclose(y, z, 0.02, 1e-4) for y, z in zip(found, expected)) and torch.equal(found[0], expected[0])
-    os._exit(0 if good and chosen == {"native"} and explain(layers[torch.float32], 1024).backend == "panel" else 1)
+    os._exit(0 if good and chosen == {"native"} and explain(layers[1], 1024).backend == "panel" else 1)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=30)

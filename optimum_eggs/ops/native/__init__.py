@@ -108,7 +108,7 @@ def warn_missing() -> None:
 
 @lru_cache(maxsize=256)
 def skips(isa: str, dtype: torch.dtype, in_features: int, n: int, m: int) -> bool:
-    """Whether the kernel for `isa` skips what n:m prunes, and so beats the dense product with any number of tokens."""
+    """Whether the kernel for `isa` skips what n:m prunes, and beats the dense product with any number of tokens."""
     return bool(_native.skips(_INDEX[isa], DTYPES[dtype], in_features, n, m))
 
 

@@ -25,7 +25,7 @@ typedef struct {
 int nm_attend(const nm_attention *p);  // 0, or -1 if memory ran out
 
 // What the operations of torch are made of, handed over by this name: it changes with what is handed over.
-#define NM_KERNELS "optimum_eggs.kernels.1"
+#define NM_KERNELS "optimum_eggs.kernels.2"
 typedef struct {
     const nm_isa *isas;
     int (*attend)(const nm_attention *);

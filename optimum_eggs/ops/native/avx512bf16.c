@@ -16,7 +16,6 @@ enum {
     FEW = 2,       // rows of up to two tokens
     TOKENS = 6,
     MOST = 26,     // tokens; beyond, tiles are faster
-    TILE_TOKENS = 16,
     SPARE = 6,     // tokens beyond full tiles that are faster by themselves
 };
 
@@ -175,8 +174,8 @@ int nm_linear_avx512bf16(const nm_problem *p) {
     int64_t least = nm_least_avx512bf16_skip(p);
     int skips = least && p->tokens >= least;
     if (!p->meta || (p->tokens <= MOST && !skips)) return few_tokens(p);
-    // Tiles hold sixteen tokens: a few beyond the last full one cost less by themselves.
-    int64_t rest = p->tokens > TILE_TOKENS && p->tokens % TILE_TOKENS <= SPARE ? p->tokens % TILE_TOKENS : 0;
+    // Vectors of tokens hold sixteen: a few beyond the last full one cost less by themselves.
+    int64_t rest = p->tokens > 16 && p->tokens % 16 <= SPARE ? p->tokens % 16 : 0;
     nm_problem many = *p, few = *p;
     many.tokens -= rest;
     few.tokens = rest;

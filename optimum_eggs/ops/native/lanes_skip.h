@@ -1,7 +1,8 @@
 // Many tokens in float32 lanes: what is pruned is not multiplied.
 //
 // A vector holds LANES tokens, four of them side by side. Each kept value is broadcast, and multiplied by the vectors of its
-// column, whose place its bits tell. For the includer see lanes.h; LANES_SKIP(name) defines `static int name(const nm_problem *)`.
+// column, whose place its bits tell. The includer defines what lanes.h asks for, and `VEC lanes_all(float)` and
+// `void lanes_store(float *, VEC)`; LANES_SKIP(name) defines `static int name(const nm_problem *)`.
 #include "skip.h"
 
 enum {

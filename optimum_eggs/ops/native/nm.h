@@ -81,7 +81,7 @@ typedef struct {
     const char *name;
     int (*supported)(void);  // does this processor (and this build) run it?
     nm_kernel linear[NM_DTYPES];
-    int (*skips[NM_DTYPES])(const nm_problem *);  // see nm_skips; of `in`, `n` and `m`; NULL if never
+    int (*skips[NM_DTYPES])(const nm_problem *);  // see nm_skips; NULL if never
     nm_unpacker unpack;
     nm_coded_kernel coded;
     nm_decoder decode;
@@ -90,7 +90,7 @@ typedef struct {
 extern const nm_isa nm_isas[];  // from the simplest to the fastest
 extern const int nm_isa_count;
 
-// Does `linear` beat the dense product with any number of tokens, since what is pruned costs it nothing?
+// Does `linear` skip what is pruned of many tokens, and beat the dense product with any number of them?
 static inline int nm_skips(const nm_isa *isa, int dtype, int64_t in, int n, int m) {
     nm_problem p = {0};
     p.dtype = dtype;

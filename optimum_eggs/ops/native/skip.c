@@ -22,7 +22,8 @@ static void band(const nm_problem *p, const nm_skipper *with, const nm_skip_memo
 int nm_skip(const nm_problem *p, const nm_skipper *with) {
     enum { SUMS_BYTES = 512 << 10 };  // of a band: half of the second cache of the processors that this is for
     int threads = nm_threads(p);
-    int64_t chunk = nm_min(SKIP_TOKENS, nm_round_up(p->tokens, with->pass));
+    int64_t turns = (p->tokens + SKIP_TOKENS - 1) / SKIP_TOKENS;
+    int64_t chunk = nm_round_up((p->tokens + turns - 1) / turns, with->pass);
     int64_t most = nm_min(with->band, SUMS_BYTES / 4 / chunk), parts = nm_round_up((p->out + most - 1) / most, threads);
     int64_t height = nm_round_up((p->out + parts - 1) / parts, SKIP_SIDE);
     int64_t sums_bytes = height * chunk * 4, values_bytes = nm_round_up(height * with->values_bytes, 128);
@@ -52,5 +53,5 @@ int nm_skip(const nm_problem *p, const nm_skipper *with) {
 }
 
 int nm_skips_f32(const nm_problem *p) {
-    return p->dtype == NM_F32 && p->n > 0 && 2 * p->n <= p->m && 64 % p->m == 0;
+    return p->dtype == NM_F32 && p->n > 0 && 2 * p->n <= p->m && 64 % p->m == 0 && p->in % p->m == 0;
 }

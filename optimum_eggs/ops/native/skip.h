@@ -27,10 +27,10 @@ typedef struct {
     int64_t pass_bytes;    // of their activations, packed
     int64_t values_bytes;  // of a row's values in a span, which have half as many bytes of places
     int64_t table_bytes;
-    int band;              // rows, at the most
-    void (*start)(const nm_skip_memory *s);
-    // All of these are called by all threads, `pack` to share out its work.
-    void (*pack)(const nm_problem *p, int64_t t0, int64_t tokens, char *to);
+    int band;              // rows, about
+    void (*start)(const nm_skip_memory *s);  // once for each thread, or NULL
+    void (*pack)(const nm_problem *p, int64_t t0, int64_t tokens, char *to);  // called by all threads, to share it out
+    // A thread calls these for a band of its own: `count` rows from r0, filled up to `rows`.
     void (*order)(const nm_problem *p, const nm_skip_memory *s, int64_t r0, int64_t count, int64_t rows, int64_t column);
     void (*multiply)(const nm_problem *p, const nm_skip_memory *s, const char *packed, float *sums, int64_t rows,
                      int64_t column, int64_t tokens);

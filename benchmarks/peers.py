@@ -197,7 +197,6 @@ def main() -> None:
     parser.add_argument("--ids", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        sys.path.remove(str(Path(__file__).parent))  # transformers takes kernels.py for the package of that name
         windows = json.loads(Path(args.ids).read_text())
         run = in_llama_cpp if args.worker[0].startswith("llama") else in_transformers
         print(json.dumps(run(args, windows)))

@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=integer(1), default=128, metavar="N", help="tokens to decode (default: 128)"
     )
+    parser.add_argument(
+        "--sequences", type=integer(1), default=1, metavar="N", help="sequences read and decoded together (default: 1)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="let packed models decode by compile_generation (default: as they are)"
+    )
     parser.add_argument("--repeats", type=integer(1), default=3, metavar="N", help="timed runs of a model (default: 3)")
     parser.add_argument(
         "--layer-repeats",
@@ -45,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to run in (default: the checkpoint's)")
     add_device(parser.add_argument)
     add_trust(parser.add_argument, "the models")
-    parser.add_argument("--no-record", action="store_true", help="leave the report of DIR as it is (default: write it)")
+    parser.add_argument(
+        "--no-record",
+        action="store_true",
+        help="leave the report of DIR as it is (default: write it, with one of --sequences)",
+    )
     parser.add_argument("--layers-only", action="store_true", help="leave the models out (default: time them too)")
 
 
@@ -77,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     folders = [args.model] + ([args.against] if args.against else [])
     if not args.layers_only:
         check_models(folders, args.prompt, args.new_tokens, args.trust_remote_code)
-    recording = not (args.layers_only or args.no_record) and may_record(args.model)
+    recording = not (args.layers_only or args.no_record or args.sequences > 1) and may_record(args.model)
     wanted = parse_dtype(args.dtype)
     dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model, args.trust_remote_code)
 
@@ -103,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
                 folders,
                 prompt=args.prompt,
                 new_tokens=args.new_tokens,
+                sequences=args.sequences,
+                compiled=args.compile,
                 repeats=args.repeats,
                 dtype=args.dtype,
                 device=device,
@@ -137,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         what = f"{size:>14} {timing.pattern:>5} {timing.coding or timing.dtype:>9} {shapes[_shape(timing)]:>6}"
         took = f"{timing.packed.median * 1e6:9.1f} {timing.ratio:12.2f} {share}"
         print(f"{what} {timing.tokens:>6} {timing.backend:>9} {took}")
-    for line in _model_table(models, args):
+    for line in _model_table(models, args, bandwidth):
         print(line)
     return 0
 
@@ -151,16 +163,23 @@ def _shape(timing: Any) -> tuple[int, int, str, str | None]:
     return timing.out_features, timing.in_features, timing.pattern, timing.coding
 
 
-def _model_table(models: list[Any], args: argparse.Namespace) -> list[str]:
+def _model_table(models: list[Any], args: argparse.Namespace, bandwidth: float | None) -> list[str]:
     """Lines for one model, or for two and their ratio."""
     if not models:
         return []
     rows: list[tuple[str, list[float], str]] = [
         (f"prefill of {args.prompt}, tokens/s", [model.prefill_speed for model in models], ".1f"),
         (f"decode of {args.new_tokens}, tokens/s", [model.decode_speed for model in models], ".2f"),
+        ("a step of decoding, ms", [model.parts.step * 1e3 for model in models], ".2f"),
+        ("  linear layers in blocks", [model.parts.matrices * 1e3 for model in models], ".2f"),
+        ("  output head", [model.parts.head * 1e3 for model in models], ".2f"),
+        ("  all else", [model.parts.rest * 1e3 for model in models], ".2f"),
         ("memory grown by, MB", [model.resident / 1e6 for model in models], ".1f"),
         ("weights, MB", [model.weights / 1e6 for model in models], ".1f"),
     ]
+    if bandwidth:
+        limits = [model.parts.read / bandwidth / 1e9 / model.parts.step for model in models]
+        rows.insert(6, ("share of its bytes' limit", limits, ".1%"))
     width = max(16, *(len(model.folder) + 2 for model in models))
     lines = ["", f"{'':<28}" + "".join(f"{model.folder:>{width}}" for model in models)]
     if len(models) > 1:

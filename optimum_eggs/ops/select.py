@@ -35,7 +35,7 @@ _MOST_TOKENS_TRITON = 8
 MOST_TOKENS_CODED = 8
 """For which products of bytes are faster than values made of the integers."""
 # The most tokens for which the native kernel beats the dense product, by instruction set: measured with benchmarks/
-# kernels.py for the AVX-512 ones, chosen with care for the others, which were not at hand by themselves.
+# layers.py for the AVX-512 ones, chosen with care for the others, which were not at hand by themselves.
 _MOST_TOKENS = {"portable": 4, "neon": 8, "neon_dotprod": 8, "avx2": 12, "avx512": 48, "avx512_vbmi2": 48}
 _MOST_TOKENS |= {"avx512_vnni": 48, "avx512_bf16": 48, "amx": 48}
 # The same for bfloat16 where the processor multiplies it: AMX keeps up with the dense product at any number of tokens.

@@ -184,9 +184,10 @@ def _summary(report: dict[str, Any]) -> str:
     if speed:
         machine = speed["machine"]
         ours, *dense = speed["models"]
+        compiled = " compiled" if ours.get("compiled") else ""
         against = f", dense {dense[0]['decode_speed']:.1f}" if dense else ""
         lines.append(
-            f"Decodes {ours['decode_speed']:.1f} tokens/s{against}, on {html.escape(machine['processor'])}, "
+            f"Decodes {ours['decode_speed']:.1f} tokens/s{compiled}{against}, on {html.escape(machine['processor'])}, "
             f"{machine['threads']} threads."
         )
     return "".join(f"<p>{line}</p>" for line in lines)

@@ -15,10 +15,12 @@ from torch import Tensor
 from ..calibration.context import context_length
 from ..devices import choose_device, device_map
 from ..errors import ConfigError
+from ..hf.generation import compile_generation
 from ..hf.loading import check_weights, load_config, load_model
 from ..measure import devices_of
 from ..memory import enough_memory
 from ..nn import packed_layers
+from .parts import TokenParts, time_parts
 from .timing import Seconds, alternate
 
 if TYPE_CHECKING:
@@ -27,21 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelTiming:
-    """What one model took. Speeds are in tokens per second, memory in bytes.
+    """What one model took. Speeds are in tokens per second, those of all sequences together; memory is in bytes.
 
     `resident` is what the process grew by from before loading to after the first use, when the model had been loaded,
     used and released once before: what libraries take for themselves is not counted. `weights` is what the weights
-    themselves take; `packed` says whether any of them are.
+    themselves take; `packed` says whether any of them are, and `compiled` whether it decodes by `compile_generation`.
     """
 
     folder: str
     packed: bool
+    compiled: bool
+    sequences: int
     prefill: Seconds
     decode: Seconds
     prefill_speed: float
     decode_speed: float
     resident: int
     weights: int
+    parts: TokenParts
 
 
 @enough_memory("prompt", remedy="time fewer models at once")
@@ -50,18 +55,24 @@ def time_models(
     *,
     prompt: int = 256,
     new_tokens: int = 128,
+    sequences: int = 1,
     repeats: int = 3,
     dtype: str = "auto",
+    compiled: bool = False,
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
 ) -> list[ModelTiming]:
     """Load the models one after the other, to `device`, then time them in turn.
 
-    Prefill is one forward pass over `prompt` random tokens; decoding is `generate`, greedy, with a cache, of
-    `new_tokens` tokens after a prompt of one. Code that comes with a model is run with `trust_remote_code` alone.
+    Prefill is one forward pass over `prompt` random tokens, with the logits of the last alone where the model can do
+    so, as in `generate`; decoding is `generate`, greedy, with a cache, of `new_tokens` tokens after a prompt of one.
+    Both are of `sequences` sequences at once. With `compiled`, packed models decode by
+    [`compile_generation`][optimum_eggs.compile_generation], which is done with before anything is timed. Code that
+    comes with a model is run with `trust_remote_code` alone.
 
     Raises:
         ConfigError: as [`check_models`].
+        ModelError: `compiled`, and a packed model cannot be.
         ModelError, CheckpointError: a folder cannot be loaded.
         OutOfMemoryError: there is not enough memory for all of them.
     """
@@ -75,8 +86,12 @@ def time_models(
         models.append(_load_and_use(folder, dtype, where, trust_remote_code))
         resident.append(psutil.Process().memory_info().rss - before)
 
-    prompts = [_tokens(model, prompt) for model in models]
-    starts = [_tokens(model, 1) for model in models]
+    packed = [bool(packed_layers(model)) for model in models]
+    for model, is_packed in zip(models, packed, strict=True):
+        if compiled and is_packed:
+            compile_generation(model)
+    prompts = [_tokens(model, sequences, prompt) for model in models]
+    starts = [_tokens(model, sequences, 1) for model in models]
     prefills = [partial(_prefill, *pair) for pair in zip(models, prompts, strict=True)]
     decodes = [partial(_decode, *pair, new_tokens) for pair in zip(models, starts, strict=True)]
     devices = set().union(*map(devices_of, models))  # transformers' own quantizers choose theirs
@@ -84,15 +99,20 @@ def time_models(
     return [
         ModelTiming(
             str(folder),
-            bool(packed_layers(model)),
+            is_packed,
+            compiled and is_packed,
+            sequences,
             first,
             second,
-            prompt / first.median,
-            new_tokens / second.median,
+            sequences * prompt / first.median,
+            sequences * new_tokens / second.median,
             grown,
             _weight_bytes(model),
+            time_parts(model, second.median / new_tokens, start, max(repeats, 10)),
         )
-        for folder, model, first, second, grown in zip(folders, models, prefill, decode, resident, strict=True)
+        for folder, model, is_packed, start, first, second, grown in zip(
+            folders, models, packed, starts, prefill, decode, resident, strict=True
+        )
     ]
 
 
@@ -117,7 +137,8 @@ def check_models(folders: list[str | Path], prompt: int, new_tokens: int, trust_
 
 def _load_and_use(folder: str | Path, dtype: str, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
     model = load_model(folder, dtype=dtype, device_map=device_map(device), trust_remote_code=trust_remote_code).eval()
-    _prefill(model, _tokens(model, 2))  # a mapped file takes memory when it is first read
+    model.generation_config.eos_token_id = None  # no token ends what is timed
+    _prefill(model, _tokens(model, 1, 2))  # a mapped file takes memory when it is first read
     return model
 
 
@@ -127,18 +148,17 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(by_address.values())
 
 
-def _tokens(model: PreTrainedModel, length: int) -> Tensor:
+def _tokens(model: PreTrainedModel, sequences: int, length: int) -> Tensor:
     config: Any = model.config.get_text_config()
-    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (sequences, length), generator=generator).to(model.device)
 
 
 @torch.no_grad()
-def _prefill(model: PreTrainedModel, tokens: Tensor) -> None:
-    model(input_ids=tokens, use_cache=True)
+def _prefill(model: Any, tokens: Tensor) -> None:
+    model(input_ids=tokens, use_cache=True, **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {}))
 
 
 @torch.no_grad()
 def _decode(model: Any, start: Tensor, new_tokens: int) -> None:
-    model.generate(
-        start, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0
-    )
+    model.generate(start, max_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0)

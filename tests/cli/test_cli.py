@@ -22,6 +22,7 @@ from optimum_eggs.cli.main import main
 from optimum_eggs.cli.prune import parse_sources
 from optimum_eggs.folders import check_output
 from optimum_eggs.inspection import inspect_checkpoint
+from optimum_eggs.ops import INSTRUCTION_SETS
 from optimum_eggs.speed import time_layer
 
 OPTIMUM_CLI = Path(sys.executable).with_name("optimum-cli")
@@ -548,6 +549,9 @@ def test_benchmark_prints_layers_and_models(packed_folder, dense_folder):
         assert done.stdout.count(f" {rows} x {columns} ") == 2  # one line for each number of tokens
     for label in ("prefill of 8, tokens/s", "decode of 2, tokens/s", "memory grown by, MB", "weights, MB"):
         assert label in done.stdout
+    for label in ("a step of decoding, ms", "  linear layers in blocks", "  output head", "  all else"):
+        assert label in done.stdout
+    assert ("share of its bytes' limit" in done.stdout) == bool(INSTRUCTION_SETS)
 
 
 @pytest.mark.slow
@@ -595,5 +599,7 @@ def test_what_was_measured_is_put_into_the_report(packed_folder, dense_folder, t
         assert [model["packed"] for model in speed["models"]] == [True, False][:known]
     within("benchmark", folder, *QUICK)
     speed = json.loads((folder / "report.json").read_text())["benchmark"]
+    within("benchmark", folder, *QUICK, "--sequences", 2)
+    assert json.loads((folder / "report.json").read_text())["benchmark"] == speed  # that of one sequence
     assert "folder" not in speed["models"][0]
     assert str(tmp_path) not in (folder / "report.json").read_text()

@@ -106,6 +106,8 @@ def test_what_was_not_measured_is_not_drawn(folder):
     assert "12.50" in page
     assert "some.txt: dense" in page
     assert "Decodes 20.0 tokens/s, dense 10.0, on a &lt;processor&gt;, 2 threads." in page
+    edit(folder, benchmark=benchmark | {"models": [speeds[0] | {"compiled": True}, speeds[1]]})
+    assert "Decodes 20.0 tokens/s compiled, dense 10.0, on" in report_page(folder)
 
 
 def test_values_that_were_not_kept_are_said_to_be_none(folder):

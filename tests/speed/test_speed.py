@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from optimum_eggs.errors import NumericalError
+from optimum_eggs.hf.loading import load_model
+from optimum_eggs.nn import packed_layers
 from optimum_eggs.ops import INSTRUCTION_SETS, force, held
 from optimum_eggs.pattern import NMPattern
-from optimum_eggs.speed import layers, read_bandwidth, time_layer, time_models, timing
+from optimum_eggs.speed import layers, parts, read_bandwidth, time_layer, time_models, timing
 from optimum_eggs.speed.timing import alternate
 
 
@@ -86,3 +88,38 @@ def test_models_are_timed_in_turn(packed_folder, dense_folder):
     assert packed.weights < dense.weights
     assert packed.prefill_speed == pytest.approx(8 / packed.prefill.median)
     assert dense.decode_speed == pytest.approx(3 / dense.decode.median)
+    for model in (packed, dense):
+        of_step = model.parts
+        assert of_step.step == pytest.approx(model.decode.median / 3)
+        assert of_step.matrices + of_step.head + of_step.rest == pytest.approx(of_step.step)
+        assert min(of_step.matrices, of_step.head) > 0
+
+
+def test_speeds_are_those_of_all_sequences(dense_folder):
+    (dense,) = time_models([dense_folder], prompt=8, new_tokens=3, repeats=1, sequences=4)
+    assert dense.prefill_speed == pytest.approx(4 * 8 / dense.prefill.median)
+    assert dense.decode_speed == pytest.approx(4 * 3 / dense.decode.median)
+
+
+def test_linear_layers_are_called_again_as_the_model_calls_them(packed_folder, monkeypatch):
+    model = load_model(packed_folder).eval()
+    once, runs = [], []
+    monkeypatch.setattr(parts, "alternate", lambda given, *more, **other: runs.extend(given) or alternate(given, 1))
+    found = parts.time_parts(model, 1.0, torch.tensor([[1], [2]]), 1)
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, given, out, name=name: once.append((name, given[0].shape)))
+    for run in runs:
+        run()
+    linear = [*packed_layers(model), "lm_head"]
+    assert sorted(name for name, _ in once) == sorted(linear)
+    assert once[-1] == ("lm_head", (2, 1, model.config.hidden_size))
+    weights = [tensor for name in linear for tensor in model.get_submodule(name).state_dict().values()]
+    assert found.read == sum(tensor.nbytes for tensor in weights)
+
+
+def test_only_packed_models_decode_compiled(packed_folder, dense_folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("optimum_eggs.speed.models.compile_generation", compiled.append)
+    packed, dense = time_models([packed_folder, dense_folder], prompt=8, new_tokens=3, repeats=1, compiled=True)
+    assert [bool(packed_layers(model)) for model in compiled] == [True]
+    assert (packed.compiled, dense.compiled) == (True, False)

@@ -5,7 +5,7 @@ product is compared with the dense one before. Prints a Markdown table: medians,
 time, and the share of this machine's read bandwidth that the packed weight amounts to. The bandwidth is measured
 before and after every row, since that of a shared machine changes, and their mean is taken.
 
-    OMP_NUM_THREADS=2 python benchmarks/kernels.py --tokens 1 --isa avx512_bf16
+    OMP_NUM_THREADS=2 python benchmarks/layers.py --tokens 1 --isa avx512_bf16
 """
 
 from __future__ import annotations

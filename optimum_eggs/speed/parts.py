@@ -1,0 +1,67 @@
+"""Where the time of a decoded token goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..measure import devices_of
+from ..nn import CodedLinear, is_dense_linear, is_packed
+from .timing import alternate
+
+
+@dataclass(frozen=True)
+class TokenParts:
+    """What a step that decodes one token for each sequence takes. Times are medians, in seconds.
+
+    `matrices` is that of the linear layers of the blocks, `head` that of the output head; the `rest` of the `step` is
+    norms, attention, the cache, sampling and Python, and the experts of a mixture, which are no linear layers. `read`
+    is how many bytes of weights all of these layers hold, each tensor once.
+    """
+
+    step: float
+    matrices: float
+    head: float
+    rest: float
+    read: int
+
+
+@torch.no_grad()
+def time_parts(model: Any, step: float, tokens: Tensor, repeats: int) -> TokenParts:
+    """Time the linear layers of `model` on what they get when it reads `tokens` (sequences, 1), of a `step` known.
+
+    All are called from Python in the order in which the model calls them, `repeats` times, so that each finds its
+    weights in memory as it does in decoding.
+    """
+    calls: list[tuple[nn.Module, Callable[[], object]]] = []
+
+    def seen(module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
+        calls.append((module, partial(module, *args, **kwargs)))
+
+    linear = [module for module in model.modules() if _is_linear(module)]
+    hooks = [module.register_forward_hook(seen, with_kwargs=True) for module in linear]
+    try:
+        model(input_ids=tokens, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    head = model.get_output_embeddings()
+    runs = [partial(_call, [call for module, call in calls if (module is head) == last]) for last in (False, True)]
+    matrices, last = alternate(runs, repeats, devices=devices_of(model))
+    held = {part.data_ptr(): part.nbytes for module, _ in calls for part in (*module.parameters(), *module.buffers())}
+    rest = step - matrices.median - last.median
+    return TokenParts(step, matrices.median, last.median, rest, sum(held.values()))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | CodedLinear) or is_packed(module) or is_dense_linear(module)
+
+
+def _call(calls: list[Callable[[], object]]) -> None:
+    for call in calls:
+        call()

@@ -37,6 +37,7 @@ SMALLER = {  # the last of two equal options counts
     "python tests/fuzz/fuzz_checkpoints.py": "--runs 10",
     "python benchmarks/gpu.py": "--device cpu --tests",
     "python benchmarks/training.py": "--batch-size 1 --seq-len 16 --steps 1 --warm-up 1",
+    "python benchmarks/peers.py": "--prompt 8 --new-tokens 2 --seq-len 16 --rounds 1 --repeats 1 --compiled --llama",
     "python benchmarks/quality.py": "--num-samples 4 --seq-len 16 --test-windows 2 --test-seq-len 32",
     "pip install": "--dry-run --no-deps --no-build-isolation --quiet",
 }

@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         what = f"{size:>14} {timing.pattern:>5} {timing.coding or timing.dtype:>9} {shapes[_shape(timing)]:>6}"
         took = f"{timing.packed.median * 1e6:9.1f} {timing.ratio:12.2f} {share}"
         print(f"{what} {timing.tokens:>6} {timing.backend:>9} {took}")
-    for line in _model_table(models, args, bandwidth):
+    for line in _model_table(models, args):
         print(line)
     return 0
 
@@ -163,8 +163,10 @@ def _shape(timing: Any) -> tuple[int, int, str, str | None]:
     return timing.out_features, timing.in_features, timing.pattern, timing.coding
 
 
-def _model_table(models: list[Any], args: argparse.Namespace, bandwidth: float | None) -> list[str]:
+def _model_table(models: list[Any], args: argparse.Namespace) -> list[str]:
     """Lines for one model, or for two and their ratio."""
+    from ..ops import INSTRUCTION_SETS
+
     if not models:
         return []
     rows: list[tuple[str, list[float], str]] = [
@@ -177,9 +179,8 @@ def _model_table(models: list[Any], args: argparse.Namespace, bandwidth: float |
         ("memory grown by, MB", [model.resident / 1e6 for model in models], ".1f"),
         ("weights, MB", [model.weights / 1e6 for model in models], ".1f"),
     ]
-    if bandwidth:
-        limits = [model.parts.read / bandwidth / 1e9 / model.parts.step for model in models]
-        rows.insert(6, ("share of its bytes' limit", limits, ".1%"))
+    if INSTRUCTION_SETS:
+        rows.insert(6, ("share of its bytes' limit", [model.parts.limit for model in models], ".1%"))
     width = max(16, *(len(model.folder) + 2 for model in models))
     lines = ["", f"{'':<28}" + "".join(f"{model.folder:>{width}}" for model in models)]
     if len(models) > 1:

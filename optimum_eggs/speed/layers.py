@@ -51,11 +51,16 @@ def read_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float | None:
     """GB/s at which memory is read: `size` bytes once, the best of `repeats`. None without the extension."""
     if not INSTRUCTION_SETS:
         return None
+    best = min(alternate([reading(size)], 1)[0].median for _ in range(repeats))
+    return size / best / 1e9
+
+
+def reading(size: int) -> Callable[[], object]:
+    """What reads `size` bytes of memory once, by the extension."""
     data = torch.empty(size + 64, dtype=torch.uint8)
     data.fill_(1)
     data = data[-data.data_ptr() % 64 :][:size]
-    best = min(alternate([lambda: native.stream(data)], 1)[0].median for _ in range(repeats))
-    return size / best / 1e9
+    return lambda: native.stream(data)
 
 
 @torch.no_grad()

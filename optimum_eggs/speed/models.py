@@ -20,11 +20,15 @@ from ..hf.loading import check_weights, load_config, load_model
 from ..measure import devices_of
 from ..memory import enough_memory
 from ..nn import packed_layers
+from ..ops import INSTRUCTION_SETS
+from .layers import reading
 from .parts import TokenParts, time_parts
 from .timing import Seconds, alternate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_READ = 1 << 29  # bytes that tell the memory's speed
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ def time_models(
     prefills = [partial(_prefill, *pair) for pair in zip(models, prompts, strict=True)]
     decodes = [partial(_decode, *pair, new_tokens) for pair in zip(models, starts, strict=True)]
     devices = set().union(*map(devices_of, models))  # transformers' own quantizers choose theirs
-    prefill, decode = (alternate(runs, repeats, devices=devices) for runs in (prefills, decodes))
+    memory = [reading(_READ)] if INSTRUCTION_SETS else []  # in turn with decoding: a shared machine's speed changes
+    prefill, decode = (alternate(runs, repeats, devices=devices) for runs in (prefills, [*decodes, *memory]))
+    bandwidth = _READ / decode.pop().median if memory else None
     return [
         ModelTiming(
             str(folder),
@@ -108,7 +114,7 @@ def time_models(
             sequences * new_tokens / second.median,
             grown,
             _weight_bytes(model),
-            time_parts(model, second.median / new_tokens, start, max(repeats, 10)),
+            time_parts(model, second.median / new_tokens, start, max(repeats, 10), bandwidth),
         )
         for folder, model, is_packed, start, first, second, grown in zip(
             folders, models, packed, starts, prefill, decode, resident, strict=True

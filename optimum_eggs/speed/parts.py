@@ -21,7 +21,8 @@ class TokenParts:
 
     `matrices` is that of the linear layers of the blocks, `head` that of the output head; the `rest` of the `step` is
     norms, attention, the cache, sampling and Python, and the experts of a mixture, which are no linear layers. `read`
-    is how many bytes of weights all of these layers hold, each tensor once.
+    is how many bytes of weights all of these layers hold, each tensor once, and `limit` the share of the step in which
+    the memory gives them; None without the extension, which reads it.
     """
 
     step: float
@@ -29,14 +30,15 @@ class TokenParts:
     head: float
     rest: float
     read: int
+    limit: float | None
 
 
 @torch.no_grad()
-def time_parts(model: Any, step: float, tokens: Tensor, repeats: int) -> TokenParts:
+def time_parts(model: Any, step: float, tokens: Tensor, repeats: int, bandwidth: float | None) -> TokenParts:
     """Time the linear layers of `model` on what they get when it reads `tokens` (sequences, 1), of a `step` known.
 
     All are called from Python in the order in which the model calls them, `repeats` times, so that each finds its
-    weights in memory as it does in decoding.
+    weights in memory as it does in decoding. `bandwidth` is the memory's, in bytes per second.
     """
     calls: list[tuple[nn.Module, Callable[[], object]]] = []
 
@@ -54,8 +56,10 @@ def time_parts(model: Any, step: float, tokens: Tensor, repeats: int) -> TokenPa
     runs = [partial(_call, [call for module, call in calls if (module is head) == last]) for last in (False, True)]
     matrices, last = alternate(runs, repeats, devices=devices_of(model))
     held = {part.data_ptr(): part.nbytes for module, _ in calls for part in (*module.parameters(), *module.buffers())}
-    rest = step - matrices.median - last.median
-    return TokenParts(step, matrices.median, last.median, rest, sum(held.values()))
+    read, rest = sum(held.values()), step - matrices.median - last.median
+    return TokenParts(
+        step, matrices.median, last.median, rest, read, None if bandwidth is None else read / bandwidth / step
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:

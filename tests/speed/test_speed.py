@@ -93,6 +93,7 @@ def test_models_are_timed_in_turn(packed_folder, dense_folder):
         assert of_step.step == pytest.approx(model.decode.median / 3)
         assert of_step.matrices + of_step.head + of_step.rest == pytest.approx(of_step.step)
         assert min(of_step.matrices, of_step.head) > 0
+        assert (of_step.limit is not None) == bool(INSTRUCTION_SETS)
 
 
 def test_speeds_are_those_of_all_sequences(dense_folder):
@@ -105,7 +106,7 @@ def test_linear_layers_are_called_again_as_the_model_calls_them(packed_folder, m
     model = load_model(packed_folder).eval()
     once, runs = [], []
     monkeypatch.setattr(parts, "alternate", lambda given, *more, **other: runs.extend(given) or alternate(given, 1))
-    found = parts.time_parts(model, 1.0, torch.tensor([[1], [2]]), 1)
+    found = parts.time_parts(model, 0.5, torch.tensor([[1], [2]]), 1, 100.0)
     for name, module in model.named_modules():
         module.register_forward_hook(lambda module, given, out, name=name: once.append((name, given[0].shape)))
     for run in runs:
@@ -115,6 +116,7 @@ def test_linear_layers_are_called_again_as_the_model_calls_them(packed_folder, m
     assert once[-1] == ("lm_head", (2, 1, model.config.hidden_size))
     weights = [tensor for name in linear for tensor in model.get_submodule(name).state_dict().values()]
     assert found.read == sum(tensor.nbytes for tensor in weights)
+    assert found.limit == pytest.approx(found.read / 100.0 / 0.5)
 
 
 def test_only_packed_models_decode_compiled(packed_folder, dense_folder, monkeypatch):

@@ -153,8 +153,14 @@ INLINE void order(const nm_problem *p, const nm_skip_memory *s, int64_t r0, int6
             const char *v = (const char *)p->values + ((r0 + r) * p->width / 2 + skipped) * 4;
             const uint8_t *bits = p->meta + (r0 + r) * nm_meta_width(p->in) + column / 8;
             uint8_t last[SKIP_SPAN / 8] = {0};
-            for (int i = 0; i < of_span * 4; i += 64) _mm_prefetch(v + of_span * 4 + i, _MM_HINT_T1);
-            _mm_prefetch((const char *)bits + SKIP_SPAN / 8, _MM_HINT_T1);
+            // The lines of the next span, which begins in the last of this one unless the file happens to align rows.
+            for (int i = 63; i < of_span * 4; i += 64) _mm_prefetch(v + of_span * 4 + i, _MM_HINT_T1);
+            if (column == 0) {  // and of rows to come, whose first span no span before it asks for
+                const char *below = v + 8 * p->width * 2;
+                for (int i = 0; i < of_span * 4 + 64; i += 64) _mm_prefetch(below + i, _MM_HINT_T0);
+                _mm_prefetch((const char *)bits + 8 * nm_meta_width(p->in), _MM_HINT_T0);
+            }
+            _mm_prefetch((const char *)bits + 2 * SKIP_SPAN / 8 - 1, _MM_HINT_T1);
             if (left == of_span) {
                 from = v;
             } else {

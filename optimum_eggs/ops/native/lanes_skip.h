@@ -61,7 +61,8 @@ TARGET static void skip_order(const nm_problem *p, const nm_skip_memory *s, int6
                 for (int i = 0; i < 8; i++) places[n + i] = (uint16_t)(skip_places[bits[byte]][i] + byte * 8 * SKIP_LINE);
                 n += __builtin_popcount(bits[byte]);
             }
-            for (int64_t i = 0; i < slots * 4; i += 64) lanes_prefetch((const char *)(v + SKIP_SPAN / p->m * p->n) + i);
+            const char *ahead = (const char *)(v + SKIP_SPAN / p->m * p->n);
+            for (int64_t i = 0; i < slots * 4; i += 64) lanes_prefetch(ahead + nm_min(i + 63, slots * 4 - 1));
             memcpy(to, v, (size_t)left * 4);
             memcpy(at, places, (size_t)slots * 2);
             for (int64_t i = left; i < slots; i++) {

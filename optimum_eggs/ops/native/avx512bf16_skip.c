@@ -153,14 +153,8 @@ INLINE void order(const nm_problem *p, const nm_skip_memory *s, int64_t r0, int6
             const char *v = (const char *)p->values + ((r0 + r) * p->width / 2 + skipped) * 4;
             const uint8_t *bits = p->meta + (r0 + r) * nm_meta_width(p->in) + column / 8;
             uint8_t last[SKIP_SPAN / 8] = {0};
-            // The lines of the next span, which begins in the last of this one unless the file happens to align rows.
-            for (int i = 63; i < of_span * 4; i += 64) _mm_prefetch(v + of_span * 4 + i, _MM_HINT_T1);
-            if (column == 0) {  // and of rows to come, whose first span no span before it asks for
-                const char *below = v + 8 * p->width * 2;
-                for (int i = 0; i < of_span * 4 + 64; i += 64) _mm_prefetch(below + i, _MM_HINT_T0);
-                _mm_prefetch((const char *)bits + 8 * nm_meta_width(p->in), _MM_HINT_T0);
-            }
             _mm_prefetch((const char *)bits + 2 * SKIP_SPAN / 8 - 1, _MM_HINT_T1);
+            if (column == 0) _mm_prefetch((const char *)bits + 8 * nm_meta_width(p->in), _MM_HINT_T0);
             if (left == of_span) {
                 from = v;
             } else {
@@ -179,10 +173,15 @@ INLINE void order(const nm_problem *p, const nm_skip_memory *s, int64_t r0, int6
     }
 }
 
-// Adds a block to the sums of `rows` rows, `count` of them at a time.
+// Adds a block to the sums of `rows` rows, `count` of them at a time, and asks for 64 bytes of each row `ahead`.
 INLINE void multiply(const int32_t *values, const uint16_t *where, const char *lines, float *sums, int64_t rows, int slots,
-                     int count, int tiles) {
+                     int count, int tiles, const char *ahead, int64_t stride) {
     for (int64_t r = 0; r < rows; r += count, values += count * slots, where += count * slots, sums += count * PASS) {
+        if (ahead)
+            for (int i = 0; i < count; i++, ahead += stride) {  // two lines, unless the file happens to align them
+                _mm_prefetch(ahead, _MM_HINT_T1);
+                _mm_prefetch(ahead + 63, _MM_HINT_T1);
+            }
         __m512 sum[8][TILES];
         for (int i = 0; i < count; i++)
             for (int t = 0; t < tiles; t++) sum[i][t] = _mm512_load_ps(sums + i * PASS + t * SIDE);
@@ -205,10 +204,12 @@ INLINE void span(const nm_problem *p, const nm_skip_memory *s, const char *packe
     const char *pairs = packed + column / 2 * tiles * 64;
     const int32_t *values = s->values;
     const uint16_t *where = s->where;
-    int64_t units = nm_min(SKIP_SPAN, p->in - column) / WIDTH(kind);
+    int64_t units = nm_min(SKIP_SPAN, p->in - column) / WIDTH(kind), of_row = 0;  // bytes that are done
     for (int64_t u = 0; u < units; u += UNITS(kind)) {
         table(pairs + u * WIDTH(kind) / 2 * tiles * 64, s->table + LINE, nm_min(UNITS(kind), units - u), kind, tiles);
-        multiply(values, where, s->table, sums, rows, SLOTS(kind), count, tiles);
+        const char *ahead = s->ahead && of_row % 64 == 0 ? s->ahead + of_row : NULL;
+        multiply(values, where, s->table, sums, rows, SLOTS(kind), count, tiles, ahead, p->width * 2);
+        of_row += SLOTS(kind) * 4;
         values += rows * SLOTS(kind);
         where += rows * SLOTS(kind);
     }

@@ -4,15 +4,19 @@
 #include <string.h>
 
 // `count` rows by the tokens [t0, t0 + tokens).
-static void band(const nm_problem *p, const nm_skipper *with, const nm_skip_memory *s, const char *packed, int64_t r0,
+static void band(const nm_problem *p, const nm_skipper *with, nm_skip_memory *s, const char *packed, int64_t r0,
                  int64_t count, int64_t t0, int64_t tokens) {
     int64_t rows = nm_round_up(count, SKIP_SIDE), passes = (tokens + with->pass - 1) / with->pass;
     memset(s->sums, 0, (size_t)(passes * rows * with->pass) * sizeof(float));
     for (int64_t column = 0; column < p->in; column += SKIP_SPAN) {
         with->order(p, s, r0, count, rows, column);
-        for (int64_t i = 0; i < passes; i++)
+        int64_t row = column + SKIP_SPAN < p->in ? r0 : r0 + count, next = row == r0 ? column + SKIP_SPAN : 0;
+        const char *ahead = (const char *)p->values + (row * p->width + next / p->m * p->n) * nm_size(p->dtype);
+        for (int64_t i = 0; i < passes; i++) {
+            s->ahead = i == 0 && row < p->out ? ahead : NULL;
             with->multiply(p, s, packed + i * with->pass_bytes, s->sums + i * rows * with->pass, rows, column,
                            nm_min(with->pass, tokens - i * with->pass));
+        }
     }
     for (int64_t i = 0; i < passes; i++)
         with->store(p, s->sums + i * rows * with->pass, r0, count, t0 + i * with->pass,

@@ -20,6 +20,7 @@ typedef struct {
     void *values;     // of a span, in order
     uint16_t *where;  // their places
     char *table;      // of the kernel's own
+    const char *ahead;  // values of the span that comes next, of its first row; NULL if they have been asked for
 } nm_skip_memory;
 
 typedef struct {
@@ -30,7 +31,8 @@ typedef struct {
     int band;              // rows, about
     void (*start)(const nm_skip_memory *s);  // once for each thread, or NULL
     void (*pack)(const nm_problem *p, int64_t t0, int64_t tokens, char *to);  // called by all threads, to share it out
-    // A thread calls these for a band of its own: `count` rows from r0, filled up to `rows`.
+    // A thread calls these for a band of its own: `count` rows from r0, filled up to `rows`. `multiply` asks for what
+    // lies `ahead`: memory then works while the processor does.
     void (*order)(const nm_problem *p, const nm_skip_memory *s, int64_t r0, int64_t count, int64_t rows, int64_t column);
     void (*multiply)(const nm_problem *p, const nm_skip_memory *s, const char *packed, float *sums, int64_t rows,
                      int64_t column, int64_t tokens);

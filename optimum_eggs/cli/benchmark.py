@@ -165,8 +165,6 @@ def _shape(timing: Any) -> tuple[int, int, str, str | None]:
 
 def _model_table(models: list[Any], args: argparse.Namespace) -> list[str]:
     """Lines for one model, or for two and their ratio."""
-    from ..ops import INSTRUCTION_SETS
-
     if not models:
         return []
     rows: list[tuple[str, list[float], str]] = [
@@ -179,8 +177,8 @@ def _model_table(models: list[Any], args: argparse.Namespace) -> list[str]:
         ("memory grown by, MB", [model.resident / 1e6 for model in models], ".1f"),
         ("weights, MB", [model.weights / 1e6 for model in models], ".1f"),
     ]
-    if INSTRUCTION_SETS:
-        rows.insert(6, ("share of its bytes' limit", [model.parts.limit for model in models], ".1%"))
+    if None not in (limits := [model.parts.limit for model in models]):
+        rows.insert(6, ("share of its bytes' limit", limits, ".1%"))
     width = max(16, *(len(model.folder) + 2 for model in models))
     lines = ["", f"{'':<28}" + "".join(f"{model.folder:>{width}}" for model in models)]
     if len(models) > 1:

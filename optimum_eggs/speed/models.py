@@ -99,8 +99,10 @@ def time_models(
     prefills = [partial(_prefill, *pair) for pair in zip(models, prompts, strict=True)]
     decodes = [partial(_decode, *pair, new_tokens) for pair in zip(models, starts, strict=True)]
     devices = set().union(*map(devices_of, models))  # transformers' own quantizers choose theirs
-    memory = [reading(_READ)] if INSTRUCTION_SETS else []  # in turn with decoding: a shared machine's speed changes
-    prefill, decode = (alternate(runs, repeats, devices=devices) for runs in (prefills, [*decodes, *memory]))
+    on_cpu = {device.type for device in devices} == {"cpu"}
+    memory = [reading(_READ)] if INSTRUCTION_SETS and on_cpu else []  # in turn: a shared machine's speed changes
+    prefill = alternate(prefills, repeats, devices=devices)
+    decode = alternate([*decodes, *memory], repeats, devices=devices)
     bandwidth = _READ / decode.pop().median if memory else None
     return [
         ModelTiming(

@@ -22,7 +22,7 @@ class TokenParts:
     `matrices` is that of the linear layers of the blocks, `head` that of the output head; the `rest` of the `step` is
     norms, attention, the cache, sampling and Python, and the experts of a mixture, which are no linear layers. `read`
     is how many bytes of weights all of these layers hold, each tensor once, and `limit` the share of the step in which
-    the memory gives them; None without the extension, which reads it.
+    the memory gives them; None on a GPU, and without the extension, which reads it.
     """
 
     step: float

@@ -16,10 +16,10 @@ enum {
 
 // What a thread works in. Rows are those of a band, filled up.
 typedef struct {
-    float *sums;      // (passes, rows, tokens of a pass)
-    void *values;     // of a span, in order
-    uint16_t *where;  // their places
-    char *table;      // of the kernel's own
+    float *sums;        // (passes, rows, tokens of a pass)
+    void *values;       // of a span, in order
+    uint16_t *where;    // their places
+    char *table;        // of the kernel's own
     const char *ahead;  // values of the span that comes next, of its first row; NULL if they have been asked for
 } nm_skip_memory;
 

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..engine.report import update_report
+    from ..errors import ConfigError
     from ..hf.loading import parse_dtype, stored_dtype
     from ..inspection import inspect_checkpoint
     from ..measure import processor
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     from .recording import may_record, recorded
 
     device = chosen_device(args)
+    if args.compile and device.type != "cpu":
+        raise ConfigError(f"--compile is for the CPU, and the models go to {device}; leave it out, or add --device cpu")
     with others_on_stderr():
         found = inspect_checkpoint(args.model)
     found.raise_first("`inspect` lists all")
@@ -92,20 +95,6 @@ def run(args: argparse.Namespace) -> int:
     dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model, args.trust_remote_code)
 
     bandwidth = read_bandwidth()
-    timings = [
-        time_layer(
-            out,
-            inner,
-            NMPattern.parse(pattern),
-            dtype,
-            batch,
-            args.layer_repeats,
-            device=device,
-            coding=None if coding is None else Coding.parse(coding),
-        )
-        for out, inner, pattern, coding in shapes
-        for batch in args.batch
-    ]
     models = []
     if not args.layers_only:
         with others_on_stderr():
@@ -120,6 +109,20 @@ def run(args: argparse.Namespace) -> int:
                 device=device,
                 trust_remote_code=args.trust_remote_code,
             )
+    timings = [
+        time_layer(
+            out,
+            inner,
+            NMPattern.parse(pattern),
+            dtype,
+            batch,
+            args.layer_repeats,
+            device=device,
+            coding=None if coding is None else Coding.parse(coding),
+        )
+        for out, inner, pattern, coding in shapes
+        for batch in args.batch
+    ]
     machine = {
         "processor": processor(),
         "instruction_set": INSTRUCTION_SETS[-1] if INSTRUCTION_SETS else None,

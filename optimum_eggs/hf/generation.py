@@ -12,6 +12,8 @@ from .program import compiled_step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_OURS = "_of_compile_generation"  # an attribute that tells our settings of compilation from a caller's
+
 
 def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model.generate` decode compiled, with a static cache and the attention `eggs`. Changes and returns `model`.
@@ -47,9 +49,12 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    settings = kwargs.get("generation_config") or model.generation_config
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    settings = given or model.generation_config
     own = {"cache", "past_key_values", "cache_implementation", "compile_config"} & kwargs.keys()
-    cached = kwargs.get("use_cache") is not False and getattr(settings, "cache_implementation", None) is None
+    own |= {"compile_config"} if settings.compile_config is not None else set()
+    cached = kwargs.get("use_cache", settings.use_cache) is not False
+    cached &= settings.cache_implementation in (None, "hybrid")  # which transformers takes for None now
     if cached and not own and model.device.type == "cpu":
         kwargs |= {"cache_implementation": "static", "compile_config": _settings()}
     return type(model).generate(model, *args, **kwargs)
@@ -60,12 +65,13 @@ def _settings() -> Any:
 
     settings: Any = CompileConfig(mode="default")
     settings._compile_all_devices = True  # it compiles for accelerators alone otherwise
+    setattr(settings, _OURS, True)
     return settings
 
 
 def _compiled_call(model: Any, compile_config: Any) -> Any:
     """What `generate` decodes with: for a configuration of the caller's, what transformers makes of it."""
-    if compile_config == _settings():
+    if hasattr(compile_config, _OURS):
         return compiled_step(model)
     # What transformers keeps compiled is bound to one model, and a copy of the model has it too.
     if vars(model).get("_compiled_for") != id(model):

@@ -12,8 +12,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import count
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -121,9 +122,9 @@ def compiles_whole(model: nn.Module) -> bool:
 def model_state(model: PreTrainedModel) -> list[Any]:
     """What a program may take for granted of a model, to be compared with `==`.
 
-    These are the attributes of all modules and their configurations: plain values as they are, the code of functions,
-    shapes, strides, dtypes and devices of tensors (a program reads their values where they are), which tensors and
-    modules are the same, and of other objects the class. Nothing in it refers to the model.
+    These are the attributes of all modules and their configurations: plain values as they are, functions by their code
+    and what they hold, shapes, strides, dtypes and devices of tensors (a program reads their values where they are),
+    which tensors and modules are the same, and of other objects the class. Nothing in it refers to the model.
     """
     met: dict[int, int] = {}  # numbers of what may be met twice, in order
     found = []
@@ -140,7 +141,16 @@ def _plain(value: Any, met: dict[int, int]) -> Any:
     if value is None or isinstance(value, _COMPARED_AS_THEY_ARE):
         return value
     if isinstance(value, FunctionType):
-        return value.__code__
+        known = id(value) in met  # it may hold itself
+        which = met.setdefault(id(value), len(met))
+        held = value.__defaults__, value.__kwdefaults__, value.__closure__
+        return which if known else (which, value.__code__, _plain(held, met))
+    if isinstance(value, CellType):
+        return _plain(value.cell_contents, met) if _is_filled(value) else CellType
+    if isinstance(value, partial):
+        return partial, _plain((value.func, value.args, value.keywords), met)
+    if isinstance(value, MethodType):
+        return MethodType, _plain((value.__func__, value.__self__), met)
     if isinstance(value, Tensor):
         strides = value.stride() if value.layout is torch.strided else None
         which = met.setdefault(id(value), len(met))
@@ -159,3 +169,11 @@ def _plain(value: Any, met: dict[int, int]) -> Any:
     if settings is not None and settings.frozen and settings.eq:
         return value  # compared by its fields
     return type(value)
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

@@ -305,7 +305,7 @@ def _measured(report: dict[str, Any]) -> str:
     if speed:
         where = f"{speed['machine']['processor']}, {speed['machine']['threads']} threads"
         ours, *rest = speed["models"]
-        decode = "decode compiled, tokens/s" if ours.get("compiled") else "decode, tokens/s"
+        decode = "decode, tokens/s (packed: compiled)" if ours.get("compiled") else "decode, tokens/s"
         for key, label in (("decode_speed", decode), ("prefill_speed", "prefill, tokens/s")):
             lines.append(f"| {label} | {where} | {ours[key]:.1f} | {f'{rest[0][key]:.1f}' if rest else ''} |")
     return "\n".join(lines) if len(lines) > 2 else ""

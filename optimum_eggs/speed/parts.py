@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..measure import devices_of
 from ..nn import CodedLinear, is_dense_linear, is_packed
+from ..nn.experts import SplitExperts
 from .timing import alternate
 
 
@@ -20,9 +21,9 @@ class TokenParts:
     """What a step that decodes one token for each sequence takes. Times are medians, in seconds.
 
     `matrices` is that of the linear layers of the blocks, `head` that of the output head; the `rest` of the `step` is
-    norms, attention, the cache, sampling and Python, and the experts of a mixture, which are no linear layers. `read`
-    is how many bytes of weights all of these layers hold, each tensor once, and `limit` the share of the step in which
-    the memory gives them; None on a GPU, and without the extension, which reads it.
+    norms, attention, the cache, sampling and Python, and the experts of a mixture, of which each token reads others.
+    `read` is how many bytes of weights all of these layers hold, each tensor once, and `limit` the share of the step in
+    which the memory gives them; None on a GPU, and without the extension, which reads it.
     """
 
     step: float
@@ -45,7 +46,8 @@ def time_parts(model: Any, step: float, tokens: Tensor, repeats: int, bandwidth:
     def seen(module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
         calls.append((module, partial(module, *args, **kwargs)))
 
-    linear = [module for module in model.modules() if _is_linear(module)]
+    experts = {each for module in model.modules() if isinstance(module, SplitExperts) for each in module.modules()}
+    linear = [module for module in model.modules() if _is_linear(module) and module not in experts]
     hooks = [module.register_forward_hook(seen, with_kwargs=True) for module in linear]
     try:
         model(input_ids=tokens, use_cache=True)

@@ -565,6 +565,19 @@ def test_benchmark_in_json(packed_folder):
     assert layers_alone["models"] == []
 
 
+def test_benchmark_times_sequences_and_compiled_generation(packed_folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("optimum_eggs.speed.models.compile_generation", compiled.append)
+    found = json.loads(within("benchmark", packed_folder, *QUICK, "--sequences", 2, "--compile", "--json").stdout)
+    assert (found["models"][0]["sequences"], found["models"][0]["compiled"]) == (2, True)
+    assert len(compiled) == 1
+
+
+def test_benchmark_compiles_on_the_cpu_alone(packed_folder, monkeypatch):
+    monkeypatch.setattr("optimum_eggs.cli.benchmark.chosen_device", lambda args: torch.device("meta"))
+    assert "--compile is for the CPU" in within("benchmark", packed_folder, *QUICK, "--compile", code=2).stderr
+
+
 def test_benchmark_refuses_a_dense_model(dense_folder):
     assert "error: " in within("benchmark", dense_folder, *QUICK, code=2).stderr
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ import torch
 import transformers as t
 from oracles import gaussian
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import gelu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_eggs import EGGSConfig, EGGSPruner, compile_generation
@@ -264,6 +266,49 @@ def test_what_is_no_single_program_is_compiled_in_parts(monkeypatch, caplog):
 
 def plain_mlp(self, x):
     return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def scaled(factor):
+    return lambda x: x * factor
+
+
+def calls_itself():
+    def again(x):
+        return again(x)
+
+    return again
+
+
+def test_a_state_tells_what_functions_hold():
+    model = MODELS["llama"]()
+    functions = [scaled(2.0), scaled(3.0), partial(gelu, approximate="tanh"), partial(gelu), gelu, calls_itself()]
+    functions += [model.model.layers[i].mlp.forward for i in range(2)]
+    states = []
+    for function in [*functions, scaled(2.0)]:
+        model.model.layers[0].mlp.other = function
+        states.append(program.model_state(model))
+    assert states[-1] == states[0]
+    assert all(states[i] != states[j] for i in range(len(functions)) for j in range(i))
+
+
+def test_settings_of_the_callers_are_kept(monkeypatch):
+    model, given = one(), []
+    monkeypatch.setattr(type(model), "generate", lambda self, *args, **options: given.append(options))
+    theirs = t.CompileConfig(mode="default")
+    ids = tiny.make_windows(1, 4)
+    for own in ({"cache_implementation": "dynamic"}, {"use_cache": False}, {"compile_config": theirs}):
+        model.generate(ids, t.GenerationConfig(**own))
+        model.generate(ids, generation_config=t.GenerationConfig(**own))
+        model.generate(ids, **own)
+    assert not any(options.get("cache_implementation") == "static" for options in given)
+    model.generation_config.cache_implementation = "hybrid"  # an older name, of which generate() makes nothing
+    model.generate(ids)
+    model.generate(ids, t.GenerationConfig())
+    assert [options.get("cache_implementation") for options in given[-2:]] == ["static", "static"]
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, settings: "as transformers does")
+    theirs._compile_all_devices = True
+    assert model.get_compiled_call(theirs) == "as transformers does"
+    assert callable(model.get_compiled_call(copy.deepcopy(given[-1]["compile_config"])))
 
 
 def test_positions_by_the_length_so_far_are_no_single_program():

@@ -116,7 +116,7 @@ def test_recovery_and_speed_are_stated(folder):
     assert "| decode, tokens/s | A processor, 2 threads | 43.2 | 26.1 |" in text
     speed["models"][0]["compiled"] = True
     edit(folder, benchmark=speed)
-    assert "| decode compiled, tokens/s | A processor, 2 threads | 43.2 | 26.1 |" in model_card(folder).text
+    assert "| decode, tokens/s (packed: compiled) | A processor, 2 threads | 43.2 | 26.1 |" in model_card(folder).text
 
 
 def test_the_certificate_is_that_of_the_report(folder):

@@ -6,7 +6,7 @@ from optimum_eggs.hf.loading import load_model
 from optimum_eggs.nn import packed_layers
 from optimum_eggs.ops import INSTRUCTION_SETS, force, held
 from optimum_eggs.pattern import NMPattern
-from optimum_eggs.speed import layers, parts, read_bandwidth, time_layer, time_models, timing
+from optimum_eggs.speed import layers, models, parts, read_bandwidth, time_layer, time_models, timing
 from optimum_eggs.speed.timing import alternate
 
 
@@ -96,10 +96,17 @@ def test_models_are_timed_in_turn(packed_folder, dense_folder):
         assert (of_step.limit is not None) == bool(INSTRUCTION_SETS)
 
 
-def test_speeds_are_those_of_all_sequences(dense_folder):
+def test_speeds_are_those_of_all_sequences(dense_folder, monkeypatch):
+    given = set()
+    for name in ("_prefill", "_decode"):
+        run = getattr(models, name)
+        monkeypatch.setattr(
+            models, name, lambda model, ids, *more, run=run: given.add(tuple(ids.shape)) or run(model, ids, *more)
+        )
     (dense,) = time_models([dense_folder], prompt=8, new_tokens=3, repeats=1, sequences=4)
     assert dense.prefill_speed == pytest.approx(4 * 8 / dense.prefill.median)
     assert dense.decode_speed == pytest.approx(4 * 3 / dense.decode.median)
+    assert given == {(1, 2), (4, 8), (4, 1)}  # the first warms up
 
 
 def test_linear_layers_are_called_again_as_the_model_calls_them(packed_folder, monkeypatch):

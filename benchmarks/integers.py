@@ -2,8 +2,9 @@
 
 Every call finds its weight in memory, not in a cache; all take turns of a few calls each; before, each product is
 compared with that of its values, within the bound that is stated of rounded inputs. Prints a Markdown table: medians,
-the ratio of the time of packed bfloat16 (middle half), and the share of this machine's read bandwidth that the weight
-amounts to.
+the ratio of the time of packed bfloat16 (middle half), and the share of the machine's read bandwidth that the weight
+amounts to. The bandwidth is the median of plain reading that takes its turn with the products, since a shared machine's
+memory changes its speed.
 
     OMP_NUM_THREADS=2 python benchmarks/integers.py --tokens 1
 """
@@ -29,13 +30,14 @@ from optimum_eggs.ops.coded_linear import coded_linear, values_of
 from optimum_eggs.ops.dense_linear import dense_linear
 from optimum_eggs.packing import pack
 from optimum_eggs.packing.codes import Coding, store_codes
-from optimum_eggs.speed import read_bandwidth
+from optimum_eggs.speed.layers import reading
 from optimum_eggs.speed.timing import alternate
 from optimum_eggs.update.rounding import nearest
 
 SHAPES = ["4096x4096", "8192x2048", "2048x8192", "11008x4096", "128256x2048"]
 WORKING_SET = 1 << 29  # bytes of dense bfloat16 to go through
 CALLS = 8  # in a turn
+READ = 1 << 27  # bytes of plain reading in a call
 
 
 def through(products: list[Callable[[], object]]) -> Callable[[], object]:
@@ -134,9 +136,9 @@ def measured(out: int, inner: int, pattern: NMPattern, args: argparse.Namespace)
             parts = [(codes.clone(), scale.clone(), None if meta is None else meta.clone()) for _ in range(copies)]
             products[name] = through([partial(coded_product, x, part, rest) for part in parts])
             nbytes[name] = codes.nbytes + scale.nbytes + (0 if meta is None else meta.nbytes)
-        before = read_bandwidth()
+        products["reading"] = reading(READ)
         found = dict(zip(products, alternate(list(products.values()), args.repeats, CALLS), strict=True))
-        after = read_bandwidth()
+        bandwidth = READ / found.pop("reading").median / 1e9
         base = found["packed bfloat16"]
         for name, seconds in found.items():
             rows.append(
@@ -151,7 +153,7 @@ def measured(out: int, inner: int, pattern: NMPattern, args: argparse.Namespace)
                     "low": base.low / seconds.high,
                     "high": base.high / seconds.low,
                     "gigabytes_per_second": nbytes[name] / seconds.median / 1e9,
-                    "read_bandwidth": ((before or 0) + (after or 0)) / 2,
+                    "read_bandwidth": bandwidth,
                 }
             )
     return rows

@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="in each round")
     parser.add_argument("--base", default="dense", help="whose speed ratios are to (default: dense)")
+    parser.add_argument("--marked", nargs="*", default=[], help="rows to mark with * in the table")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--table", type=Path, help="print the table of a file that was written, and measure nothing")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -241,7 +242,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     }
     found |= {key: getattr(args, key) for key in ("windows", "seq_len", "prompt", "new_tokens", "rounds", "repeats")}
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of all programs
-    found |= {"processor": processor(), "threads": threads, "commit": commit()}
+    found |= {"processor": processor(), "threads": threads, "commit": commit(), "marked": args.marked}
     found |= {"parameters": parameters(Path(args.model)), "rows": []}
     rows: dict[str, dict[str, Any]] = {}
     for turn in range(args.rounds):
@@ -281,12 +282,18 @@ def table(found: dict[str, Any], base: str) -> str:
     seconds = {row["name"]: statistics.median(row["decode"]) for row in found["rows"]}
     for row in found["rows"]:
         ratio = f"{seconds[base] / seconds[row['name']]:.2f}" if base in seconds else ""
+        mark = " \\*" if row["name"] in found.get("marked", ()) else ""
         lines.append(
-            f"| {row['name']} | {8 * row['bytes'] / found['parameters']:.2f} | {row['bytes'] / 1e6:.0f} "
+            f"| {row['name']}{mark} | {bits_a_weight(row, found):.2f} | {row['bytes'] / 1e6:.0f} "
             f"| {row['rss'] / 1e6:.0f} | {math.exp(row['loss']):.2f} | {speed(found['prompt'], row['prefill'])} "
             f"| {speed(found['new_tokens'], row['decode'])} | {ratio} |"
         )
     return "\n".join(lines)
+
+
+def bits_a_weight(row: dict[str, Any], found: dict[str, Any]) -> float:
+    """Of a row's file, by the parameters of the dense model."""
+    return 8.0 * row["bytes"] / found["parameters"]
 
 
 def speed(tokens: int, seconds: list[float]) -> str:

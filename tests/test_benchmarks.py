@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_programs_are_measured_in_turn_and_what_is_missing_is_skipped(
         "--json",
         result,
     ]
-    arguments += ["--peers", "dense", "torchao-int8", "--python", f"torchao={sys.executable}"]
+    arguments += ["--peers", "dense", "torchao-int8", "--python", f"torchao={sys.executable}", "--marked", "dense"]
     arguments += ["--windows", 2, "--seq-len", 32, "--prompt", 16, "--new-tokens", 4, "--rounds", 2, "--repeats", 2]
     done = run("peers.py", *arguments)
     if importlib.util.find_spec("torchao") is None:
@@ -195,9 +196,13 @@ def test_programs_are_measured_in_turn_and_what_is_missing_is_skipped(
     assert rows["ours 2:4, compiled"]["loss"] == pytest.approx(rows["ours 2:4"]["loss"], abs=1e-3)
     assert len(rows["dense"]["decode"]) == 4
     assert rows["ours 2:4"]["bytes"] < rows["dense"]["bytes"]
-    assert f"| dense | {8 * rows['dense']['bytes'] / found['parameters']:.2f} |" in done.stdout
+    assert f"| dense \\* | {8 * rows['dense']['bytes'] / found['parameters']:.2f} |" in done.stdout
     again = run("peers.py", dense_folder, "--text", text_file, "--table", result).stdout
     assert again.splitlines()[-2:] == done.stdout.splitlines()[-2:]
+    run("draw_peers.py", result, tmp_path / "out.svg")
+    drawn = [text.text for text in ElementTree.parse(tmp_path / "out.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert {"2:4", "dense"} <= set(drawn)
+    assert drawn.count("2:4") == 1  # compiled it is the same model
 
 
 def test_processes_are_compared(run, dense_folder, text_file, tmp_path):

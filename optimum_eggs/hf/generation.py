@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from ..huge_pages import use_huge_pages
 from . import attention
 from .program import compiled_step
 
@@ -21,7 +22,8 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
     The prompt is read as before. The first token after it waits for the compiler, up to a minute for a model of some
     billions of parameters, and again for another size of the cache or another number of sequences; torch keeps what it
     compiled for later processes. A call that names a cache of its own (`cache_implementation`, `past_key_values`,
-    `use_cache=False`) is not compiled. What is saved is as if this had not been called.
+    `use_cache=False`) is not compiled. What is saved is as if this had not been called. The weights are moved from
+    the file, which is mapped, into memory of their own, in huge pages where the system has them.
 
     Args:
         model: A packed model on the CPU. Of the types that [`KNOWN`][optimum_eggs.hf.attention.KNOWN] lists it gets the
@@ -29,6 +31,7 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ModelError: the model is not packed, or not on the CPU, or transformers cannot compile it.
+        OutOfMemoryError: there is not enough memory for its weights beside what is mapped.
     """
     from .quantizer import EGGSHfQuantizer
 
@@ -43,6 +46,7 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
         raise ModelError(f"transformers cannot compile {type(model).__name__} as a whole; use generate() as it is")
     if model.config.model_type in attention.KNOWN and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.NAME)
+    use_huge_pages(model)
     quantizer.compiles = True
     vars(model).update(generate=partial(_generate, model), get_compiled_call=partial(_compiled_call, model))
     return model

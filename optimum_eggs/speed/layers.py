@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from ..huge_pages import huge_memory
 from ..masks import topn_mask
 from ..ops import INSTRUCTION_SETS, choose, native, nm_linear
 from ..ops.coded_linear import coded_linear
@@ -57,9 +58,7 @@ def read_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float | None:
 
 def reading(size: int) -> Callable[[], object]:
     """What reads `size` bytes of memory once, by the extension."""
-    data = torch.empty(size + 64, dtype=torch.uint8)
-    data.fill_(1)
-    data = data[-data.data_ptr() % 64 :][:size]
+    data = huge_memory(size).fill_(1)
     return lambda: native.stream(data)
 
 

@@ -20,13 +20,13 @@ enum {
 };
 
 // How many bytes before their use values are fetched. The first cache of Intel and of AMD's Zen 5 keeps enough requests
-// in flight; Zen 4's does not, and the second is filled from further away.
-enum { INTEL = 2048, ZEN4 = 8192, ZEN5 = 4096 };
+// in flight; Zen 4's does not: the second is filled from further away, and the first from the second.
+enum { INTEL = 2048, ZEN4 = 8192, ZEN4_NEAR = 1536, ZEN5 = 4096 };
 
 // Fetch what is `scale` times denser than values are.
 INLINE void fetch(const void *from, int scale, int ahead) {
     if (ahead == ZEN4) _mm_prefetch((const char *)from + ahead / scale, _MM_HINT_T1);
-    else _mm_prefetch((const char *)from + ahead / scale, _MM_HINT_T0);
+    _mm_prefetch((const char *)from + (ahead == ZEN4 ? ZEN4_NEAR : ahead) / scale, _MM_HINT_T0);
 }
 
 // The values that follow at the positions of their bits; of a dense weight they are there.

@@ -19,7 +19,8 @@ enum {
     FEW = 2,
     TOKENS = 4,
     CHUNK = 16,    // groups whose scales are multiplied at a time
-    AHEAD = 8192,  // bytes of a row's codes fetched before they are needed
+    AHEAD = 8192,  // bytes of a row's codes fetched into the second cache before they are needed
+    NEAR = 1536,   // and from there into the first
 };
 
 // What is added to codes.
@@ -219,8 +220,10 @@ INLINE void tile(const nm_coded *p, const nm_rows *rows, const nm_rounded *x, fl
         multiply_scales(&s, x, g0, groups, count, t0, tokens, by);
         for (int64_t g = g0; g < last; g++) {
             for (int r = 0; r < count; r++) {
-                for (int64_t i = 0; i < size / LANES * step * bits / 8; i += 64)
+                for (int64_t i = 0; i < size / LANES * step * bits / 8; i += 64) {
                     _mm_prefetch((const char *)s.v[r] + AHEAD + i, _MM_HINT_T1);
+                    _mm_prefetch((const char *)s.v[r] + NEAR + i, _MM_HINT_T0);
+                }
             }
             group_of(&s, size / LANES, count, tokens, step, bits, dense, by, g - g0);
         }

@@ -1,7 +1,7 @@
 """Draw perplexity against bits a weight, as `peers.py --json RESULT` measured. Usage: draw_peers.py RESULT OUT.svg.
 
-A packed model's name says what it is: `ours 2:4 int8 recovered`; those of one pattern, recovered or not, are joined by
-a line. Rows that decode compiled are the same models again, and are left out.
+A packed model's name says what it is, `ours 2:4 int8 recovered`; those of one pattern, recovered or not, are joined by
+a line. What decodes compiled is the same model, and is drawn where it has no row as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,21 @@ class Axes:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (math.log(perplexity) - low) / (high - low)
 
 
+def models(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows by name, each model once."""
+    rows = {row["name"]: row for row in found["rows"]}
+    compiled = {name.removesuffix(", compiled"): row for name, row in rows.items() if name.endswith(", compiled")}
+    return compiled | {name: row for name, row in rows.items() if not name.endswith(", compiled")}
+
+
 def points(found: dict[str, Any], axes: Axes) -> list[Point]:
-    """Of all rows that are not compiled."""
+    """Of all models."""
     result = []
-    for row in found["rows"]:
-        if row["name"].endswith(", compiled"):
-            continue
+    for name, row in models(found).items():
         x, y = axes.across(bits_a_weight(row, found)), axes.down(math.exp(row["loss"]))
-        line, label = None, row["name"].removeprefix("llama.cpp ")
-        if row["name"].startswith("ours "):
-            pattern, *rest = row["name"].split()[1:]
+        line, label = None, name.removeprefix("llama.cpp ")
+        if name.startswith("ours "):
+            pattern, *rest = name.split()[1:]
             line = pattern, "recovered" in rest
             label = " ".join(part for part in (pattern, *rest) if part != "recovered")
         result.append(Point(x, y, label, line))
@@ -92,7 +98,7 @@ def labelled(found: list[Point]) -> list[str]:
         best = min(range(len(boxes)), key=lambda i: (sum(covered(boxes[i], box) for box in taken), i))
         taken.append(boxes[best])
         x, y = inside[best]
-        parts.append(f'<text x="{x:.1f}" y="{y:.1f}">{point.label}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}">{escape(point.label)}</text>')
     return parts
 
 
@@ -115,7 +121,7 @@ def draw(found: dict[str, Any]) -> str:
     perplexities = [math.exp(row["loss"]) for row in found["rows"]]
     first, last = math.floor(min(bits)) - 1, math.ceil(max(bits)) + 1
     axes = Axes((first, last), (min(perplexities) * 0.93, max(perplexities) * 1.06))
-    title = f"{found['model']}: perplexity on {found['text']} against bits a weight of the file"
+    title = escape(f"{found['model']}: perplexity on {found['text']} against bits a weight of the file")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">',
         STYLE,
@@ -125,7 +131,7 @@ def draw(found: dict[str, Any]) -> str:
         x = axes.across(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick}</text>')
-    for tick in (15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000):
+    for tick in (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000):
         if axes.perplexity[0] <= tick <= axes.perplexity[1]:
             y = axes.down(tick)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')

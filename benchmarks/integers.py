@@ -4,7 +4,7 @@ Every call finds its weight in memory, not in a cache; all take turns of a few c
 compared with that of its values, within the bound that is stated of rounded inputs. Prints a Markdown table: medians,
 the ratio of the time of packed bfloat16 (middle half), and the share of the machine's read bandwidth that the weight
 amounts to. The bandwidth is the median of plain reading that takes its turn with the products, since a shared machine's
-memory changes its speed.
+memory changes its speed; in huge pages, which the weights are not in.
 
     OMP_NUM_THREADS=2 python benchmarks/integers.py --tokens 1
 """
@@ -37,7 +37,6 @@ from optimum_eggs.update.rounding import nearest
 SHAPES = ["4096x4096", "8192x2048", "2048x8192", "11008x4096", "128256x2048"]
 WORKING_SET = 1 << 29  # bytes of dense bfloat16 to go through
 CALLS = 8  # in a turn
-READ = 1 << 27  # bytes of plain reading in a call
 
 
 def through(products: list[Callable[[], object]]) -> Callable[[], object]:
@@ -136,9 +135,9 @@ def measured(out: int, inner: int, pattern: NMPattern, args: argparse.Namespace)
             parts = [(codes.clone(), scale.clone(), None if meta is None else meta.clone()) for _ in range(copies)]
             products[name] = through([partial(coded_product, x, part, rest) for part in parts])
             nbytes[name] = codes.nbytes + scale.nbytes + (0 if meta is None else meta.nbytes)
-        products["reading"] = reading(READ)
+        products["reading"] = reading(WORKING_SET)
         found = dict(zip(products, alternate(list(products.values()), args.repeats, CALLS), strict=True))
-        bandwidth = READ / found.pop("reading").median / 1e9
+        bandwidth = WORKING_SET / found.pop("reading").median / 1e9
         base = found["packed bfloat16"]
         for name, seconds in found.items():
             rows.append(

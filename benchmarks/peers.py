@@ -1,6 +1,6 @@
 """Whole models in the programs that a user would pick: size, memory, perplexity and speed, on one machine in one run.
 
-    python benchmarks/peers.py qwen15 --gguf qwen15.gguf --text wiki.test.raw --ours 2:4-int8=out8 2:4-int4=out4
+    python benchmarks/peers.py qwen15 --gguf qwen15.gguf --text wiki.test.raw --ours '2:4 int8=out8' '2:4 int4=out4'
         --python llama=llama/bin/python bitsandbytes=bnb/bin/python
 
 Every program runs a model in processes of its own, by the Python given for it; one that is not installed there is
@@ -204,6 +204,7 @@ def main() -> None:
         return
     if args.table:
         found = json.loads(args.table.read_text())
+        found["marked"] = args.marked or found.get("marked", [])
     else:
         found = measured(args)
     print(f"{found['processor']}, {found['threads']} threads, commit {found['commit']}\n")

@@ -1,7 +1,7 @@
 """Memory in huge pages, and a model's weights in it.
 
-A file is mapped into memory in pages of 4 kB. Decoding reads all weights once for every token; a processor fetches
-ahead within a page alone, and has to look up where each page lies. Pages of 2 MB are five hundred times fewer.
+A file is mapped into memory in small pages, most often of 4 kB. Decoding reads all weights once for every token; what
+fetches ahead in a processor seldom crosses a page, and each has to be looked up. Huge pages are most often of 2 MB.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .errors import OutOfMemoryError, first_line
 
 _LINE = 64  # bytes of a line of the cache
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _TOGETHER = 1 << 28  # bytes in one piece of memory, which is freed with the last tensor in it
 
 
@@ -34,20 +36,25 @@ def huge_memory(size: int) -> Tensor:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, RuntimeError) as error:
         raise OutOfMemoryError(f"there is not enough memory for {size} bytes ({first_line(error)})") from error
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel that knows no huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def use_huge_pages(model: nn.Module) -> None:
-    """Move the weights that `model` has on the CPU into such memory, in place.
+    """Move the weights that `model` has on the CPU into such memory, in place; on Linux alone.
 
-    A quarter of a gigabyte or one tensor is held twice meanwhile; what the system keeps of a file that was mapped, it
-    gives up when it needs the memory. Tensors that share memory with others, or are no plain ones, stay.
+    A quarter of a gigabyte and one tensor are held twice meanwhile. What a file was mapped to, processes share, and the
+    system gives up when it needs the memory; this it does not. Tensors that share memory, with others of the model or
+    with other processes, stay where they are, and so do those that are no plain ones.
 
     Raises:
         OutOfMemoryError: there is not enough memory. Weights that were not reached stay where they were.
     """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
     for piece in _pieces(model):
         starts = [0]
         for tensor in piece:
@@ -60,13 +67,14 @@ def use_huge_pages(model: nn.Module) -> None:
 
 def _pieces(model: nn.Module) -> Iterator[Sequence[Tensor]]:
     """The parameters and buffers to move, each once, in the order of the model."""
-    tensors = [each for each in (*model.parameters(), *model.buffers()) if _is_plain(each)]
-    users = Counter(each.untyped_storage().data_ptr() for each in tensors)
+    plain = [each for each in (*model.parameters(), *model.buffers()) if _is_plain(each)]
+    users = Counter(each.untyped_storage().data_ptr() for each in plain)
     piece: list[Tensor] = []
     size = 0
-    for tensor in tensors:
+    for tensor in plain:
         storage = tensor.untyped_storage()
-        if users[storage.data_ptr()] > 1 or storage.nbytes() != tensor.nbytes:
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0
+        if not whole or users[storage.data_ptr()] > 1 or tensor.is_shared():
             continue
         piece.append(tensor)
         size += tensor.nbytes
@@ -78,6 +86,5 @@ def _pieces(model: nn.Module) -> Iterator[Sequence[Tensor]]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    if type(tensor.data) is not Tensor or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        return False
-    return tensor.is_contiguous() and tensor.numel() > 0
+    known = tensor.dtype.is_floating_point or tensor.dtype in _INTEGERS
+    return type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.layout is torch.strided and known

@@ -1,5 +1,6 @@
 import gc
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,18 @@ from optimum_eggs import compile_generation, huge_pages
 from optimum_eggs.errors import OutOfMemoryError
 from optimum_eggs.huge_pages import huge_memory, use_huge_pages
 
-linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux is asked for huge pages")
+SMAPS = Path("/proc/self/smaps")
+linux = pytest.mark.skipif(
+    not (hasattr(mmap, "MADV_HUGEPAGE") and SMAPS.exists() and "VmFlags" in SMAPS.read_text())
+    or "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""),  # which asks of all memory
+    reason="whether huge pages are asked is not to be seen",
+)
 
 
 def mappings():
     """Address ranges of this process, and their flags."""
     found, here = {}, None
-    with Path("/proc/self/smaps").open() as lines:
+    with SMAPS.open() as lines:
         for line in lines:
             first, *rest = line.split()
             if first == "VmFlags:":
@@ -88,12 +94,33 @@ def test_memory_is_freed_with_the_last_tensor_in_it():
 
 
 def test_tensors_that_share_memory_stay_where_they_are():
-    model, both = nn.Module(), torch.zeros(6)
+    model, both, whole = nn.Module(), torch.zeros(6), torch.zeros(2, 3)
     model.register_buffer("low", both[:4])
     model.register_buffer("high", both[2:])
+    model.first, model.second = nn.Parameter(whole), nn.Parameter(whole)
+    model.register_buffer("turned", whole.t())
+    model.register_buffer("of_all", torch.zeros(5).share_memory_())
     use_huge_pages(model)
     model.low[3] = 1
     assert model.high.tolist() == [0, 1, 0, 0]
+    with torch.no_grad():
+        model.first[1, 0] = 2
+    assert model.second[1, 0] == model.turned[0, 1] == 2
+    assert model.of_all.is_shared()
+
+
+def test_moved_weights_can_be_trained_whatever_the_mode_they_were_moved_in():
+    model = nn.Linear(4, 3)
+    with torch.inference_mode():
+        use_huge_pages(model)
+    model(torch.ones(1, 4)).sum().backward()
+    assert torch.equal(model.weight.grad, torch.ones(3, 4))
+
+
+@linux
+def test_a_kernel_without_huge_pages_gives_common_memory(monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)  # which no kernel knows
+    assert huge_memory(5).tolist() == [0] * 5
 
 
 def test_out_of_memory_is_said_and_leaves_a_whole_model(monkeypatch):

@@ -13,7 +13,7 @@ PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
     ["access", "dtypes", "errors", "imports", "interrupts", "logs", "version"],
     ["devices", "pattern", "measure", "memory", "huge_pages", "ranks", "strict_json", "locks"],
-    ["files"],
+    ["files", "autoload", "startup"],
     ["importance", "packing", "presets", "folders", "runs", "names", "validation"],
     ["ops"],
     ["masks"],

@@ -13,7 +13,7 @@ from ..folders import PUT_IN_PLACE, said_in_place
 from ..interrupts import held_back
 from ..logs import said_once
 from ..memory import on_accelerator
-from . import benchmark, evaluate, export, inspect, pack, prune, push, quantize, recover, report
+from . import benchmark, evaluate, export, inspect, pack, prune, push, quantize, recover, report, startup
 from .arguments import check_model
 from .printing import printed_at_the_end, say, with_stderr
 
@@ -45,7 +45,13 @@ _WRITE_ELSEWHERE = ("evaluate", "benchmark", "report", "push")
 
 def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:
     """The parser of `eggs` and its subcommands."""
-    parser = argparse.ArgumentParser(prog=prog, description="Prune language models to N:M sparsity.")
+    also = "\n".join(f"  {name}  {text}" for name, text in startup.HELP.items()) if prog.startswith("python") else ""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Prune language models to N:M sparsity.",
+        epilog=also and f"and, of Python's start:\n{also}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="{" + ",".join(_SUBCOMMANDS) + "}")
     for name, (module, text) in _SUBCOMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=text)

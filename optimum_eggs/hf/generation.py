@@ -22,8 +22,9 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
     The prompt is read as before. The first token after it waits for the compiler, up to a minute for a model of some
     billions of parameters, and again for another size of the cache or another number of sequences; torch keeps what it
     compiled for later processes. A call that names a cache of its own (`cache_implementation`, `past_key_values`,
-    `use_cache=False`) is not compiled. What is saved is as if this had not been called. The weights are moved from
-    the file, which is mapped, into memory of their own, in huge pages where the system has them.
+    `use_cache=False`) is not compiled. What is saved is as if this had not been called. On Linux the
+    weights are moved from the file, whose mapping processes share, into huge pages of this
+    one.
 
     Args:
         model: A packed model on the CPU. Of the types that [`KNOWN`][optimum_eggs.hf.attention.KNOWN] lists it gets the
@@ -44,9 +45,10 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
         )
     if not model._can_compile_fullgraph or "llama4" in model.config.model_type:  # transformers runs that one eagerly
         raise ModelError(f"transformers cannot compile {type(model).__name__} as a whole; use generate() as it is")
+    if not quantizer.compiles:
+        use_huge_pages(model)
     if model.config.model_type in attention.KNOWN and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.NAME)
-    use_huge_pages(model)
     quantizer.compiles = True
     vars(model).update(generate=partial(_generate, model), get_compiled_call=partial(_compiled_call, model))
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_results_are_right_and_reach_report_page_and_card(
     page = report_page(folder)
     assert "continuation, acc: dense" in page
     assert "continuation, acc: this model" in page
+
+
+@pytest.mark.slow
+def test_the_harness_itself_opens_a_packed_model_under_run(packed_folder, tokenizer, task_folder, tmp_path):
+    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={packed_folder},dtype=float32"]
+    command += ["--tasks", "continuation", "--include_path", task_folder, "--device", "cpu", "--output_path", tmp_path]
+    own = Path(sys.executable).with_name("lm_eval")
+    command = [sys.executable, "-m", "optimum_eggs", "run", own, *command[1:]]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+    (written,) = tmp_path.rglob("results_*.json")
+    questions = [json.loads(line) for line in (task_folder / "continuation.jsonl").read_text().splitlines()]
+    by_hand = accuracy_by_hand(packed_folder, tokenizer, questions)
+    assert json.loads(written.read_text())["results"]["continuation"]["acc,none"] == pytest.approx(by_hand)
 
 
 def test_json_and_text_and_tasks_together(packed_folder, text_file, task_folder, tmp_path, capsys):

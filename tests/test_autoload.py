@@ -105,7 +105,10 @@ def test_a_sitecustomize_that_was_there_still_runs(tmp_path):
 
 def test_exit_codes_and_errors_are_the_commands(tmp_path):
     assert started("-m", "optimum_eggs", "run", "--", sys.executable, "-c", "raise SystemExit(7)").returncode == 7
-    for command, said in (([], "no command is given"), (["no-such-program"], "'no-such-program' is not found")):
+    (tmp_path / "text").write_text("no program")
+    (tmp_path / "text").chmod(0o755)
+    wrong = [([], "no command is given"), (["no-such-program"], "'no-such-program' is not found")]
+    for command, said in [*wrong, ([tmp_path / "text"], "cannot be run")]:
         done = started("-m", "optimum_eggs", "run", *command)
         assert done.returncode == 2
         assert said in done.stderr

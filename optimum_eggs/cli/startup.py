@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import autoload
-from ..errors import ConfigError, EGGSError
+from ..errors import ConfigError, EGGSError, first_line
 from .printing import say
 
 HELP = {
@@ -56,7 +56,10 @@ def _run(command: Sequence[str]) -> int:
         named = f"the command {command[0]!r} is not found" if command else "no command is given"
         raise ConfigError(f"{named}; name a program, as in: python -m optimum_eggs run lm_eval --model hf ...")
     environment = autoload.with_hook(os.environ)
-    if os.name == "posix":  # in place of this process, so that signals and the exit code are the command's
-        sys.stdout.flush()
-        os.execve(program, list(command), environment)
-    return subprocess.run([program, *command[1:]], env=environment, check=False).returncode
+    try:
+        if os.name == "posix":  # in place of this process, so that signals and the exit code are the command's
+            sys.stdout.flush()
+            os.execve(program, list(command), environment)
+        return subprocess.run([program, *command[1:]], env=environment, check=False).returncode
+    except OSError as error:
+        raise ConfigError(f"{program} cannot be run ({first_line(error)}); name a program") from error

@@ -57,32 +57,56 @@ def use_huge_pages(model: nn.Module) -> None:
         return
     for piece in _pieces(model):
         starts = [0]
-        for tensor in piece:
-            starts.append(starts[-1] + -(-tensor.nbytes // _LINE) * _LINE)
+        for run in piece:
+            starts.append(starts[-1] + -(-_size(run) // _LINE) * _LINE)
         memory = huge_memory(starts[-1])
-        for tensor, start in zip(piece, starts, strict=False):
-            room = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, count=tensor.numel(), offset=start)
-            tensor.data = room.view(tensor.shape).copy_(tensor)
+        for run, start in zip(piece, starts, strict=False):
+            for tensor in run:
+                room = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, count=tensor.numel(), offset=start)
+                tensor.data = room.view(tensor.shape).copy_(tensor)
+                start += tensor.nbytes
 
 
-def _pieces(model: nn.Module) -> Iterator[Sequence[Tensor]]:
-    """The parameters and buffers to move, each once, in the order of the model."""
-    plain = [each for each in (*model.parameters(), *model.buffers()) if _is_plain(each)]
-    users = Counter(each.untyped_storage().data_ptr() for each in plain)
-    piece: list[Tensor] = []
+def _size(run: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in run)
+
+
+def _pieces(model: nn.Module) -> Iterator[Sequence[Sequence[Tensor]]]:
+    """The runs to move, those that go into one piece of memory together."""
+    piece: list[list[Tensor]] = []
     size = 0
-    for tensor in plain:
-        storage = tensor.untyped_storage()
-        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0
-        if not whole or users[storage.data_ptr()] > 1 or tensor.is_shared():
-            continue
-        piece.append(tensor)
-        size += tensor.nbytes
+    for run in _runs(model):
+        piece.append(run)
+        size += _size(run)
         if size >= _TOGETHER:
             yield piece
             piece, size = [], 0
     if piece:
         yield piece
+
+
+def _runs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The parameters and buffers to move, each once, in the order of the model; those to lie side by side together.
+
+    These are weights of layers side by side whose rows are alike, and so with all else that is stored by rows: layers
+    of the same inputs, such as q, k and v, are one matrix then.
+    """
+    plain = [each for each in (*model.parameters(), *model.buffers()) if _is_plain(each)]
+    users = Counter(each.untyped_storage().data_ptr() for each in plain)
+    left = {id(each) for each in plain if _is_whole(each) and users[each.untyped_storage().data_ptr()] == 1}
+    for siblings in ([model], *(module.children() for module in model.modules())):
+        runs: dict[object, list[Tensor]] = {}
+        for module in siblings:
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if id(tensor) in left:
+                    left.remove(id(tensor))
+                    runs.setdefault((name, tensor.dtype, tensor.shape[1:]), []).append(tensor)
+        yield from runs.values()
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    storage = tensor.untyped_storage()
+    return tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0 and not tensor.is_shared()
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -85,11 +85,13 @@ def _keep(model: PreTrainedModel, program: _Program) -> None:
 
 
 def _new(state: list[Any], whole: bool) -> _Program:
-    unchecked: Any = {
-        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-        "size_asserts": False,  # a thousand for each token, of tensors whose shapes the guards and the state know
-    }
-    step = torch.compile(_function_of_its_own(), fullgraph=whole, options=unchecked if whole else None)
+    from .joining import JoinProducts  # imports the compiler
+
+    options: Any = {"post_grad_custom_pre_pass": JoinProducts()}
+    if whole:
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        options["size_asserts"] = False  # a thousand for each token, of tensors whose shapes guards and state know
+    step = torch.compile(_function_of_its_own(), fullgraph=whole, options=options)
     return _Program(state, step, whole)
 
 

@@ -1,6 +1,7 @@
 """Operations on packed matrices."""
 
 from . import packed_linear as packed_linear
+from . import packed_linears as packed_linears
 from .attend import attend
 from .layout import gather, spread
 from .library import register

@@ -8,38 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import gaussian
+from products import CASES, DTYPES, OP, arguments, has_kernels
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_eggs import NMLinear, NMPattern
 from optimum_eggs.errors import ShapeError
-from optimum_eggs.nn import CodedLinear
 from optimum_eggs.nn.dense import read_fast
-from optimum_eggs.ops import BACKENDS, INSTRUCTION_SETS, force, native, without_kernels
+from optimum_eggs.ops import BACKENDS, INSTRUCTION_SETS, force, native
 from optimum_eggs.ops.coded_linear import coded_linear
-from optimum_eggs.packing.codes import Coding
-from optimum_eggs.update.rounding import nearest
-
-OP = torch.ops.optimum_eggs.packed_linear
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-has_kernels = pytest.mark.skipif(without_kernels is not None, reason=f"{without_kernels}")
-CASES = ["packed", "int8", "int4", "dense"]
-
-
-def arguments(case, columns=192, rows=33, dtype=torch.float32, bias=True):
-    """All but the input."""
-    dense = torch.nn.Linear(columns, rows, bias=bias, dtype=dtype).requires_grad_(False)
-    dense.weight.data = gaussian(rows, columns, dtype=dtype)
-    if case == "dense":
-        return dense.weight, None, None, dense.bias, 1, 1, 0, 0
-    packed = NMLinear.from_linear(dense, NMPattern(2, 4))
-    if case == "packed":
-        return packed.weight, None, packed.weight_meta, packed.bias, 2, 4, 0, 0
-    coding = Coding(case, 64)
-    codes, scale = nearest(packed.dense_weight().float(), coding)
-    codes = codes[packed.mask()].view(rows, -1)
-    layer = CodedLinear.from_codes(packed, codes, scale, coding)
-    return layer.weight, layer.weight_scale, layer.weight_meta, layer.bias, 2, 4, coding.bits, 64
 
 
 def by_python(x, given):
@@ -198,7 +175,7 @@ def test_a_forked_child_uses_one_thread():
     code = """
 import os, torch
 from oracles import gaussian
-from test_packed_linear import OP, arguments
+from products import OP, arguments
 torch.set_num_threads(2)
 given, x = arguments("packed", 4096, 512), gaussian(2, 4096)
 expected = OP(x, *given)
@@ -207,8 +184,7 @@ if child == 0:
     os._exit(0 if torch.equal(OP(x, *given), expected) else 1)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent)))
+    path = str(Path(__file__).parent.parent)
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60, env=os.environ | {"PYTHONPATH": path}
     )

@@ -1,6 +1,6 @@
-// The kernels as operations of torch, which compiled code calls without Python: `optimum_eggs::packed_linear` and
-// `optimum_eggs::attend`, for the CPU. What a kernel cannot take (too many tokens, a dtype that it does not know, what is
-// not contiguous) goes on to the operation of that name with `_by_python`.
+// The kernels as operations of torch, which compiled code calls without Python: `optimum_eggs::packed_linear`,
+// `packed_linears` of several layers, and `attend`, for the CPU. What a kernel cannot take (too many tokens, a dtype that
+// it does not know, what is not contiguous) goes on to the operation of that name with `_by_python`.
 //
 // It calls torch through the C functions that torch keeps stable across versions, found by name when it is registered: the
 // package needs no headers of torch to be built, and one build serves all versions.
@@ -164,68 +164,91 @@ Tensor make(int64_t dim, const int64_t *sizes, int32_t dtype) {
     return result;
 }
 
-// The arguments, in the order of the schema.
-enum { X, WEIGHT, SCALE, META, BIAS, N, M, BITS, GROUP };
+// What is stored of a layer.
+struct Layer {
+    Known weight, scale, meta, bias;
+};
 
-// X Wᵀ + b, or nullptr where no kernel takes it.
-Tensor product(const Value *stack) {
-    Known x(reinterpret_cast<Tensor>(stack[X])), weight(reinterpret_cast<Tensor>(stack[WEIGHT]));
-    Known scale(optional(stack[SCALE])), meta(optional(stack[META])), bias(optional(stack[BIAS]));
+// X Wᵀ + b: all that layers of the same inputs have in common.
+struct Product {
+    Known x;
+    int64_t n, m, bits, group, in = 0, width = 0, tokens = 1;
     int dtype = 0;
-    while (dtype < NM_DTYPES && kinds.float_[dtype] != x.dtype) dtype++;
-    const nm_isa *isa = dtype < NM_DTYPES ? chosen.isa[dtype] : nullptr;  // read once: another thread may choose otherwise
-    if (!isa || !x.contiguous || x.dim < 1 || weight.dim != 2) return nullptr;
-    auto n = static_cast<int64_t>(stack[N]), m = static_cast<int64_t>(stack[M]);
-    auto bits = static_cast<int64_t>(stack[BITS]), group = static_cast<int64_t>(stack[GROUP]);
-    int64_t in = x.sizes[x.dim - 1], out = weight.sizes[0], tokens = 1;
-    for (int64_t d = 0; d + 1 < x.dim; d++) tokens *= x.sizes[d];
-    if (tokens < 1 || in < 1 || out < 1 || n < 1 || m < n || in % m || (n == m) != !meta.handle) return nullptr;
-    int64_t width = in / m * n;
-    if (meta.handle && !meta.is(kinds.uint8, out, nm_meta_width(in))) return nullptr;
-    if (bias.handle && !(bias.contiguous && bias.dtype == x.dtype && bias.dim == 1 && bias.sizes[0] == out)) return nullptr;
-    if (bits) {
-        if ((bits != 8 && bits != 4) || group < 64 || group % 64 || tokens > chosen.most_coded) return nullptr;
-        if (!scale.handle || !scale.is(kinds.float_[NM_BF16], out, (in + group - 1) / group)) return nullptr;
-        if (!weight.is(bits == 8 ? kinds.int8 : kinds.uint8, out, (width * bits + 7) / 8)) return nullptr;
-    } else {
-        if (!weight.is(x.dtype, out, width)) return nullptr;
-        if (meta.handle ? tokens > chosen.most[dtype] &&
-                              !nm_skips(isa, dtype, in, static_cast<int>(n), static_cast<int>(m))
-                        : tokens < chosen.dense_first[dtype] || tokens > chosen.dense_last[dtype])
-            return nullptr;
+    const nm_isa *isa = nullptr;  // nullptr: no kernel takes it
+
+    Product(Value of, const Value *numbers)
+        : x(reinterpret_cast<Tensor>(of)),
+          n(static_cast<int64_t>(numbers[0])),
+          m(static_cast<int64_t>(numbers[1])),
+          bits(static_cast<int64_t>(numbers[2])),
+          group(static_cast<int64_t>(numbers[3])) {
+        while (dtype < NM_DTYPES && kinds.float_[dtype] != x.dtype) dtype++;
+        if (dtype == NM_DTYPES || !x.contiguous || x.dim < 1 || x.dim > MOST_DIMENSIONS) return;
+        in = x.sizes[x.dim - 1];
+        for (int64_t d = 0; d + 1 < x.dim; d++) tokens *= x.sizes[d];
+        if (tokens < 1 || in < 1 || n < 1 || m < n || in % m) return;
+        if (bits && ((bits != 8 && bits != 4) || group < 64 || group % 64 || tokens > chosen.most_coded)) return;
+        width = in / m * n;
+        const nm_isa *found = chosen.isa[dtype];  // read once: another thread may choose otherwise
+        if (!found) return;
+        bool few = bits || (n < m ? tokens <= chosen.most[dtype] ||
+                                        nm_skips(found, dtype, in, static_cast<int>(n), static_cast<int>(m))
+                                  : tokens >= chosen.dense_first[dtype] && tokens <= chosen.dense_last[dtype]);
+        if (few) isa = found;
     }
-    if (x.dim > MOST_DIMENSIONS) return nullptr;
-    int64_t sizes[MOST_DIMENSIONS];
-    std::copy_n(x.sizes, x.dim, sizes);
-    sizes[x.dim - 1] = out;
-    Tensor result = make(x.dim, sizes, x.dtype);
-    Known y(result);
-    int failed;
-    if (bits) {
-        nm_coded p = {dtype,
-                      static_cast<int>(bits),
-                      x.data,
-                      static_cast<const uint8_t *>(weight.data),
-                      static_cast<const uint16_t *>(scale.data),
-                      static_cast<const uint8_t *>(meta.data),
-                      bias.data,
-                      y.data,
-                      tokens,
-                      out,
-                      in,
-                      width,
-                      group,
-                      static_cast<int>(n),
-                      static_cast<int>(m),
-                      threads()};
-        failed = isa->coded(&p);
-    } else {
+
+    int64_t size() const { return nm_size(dtype); }
+
+    bool takes(const Layer &layer) const {
+        const Known &weight = layer.weight, &scale = layer.scale, &meta = layer.meta, &bias = layer.bias;
+        if (weight.dim != 2 || weight.sizes[0] < 1 || (n == m) != !meta.handle) return false;
+        int64_t out = weight.sizes[0];
+        if (meta.handle && !meta.is(kinds.uint8, out, nm_meta_width(in))) return false;
+        if (bias.handle && !(bias.contiguous && bias.dtype == x.dtype && bias.dim == 1 && bias.sizes[0] == out)) return false;
+        if (!bits) return weight.is(x.dtype, out, width);
+        return scale.handle && scale.is(kinds.float_[NM_BF16], out, (in + group - 1) / group) &&
+               weight.is(bits == 8 ? kinds.int8 : kinds.uint8, out, (width * bits + 7) / 8);
+    }
+
+    // Whether two layers lie in memory as one of the rows of both.
+    bool are_one(const Layer &a, const Layer &b) const {
+        return follows(a.weight, b.weight, bits ? 1 : size()) && follows(a.scale, b.scale, 2) && follows(a.meta, b.meta, 1) &&
+               follows(a.bias, b.bias, size());
+    }
+
+    static bool follows(const Known &a, const Known &b, int64_t size) {
+        if (!a.handle || !b.handle) return a.handle == b.handle;
+        int64_t numbers = 1;
+        for (int64_t d = 0; d < a.dim; d++) numbers *= a.sizes[d];
+        return static_cast<const char *>(a.data) + numbers * size == b.data;
+    }
+
+    int run(const Layer &layer, int64_t out, void *y) const {
+        if (bits) {
+            nm_coded p = {dtype,
+                          static_cast<int>(bits),
+                          x.data,
+                          static_cast<const uint8_t *>(layer.weight.data),
+                          static_cast<const uint16_t *>(layer.scale.data),
+                          static_cast<const uint8_t *>(layer.meta.data),
+                          layer.bias.data,
+                          y,
+                          tokens,
+                          out,
+                          in,
+                          width,
+                          group,
+                          static_cast<int>(n),
+                          static_cast<int>(m),
+                          threads()};
+            return isa->coded(&p);
+        }
         nm_problem p = {dtype,
                         x.data,
-                        weight.data,
-                        static_cast<const uint8_t *>(meta.data),
-                        bias.data,
-                        y.data,
+                        layer.weight.data,
+                        static_cast<const uint8_t *>(layer.meta.data),
+                        layer.bias.data,
+                        y,
                         tokens,
                         out,
                         in,
@@ -233,17 +256,69 @@ Tensor product(const Value *stack) {
                         static_cast<int>(n),
                         static_cast<int>(m),
                         threads()};
-        failed = isa->linear[dtype](&p);
+        return isa->linear[dtype](&p);
     }
-    if (failed) {
-        torch.delete_tensor(result);
-        throw std::bad_alloc();
+};
+
+// The outputs of the layers side by side, or nullptr where no kernel takes them. Neighbours in memory are one product.
+Tensor outputs(const Product &product, const Layer *layers, int count) {
+    if (!product.isa) return nullptr;
+    int64_t total = 0;
+    bool one = true;
+    for (int i = 0; i < count; i++) {
+        if (!product.takes(layers[i])) return nullptr;
+        total += layers[i].weight.sizes[0];
+        one = one && (!i || product.are_one(layers[i - 1], layers[i]));
+    }
+    if (!one && product.tokens > 1) return nullptr;  // a kernel writes whole rows
+    int64_t sizes[MOST_DIMENSIONS], dim = product.x.dim;
+    std::copy_n(product.x.sizes, dim, sizes);
+    sizes[dim - 1] = total;
+    Tensor result = make(dim, sizes, product.x.dtype);
+    char *y = static_cast<char *>(Known(result).data);
+    for (int i = 0, next; i < count; i = next) {
+        int64_t out = layers[i].weight.sizes[0];
+        for (next = i + 1; next < count && product.are_one(layers[next - 1], layers[next]); next++)
+            out += layers[next].weight.sizes[0];
+        if (product.run(layers[i], out, y)) {
+            torch.delete_tensor(result);
+            throw std::bad_alloc();
+        }
+        y += out * product.size();
     }
     return result;
 }
 
+// The arguments, in the order of the schema.
+enum { X, WEIGHT, SCALE, META, BIAS, NUMBERS };
+
+Tensor output(const Value *stack) {
+    const Layer layer = {Known(reinterpret_cast<Tensor>(stack[WEIGHT])), Known(optional(stack[SCALE])),
+                         Known(optional(stack[META])), Known(optional(stack[BIAS]))};
+    return outputs(Product(stack[X], stack + NUMBERS), &layer, 1);
+}
+
 void packed_linear(Value *stack, uint64_t, uint64_t) {
-    replace(stack, product, 2, 3, "optimum_eggs::packed_linear_by_python");
+    replace(stack, output, 2, 3, "optimum_eggs::packed_linear_by_python");
+}
+
+// Of two or three layers: each thing stored is followed by that of the others. There need be no third.
+enum { MOST_LAYERS = 3, WEIGHTS = 1, SCALES = WEIGHTS + MOST_LAYERS, METAS = SCALES + MOST_LAYERS };
+enum { BIASES = METAS + MOST_LAYERS, NUMBERS_OF_ALL = BIASES + MOST_LAYERS };
+
+Tensor outputs_of_all(const Value *stack) {
+    Known third(optional(stack[WEIGHTS + 2]));
+    auto layer = [&](int i, Known weight) {
+        return Layer{weight, Known(optional(stack[SCALES + i])), Known(optional(stack[METAS + i])),
+                     Known(optional(stack[BIASES + i]))};
+    };
+    const Layer layers[MOST_LAYERS] = {layer(0, Known(reinterpret_cast<Tensor>(stack[WEIGHTS]))),
+                                       layer(1, Known(reinterpret_cast<Tensor>(stack[WEIGHTS + 1]))), layer(2, third)};
+    return outputs(Product(stack[X], stack + NUMBERS_OF_ALL), layers, third.handle ? 3 : 2);
+}
+
+void packed_linears(Value *stack, uint64_t, uint64_t) {
+    replace(stack, outputs_of_all, 3, 10, "optimum_eggs::packed_linears_by_python");
 }
 
 enum { Q, K, V, MASK, SCALING };
@@ -361,6 +436,7 @@ PyObject *register_op(PyObject *, PyObject *args) {
     void *registrations;  // for as long as the process lives
     if (torch.library("optimum_eggs", "CPU", __FILE__, __LINE__, &registrations) ||
         torch.implement(registrations, "packed_linear", packed_linear) ||
+        torch.implement(registrations, "packed_linears", packed_linears) ||
         torch.implement(registrations, "attend", attend))
         return PyErr_Format(PyExc_OSError, "torch did not take the operations");
     Py_RETURN_NONE;

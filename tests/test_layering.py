@@ -22,7 +22,7 @@ LAYERS = [
     ["nn"],
     ["calibration"],
     ["engine"],
-    ["hf"],
+    ["hf", "serving"],
     ["pruner", "quantize", "inspection", "evaluation", "speed", "streaming"],
     ["recovery", "sharing", "report"],
     ["cli"],

@@ -1,0 +1,1 @@
+"""Packed models in servers that are not transformers."""

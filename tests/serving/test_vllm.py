@@ -1,0 +1,170 @@
+"""vLLM serves packed models. Run in an environment that has it: docs/sharing.md says how one is made."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers as t
+
+vllm = pytest.importorskip("vllm", reason="needs an environment with vLLM")
+
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.quantization import get_quantization_config  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
+
+from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear, NMPattern  # noqa: E402
+from optimum_eggs.errors import CheckpointError, ModelError  # noqa: E402
+from optimum_eggs.nn import CodedLinear  # noqa: E402
+from optimum_eggs.packing.codes import Coding  # noqa: E402
+from optimum_eggs.serving.vllm import EGGSServingConfig, StoredLinear  # noqa: E402
+from optimum_eggs.update.rounding import nearest  # noqa: E402
+
+SERVING = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": tiny.VOCABULARY,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "untied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=False)),
+}
+LISTS = {"pruned_modules": {"a.q_proj": "2:4", "a.k_proj": "2:4", "a.v_proj": "2:4", "m.experts.0.down_proj": "2:4"}}
+
+
+@pytest.fixture
+def packed(tmp_path, tokenizer):
+    def prune(name, pattern="2:4", **integers):
+        torch.manual_seed(0)
+        pruner = EGGSPruner(MODELS[name]().eval(), tokenizer)
+        settings = EGGSConfig(pattern, num_samples=8, seq_len=16, **integers)
+        pruner.prune(settings, calibration=tiny.make_windows(8, 16))
+        pruner.save_pretrained(tmp_path / "packed")
+        return tmp_path / "packed"
+
+    return prune
+
+
+def serve(folder, text, tmp_path, *options):
+    command = [
+        sys.executable,
+        SERVING,
+        folder,
+        "--text",
+        text,
+        "--prompt",
+        "24",
+        "--new-tokens",
+        "64",
+        "--log",
+        tmp_path / "log",
+    ]
+    nodes = {"VLLM_CPU_SIM_MULTI_NUMA": "1"}  # a processor of one node may be split too
+    done = subprocess.run(
+        [*map(str, command), "--options", *options], capture_output=True, text=True, env=os.environ | nodes
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "integers", "options"),
+    [
+        ("llama", {}, ["--enforce-eager"]),
+        ("qwen2", {}, []),  # compiled
+        ("untied", {}, ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("llama", {"values": "int8", "value_group": 64, "head": "int8"}, ["--enforce-eager"]),
+        (
+            "qwen2",
+            {"values": "int4", "value_group": 64, "head": "int8"},
+            ["--enforce-eager", "--tensor-parallel-size", "2"],
+        ),
+        ("untied", {"values": "int8", "value_group": 64, "head": "int8"}, ["--enforce-eager"]),
+    ],
+)
+def test_greedy_tokens_are_those_of_transformers(packed, text_file, tmp_path, name, integers, options):
+    printed = serve(packed(name, **integers), text_file, tmp_path, *options)
+    assert "those of transformers, 4 x 64" in printed
+
+
+def method(config, kind, prefix):
+    layer = kind.__new__(kind)
+    torch.nn.Module.__init__(layer)
+    return config.get_quant_method(layer, prefix)
+
+
+def test_the_plugin_is_found_and_tells_layers_apart():
+    load_general_plugins()
+    config = get_quantization_config("eggs").from_config(LISTS)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert method(config, LinearBase, "a.qkv_proj").pattern == NMPattern(2, 4)
+    assert isinstance(method(config, LinearBase, "a.o_proj"), UnquantizedLinearMethod)
+    assert config.get_quant_method(torch.nn.Module(), "a") is None
+    with pytest.raises(CheckpointError, match="pruned_modules"):
+        EGGSServingConfig.from_config({})
+
+
+def test_what_it_cannot_hold_as_one_is_refused():
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    lists = LISTS | {
+        "pruned_modules": {key: value for key, value in LISTS["pruned_modules"].items() if key != "a.v_proj"}
+    }
+    config = EGGSServingConfig.from_config(lists)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    with pytest.raises(ModelError, match=r"a\.v_proj dense floats"):
+        method(config, LinearBase, "a.qkv_proj")
+    with pytest.raises(ModelError, match="experts are not served"):
+        method(config, RoutedExperts, "m.experts")
+    assert method(config, RoutedExperts, "other.experts") is None
+
+
+@pytest.mark.parametrize("coding", [None, Coding("int8", 64), Coding("int4", 64)])
+def test_a_layer_computes_what_ours_computes_whole_and_in_parts(coding):
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(256, 48).requires_grad_(False)
+    ours = NMLinear.from_linear(dense, NMPattern(2, 4))
+    if coding is not None:
+        codes, scale = nearest(ours.dense_weight(), coding)
+        ours = CodedLinear.from_codes(ours, codes[ours.mask()].view(48, -1), scale, coding)
+    x = torch.randn(5, 256)
+    whole = fill(StoredLinear(NMPattern(2, 4), coding), ours, slice(None), 256)
+    assert torch.equal(whole(x, ours.bias), ours(x))
+    parts = [fill(StoredLinear(NMPattern(2, 4), coding), ours, slice(s, s + 128), 256) for s in (0, 128)]
+    found = parts[0](x[:, :128], None) + parts[1](x[:, 128:], ours.bias)
+    torch.testing.assert_close(found, ours(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="smaller tensor_parallel_size"):
+        fill(StoredLinear(NMPattern(2, 4), coding), ours, slice(0, 256 // 3), 256)
+    damaged = fill(StoredLinear(NMPattern(2, 4), coding), ours, slice(None), 256)
+    damaged.layer.weight_meta.data[0, 0] = 255
+    with pytest.raises(CheckpointError, match="keeps exactly 2"):
+        damaged.method.process_weights_after_loading(damaged.layer)
+
+
+class fill:  # noqa: N801
+    """A layer of vLLM's that holds the `columns` of `ours`."""
+
+    def __init__(self, method, ours, columns, whole):
+        self.method, self.layer = method, torch.nn.Module()
+        self.layer.prefix = "layer"
+        first, last, _ = columns.indices(whole)
+        method.create_weights(self.layer, last - first, [ours.out_features], whole, ours.out_features, torch.float32)
+        for name, part in self.layer.named_parameters():
+            stored = getattr(ours, name)
+            start = first * stored.shape[1] // whole
+            part.data.copy_(stored[:, start : start + part.shape[1]])
+        method.process_weights_after_loading(self.layer)
+
+    def __call__(self, x, bias):
+        return self.method.apply(self.layer, x, bias)

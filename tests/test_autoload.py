@@ -2,8 +2,12 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -136,3 +140,42 @@ def test_pythons_start_imports_nothing_for_it(bare):
         for environment in ({"PYTHONPATH": ""}, autoload.with_hook({}))
     )
     assert after - before <= {"sitecustomize"}
+
+
+@pytest.mark.slow
+def test_transformers_serves_a_packed_model_and_chats_with_it(packed_folder, tmp_path):
+    pytest.importorskip("uvicorn")
+    transformers = shutil.which("transformers", path=Path(sys.executable).parent)
+    folder = shutil.copytree(packed_folder, tmp_path / "packed")
+    (folder / "chat_template.jinja").write_text("{% for each in messages %}{{ each['content'] }}{% endfor %}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
+    where = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "optimum_eggs", "run", transformers, "serve", str(folder), *where]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
+        try:
+            answers(url, server)
+            asked = {"model": str(folder), "prompt": "what follows", "max_tokens": 4, "temperature": 0}
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert json.load(answer)["usage"]["completion_tokens"] > 0
+            chat = [transformers, "chat", str(folder), url, "max_new_tokens=4", "do_sample=False"]
+            done = subprocess.run(chat, input="what follows\n!exit\n", capture_output=True, text=True, timeout=120)
+            assert "tokens in" in done.stdout, done.stdout + done.stderr
+        finally:
+            server.terminate()
+    assert "MISMATCH" not in log.read_text()
+
+
+def answers(url, server):
+    for _ in range(600):
+        assert server.poll() is None
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(url)

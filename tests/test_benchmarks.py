@@ -373,3 +373,10 @@ def test_launches_waits_and_bytes_are_counted_in_the_code(script):
     assert sum(work.wait for work in after) + 6 == cost.AFTER_LAYER
     # at least: the score read twice, written and read once as groups; all by torch
     assert found.project.bandwidth > 16
+
+
+def test_what_is_handed_on_is_judged_on_the_same_tokens(run, packed_folder, text_file):
+    sizes = ["--windows", 2, "--seq-len", 32]
+    printed = run("handing_on.py", packed_folder, "--text", text_file, *sizes).stdout.splitlines()
+    assert [line.split("  ")[0] for line in printed[1:]] == ["packed, here", "dense, transformers"]
+    assert abs(float(printed[2].split()[-1]) - 1) < 1e-3

@@ -55,6 +55,8 @@ def main() -> None:
             worker = [python, __file__, path, "--text", args.text, "--worker", kind, "--ids", ids]
             done = subprocess.run([*map(str, worker)], capture_output=True, text=True, check=False)
             if done.returncode:
+                if not first:
+                    raise SystemExit(done.stderr)
                 print(f"{name} is left out: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
                 continue
             perplexity = exp(float(done.stdout.splitlines()[-1]))

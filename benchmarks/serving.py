@@ -37,7 +37,7 @@ SECONDS_TO_START = 900
 
 def main() -> None:
     args = _arguments()
-    prompts = _prompts(args.packed, args.text, args.prompt, max(args.requests))
+    prompts = _prompts(args.packed, args.text, args.prompt, max(args.compared, *args.requests))
     print(f"{processor()}; prompts of {args.prompt} tokens, {args.new_tokens} new", flush=True)
     with served(args.packed, "float32", args) as url:
         found = [complete(url, prompt, args.new_tokens)["token_ids"] for prompt in prompts[: args.compared]]
@@ -85,6 +85,9 @@ def served(model: str, dtype: str, args: argparse.Namespace) -> Iterator[str]:
     finally:
         with suppress(ProcessLookupError):  # it has ended
             os.killpg(server.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(60)
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 

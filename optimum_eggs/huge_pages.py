@@ -46,9 +46,10 @@ def huge_memory(size: int) -> Tensor:
 def use_huge_pages(model: nn.Module) -> None:
     """Move the weights that `model` has on the CPU into such memory, in place; on Linux alone.
 
-    A quarter of a gigabyte and one tensor are held twice meanwhile. What a file was mapped to, processes share, and the
-    system gives up when it needs the memory; this it does not. Tensors that share memory, with others of the model or
-    with other processes, stay where they are, and so do those that are no plain ones.
+    A quarter of a gigabyte, and the weights of one kind of layers side by side, are held twice meanwhile. What a file
+    was mapped to, processes share, and the system gives up when it needs the memory; this it does not. Tensors that
+    share memory, with others of the model or with other processes, stay where they are, and so do those that are no
+    plain ones.
 
     Raises:
         OutOfMemoryError: there is not enough memory. Weights that were not reached stay where they were.

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from ..ops import packed_linears
 from ..ops.packed_linears import MOST_LAYERS
 
 
@@ -20,19 +21,23 @@ class JoinProducts(CustomGraphPass):
 
     def uuid(self) -> object:
         """What torch's cache of compiled graphs knows it by."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, packed_linears.__file__))
 
 
 def join_products(graph: fx.Graph) -> None:
     """Put one `packed_linears` in place of several `packed_linear` of the same inputs, in place.
 
-    Those are joined whose weights are inputs of the graph, not computed in it.
+    Those are joined whose weights are inputs of the graph, not computed in it. A graph that takes tensors by places in
+    their memory stays as it is: an output would no longer begin where its memory does.
     """
     single = torch.ops.optimum_eggs.packed_linear.default
+    if graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
+        return
     alike: dict[tuple, list[fx.Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=single):
         x, *stored, n, m, bits, group = node.args
-        if all(each is None or each.op == "placeholder" for each in stored):
+        stands = all(each is None or each.op == "placeholder" for each in stored)
+        if stands and isinstance(node.meta["val"].shape[-1], int):
             alike[x, stored[1] is None, stored[2] is None, n, m, bits, group].append(node)
     for nodes in alike.values():
         for start in range(0, len(nodes) - 1, MOST_LAYERS):

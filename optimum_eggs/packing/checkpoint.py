@@ -68,6 +68,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     packed = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(packed, dict) or packed.get("quant_method") != "eggs":
         raise CheckpointError(f"{path}: has no quantization_config of 'eggs': this model is not packed; prune it first")
+    check_version(packed, path)
+    return packed
+
+
+def check_version(packed: Mapping[str, Any], path: str | Path = "config.json") -> None:
+    """Check the version of a `quantization_config`, which is of the file `path`.
+
+    Raises:
+        CheckpointError: it is not known here, or is not that of what is listed.
+    """
     version = packed.get("format_version")
     if isinstance(version, bool) or version not in (FLOAT_VERSION, FORMAT_VERSION):
         raise CheckpointError(
@@ -80,7 +90,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{path}: format_version={version} {listed} coded_modules, which are of version {FORMAT_VERSION}; "
             f"{_PRUNE_AGAIN}"
         )
-    return packed
 
 
 def pruned_patterns(config: Mapping[str, Any]) -> dict[str, NMPattern]:

@@ -1,5 +1,7 @@
 """Layers of the same inputs are one call in what is compiled, and nothing else is."""
 
+import mmap
+
 import pytest
 import tiny
 import torch
@@ -57,6 +59,15 @@ def test_weights_that_are_computed_stay_alone():
     assert len(graph.find_nodes(op="call_function", target=SINGLE)) == 2
 
 
+def test_a_graph_that_reads_by_places_in_memory_stays_as_it_is():
+    graph, _ = graph_of([("x", "a"), ("x", "b")])
+    first, _ = graph.find_nodes(op="call_function", target=SINGLE)
+    with graph.inserting_after(first):
+        graph.call_function(torch.ops.aten.as_strided.default, (first, (2, 3), (3, 1), 0))
+    join_products(graph)
+    assert len(graph.find_nodes(op="call_function", target=SINGLE)) == 2
+
+
 def test_other_patterns_stay_apart():
     graph, _ = graph_of([("x", "a"), ("x", "b")])
     first, _ = graph.find_nodes(op="call_function", target=SINGLE)
@@ -89,15 +100,16 @@ def test_a_compiled_model_calls_for_q_k_v_and_gate_up_once(monkeypatch, values):
     expected = model.generate(ids, **greedy)
     assert torch.equal(compile_generation(model).generate(ids, **greedy), expected)
     assert counts[0][1] == 2 * 2  # of two layers: q, k, v; gate, up
-    assert counts[0][0] <= 2 * 2 + 1  # o, down; the head, where a kernel multiplies it
+    assert counts[0][0] in (2 * 2, 2 * 2 + 1)  # o, down; the head, where a kernel multiplies it
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="weights are moved on Linux alone")
 def test_neighbours_are_one_matrix_in_huge_pages():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
             self.q, self.k = nn.Linear(24, 5), nn.Linear(24, 3)
-            self.o = nn.Linear(16, 24)
+            self.o, self.other = nn.Linear(24, 16), nn.Linear(16, 24)
 
     torch.manual_seed(0)
     layer = Attention()

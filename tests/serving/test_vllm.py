@@ -20,7 +20,7 @@ from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear, NMPattern  # noqa: E4
 from optimum_eggs.errors import CheckpointError, ModelError  # noqa: E402
 from optimum_eggs.nn import CodedLinear  # noqa: E402
 from optimum_eggs.packing.codes import Coding  # noqa: E402
-from optimum_eggs.serving.vllm import EGGSServingConfig, StoredLinear  # noqa: E402
+from optimum_eggs.serving.vllm_layers import EGGSServingConfig, StoredLinear  # noqa: E402
 from optimum_eggs.update.rounding import nearest  # noqa: E402
 
 SERVING = Path(__file__).parents[2] / "benchmarks" / "serving.py"
@@ -39,7 +39,7 @@ MODELS = {
     "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "untied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=False)),
 }
-LISTS = {"pruned_modules": {"a.q_proj": "2:4", "a.k_proj": "2:4", "a.v_proj": "2:4", "m.experts.0.down_proj": "2:4"}}
+LISTS = {"format_version": 1, "pruned_modules": {"a.q_proj": "2:4", "a.k_proj": "2:4", "a.v_proj": "2:4"}}
 
 
 @pytest.fixture
@@ -112,22 +112,19 @@ def test_the_plugin_is_found_and_tells_layers_apart():
     assert isinstance(method(config, LinearBase, "a.o_proj"), UnquantizedLinearMethod)
     assert config.get_quant_method(torch.nn.Module(), "a") is None
     with pytest.raises(CheckpointError, match="pruned_modules"):
-        EGGSServingConfig.from_config({})
+        EGGSServingConfig.from_config({"format_version": 1})
+    with pytest.raises(CheckpointError, match="format_version=3"):
+        EGGSServingConfig.from_config(LISTS | {"format_version": 3})
 
 
 def test_what_it_cannot_hold_as_one_is_refused():
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    lists = LISTS | {
-        "pruned_modules": {key: value for key, value in LISTS["pruned_modules"].items() if key != "a.v_proj"}
-    }
-    config = EGGSServingConfig.from_config(lists)
+    some = {name: pattern for name, pattern in LISTS["pruned_modules"].items() if name != "a.v_proj"}
+    config = EGGSServingConfig.from_config(LISTS | {"pruned_modules": some})
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     with pytest.raises(ModelError, match=r"a\.v_proj dense floats"):
         method(config, LinearBase, "a.qkv_proj")
     with pytest.raises(ModelError, match="experts are not served"):
-        method(config, RoutedExperts, "m.experts")
-    assert method(config, RoutedExperts, "other.experts") is None
+        EGGSServingConfig.from_config(LISTS | {"pruned_modules": {"model.layers.0.mlp.experts.0.up_proj": "2:4"}})
 
 
 @pytest.mark.parametrize("coding", [None, Coding("int8", 64), Coding("int4", 64)])
@@ -152,6 +149,42 @@ def test_a_layer_computes_what_ours_computes_whole_and_in_parts(coding):
         damaged.method.process_weights_after_loading(damaged.layer)
 
 
+def test_what_is_missing_or_of_another_kind_is_refused():
+    """vLLM's own loaders cast dtypes, cut widths, and leave what they do not find as the memory was."""
+    dense = torch.nn.Linear(256, 48, bias=False).requires_grad_(False)
+    packed = NMLinear.from_linear(dense, NMPattern(2, 4))
+    codes, scale = nearest(packed.dense_weight(), Coding("int8", 64))
+    codes = codes[packed.mask()].view(48, -1)
+    stored = {"weight": codes, "weight_meta": packed.weight_meta, "weight_scale": scale}
+    for name, wrong, why in (
+        ("weight", codes.float(), "must have 128 columns of torch.int8"),
+        ("weight_meta", packed.weight_meta.to(torch.int8), "must have 32 columns of torch.uint8"),
+        ("weight_scale", torch.cat([scale, scale], 1), "must have 4 columns of floats"),
+        ("weight_scale", None, "weight_scale is missing"),
+    ):
+        with pytest.raises(CheckpointError, match=why):
+            loaded(StoredLinear(NMPattern(2, 4), Coding("int8", 64)), stored | {name: wrong}, [48])
+    loaded(StoredLinear(NMPattern(2, 4), Coding("int8", 64)), stored, [48])
+    with pytest.raises(CheckpointError, match="weight is missing"):  # the second of two parts
+        loaded(StoredLinear(NMPattern(2, 4), Coding("int8", 64)), stored, [24, 24], "q")
+
+
+def loaded(method, stored, rows, *part):
+    """A layer of vLLM's, as its loader fills it."""
+    layer = torch.nn.Module()
+    layer.prefix = "layer"
+
+    def load(parameter, given, *part):
+        parameter.data.copy_(given)
+
+    method.create_weights(layer, 256, rows, 256, sum(rows), torch.float32, weight_loader=load)
+    for name, given in stored.items():
+        if given is not None:
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, given, *part)
+    method.process_weights_after_loading(layer)
+
+
 class fill:  # noqa: N801
     """A layer of vLLM's that holds the `columns` of `ours`."""
 
@@ -159,11 +192,15 @@ class fill:  # noqa: N801
         self.method, self.layer = method, torch.nn.Module()
         self.layer.prefix = "layer"
         first, last, _ = columns.indices(whole)
-        method.create_weights(self.layer, last - first, [ours.out_features], whole, ours.out_features, torch.float32)
+
+        def load(parameter, given):
+            start = first * given.shape[1] // whole
+            parameter.data.copy_(given[:, start : start + parameter.shape[1]])
+
+        rows = ours.out_features
+        method.create_weights(self.layer, last - first, [rows], whole, rows, torch.float32, weight_loader=load)
         for name, part in self.layer.named_parameters():
-            stored = getattr(ours, name)
-            start = first * stored.shape[1] // whole
-            part.data.copy_(stored[:, start : start + part.shape[1]])
+            part.weight_loader(part, getattr(ours, name).detach())
         method.process_weights_after_loading(self.layer)
 
     def __call__(self, x, bias):

@@ -20,6 +20,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 extern "C" {
 #include "attend.h"
@@ -270,21 +271,27 @@ Tensor outputs(const Product &product, const Layer *layers, int count) {
         total += layers[i].weight.sizes[0];
         one = one && (!i || product.are_one(layers[i - 1], layers[i]));
     }
-    if (!one && product.tokens > 1) return nullptr;  // a kernel writes whole rows
     int64_t sizes[MOST_DIMENSIONS], dim = product.x.dim;
     std::copy_n(product.x.sizes, dim, sizes);
     sizes[dim - 1] = total;
     Tensor result = make(dim, sizes, product.x.dtype);
     char *y = static_cast<char *>(Known(result).data);
-    for (int i = 0, next; i < count; i = next) {
-        int64_t out = layers[i].weight.sizes[0];
-        for (next = i + 1; next < count && product.are_one(layers[next - 1], layers[next]); next++)
-            out += layers[next].weight.sizes[0];
-        if (product.run(layers[i], out, y)) {
-            torch.delete_tensor(result);
-            throw std::bad_alloc();
+    try {
+        std::vector<char> apart;  // a kernel writes whole rows, which then go to their places
+        if (!one && product.tokens > 1) apart.resize(product.tokens * total * product.size());
+        for (int i = 0, next; i < count; i = next) {
+            int64_t out = layers[i].weight.sizes[0];
+            for (next = i + 1; next < count && product.are_one(layers[next - 1], layers[next]); next++)
+                out += layers[next].weight.sizes[0];
+            if (product.run(layers[i], out, apart.empty() ? y : apart.data())) throw std::bad_alloc();
+            int64_t bytes = out * product.size();
+            for (int64_t row = 0; !apart.empty() && row < product.tokens; row++)
+                std::memcpy(y + row * total * product.size(), apart.data() + row * bytes, bytes);
+            y += bytes;
         }
-        y += out * product.size();
+    } catch (...) {
+        torch.delete_tensor(result);
+        throw;
     }
     return result;
 }

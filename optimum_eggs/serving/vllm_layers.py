@@ -198,10 +198,14 @@ class StoredLinear(LinearMethodBase):
             logger.warning_once(
                 "Packed layers are dense on %s, for no kernel is known to be faster there.", weight.device.type
             )
-            layer.weight = Parameter(self._dense(layer), requires_grad=False)
-            layer.is_dense = True
-            for name in ("weight_scale", "weight_meta"):
-                layer.register_parameter(name, None)
+            self.make_dense(layer)
+
+    def make_dense(self, layer: Any) -> None:
+        """Hold the dense weight (out, in) in place of what is stored, zeros in place."""
+        layer.weight = Parameter(self._dense(layer), requires_grad=False)
+        layer.is_dense = True
+        for name in ("weight_scale", "weight_meta"):
+            layer.register_parameter(name, None)
 
     def _dense(self, layer: Any) -> Tensor:
         values = layer.weight.data
@@ -252,11 +256,9 @@ class HeadOrEmbedding(UnquantizedEmbeddingMethod):
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """The head reads the weight of the embeddings, whatever it is."""
         stored = embed_tokens.quant_method
-        return (
-            stored.tie_weights(layer, embed_tokens)
-            if isinstance(stored, CodedVocabulary)
-            else super().tie_weights(layer, embed_tokens)
-        )
+        if isinstance(stored, CodedVocabulary):
+            return stored.tie_weights(layer, embed_tokens)
+        return super().tie_weights(layer, embed_tokens)
 
 
 def _load(

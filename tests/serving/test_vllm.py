@@ -141,6 +141,11 @@ def test_a_layer_computes_what_ours_computes_whole_and_in_parts(coding):
     parts = [fill(StoredLinear(NMPattern(2, 4), coding), ours, slice(s, s + 128), 256) for s in (0, 128)]
     found = parts[0](x[:, :128], None) + parts[1](x[:, 128:], ours.bias)
     torch.testing.assert_close(found, ours(x), rtol=1e-4, atol=1e-4)
+    whole.method.make_dense(whole.layer)
+    assert torch.equal(whole.layer.weight, ours.dense_weight())
+    torch.testing.assert_close(
+        whole(x, ours.bias), ours(x), rtol=2e-2, atol=2e-2
+    )  # int8: few inputs are rounded in ours
     with pytest.raises(ModelError, match="smaller tensor_parallel_size"):
         fill(StoredLinear(NMPattern(2, 4), coding), ours, slice(0, 256 // 3), 256)
     damaged = fill(StoredLinear(NMPattern(2, 4), coding), ours, slice(None), 256)

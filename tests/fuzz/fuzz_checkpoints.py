@@ -1,8 +1,10 @@
 """Feed mutated packed checkpoints to `inspect` and to `from_pretrained` with one forward pass.
 
     python tests/fuzz/fuzz_checkpoints.py --runs 20000 --sanitize
+    python tests/fuzz/fuzz_checkpoints.py --runs 20000 --sanitize --format-version 2
 
-A case is its number: the same number makes the same checkpoint, from those of `corpus()`. A worker runs cases one after
+A case is its number: the same number makes the same checkpoint, from those of `corpus()`, or from those of one version
+of the format. A worker runs cases one after
 the other; when it dies, hangs, grows beyond its limit or meets a case that ends in anything but a typed error or a
 right answer, the number is printed, and `--only NUMBER` runs that case alone. `--sanitize` builds the kernels with
 gcc's address and undefined-behaviour sanitizers first.
@@ -73,9 +75,19 @@ class Checkpoint:
         return struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in self.tensors.values())
 
 
-def corpus() -> list[Path]:
-    """Sound checkpoints: of every dtype, of several patterns, with biases, with a transposed layer, of a mixture."""
-    return sorted((Path(__file__).parent / "corpus").iterdir())
+def corpus(version: int | None = None) -> list[Path]:
+    """Sound checkpoints: of every dtype, of several patterns, with biases, with a transposed layer, of a mixture.
+
+    With `version`, those of that version of the format alone.
+    """
+    folders = sorted((Path(__file__).parent / "corpus").iterdir())
+    return [folder for folder in folders if version in (None, format_version(folder))]
+
+
+def format_version(folder: Path) -> int:
+    """The version of the format that a checkpoint says it has."""
+    version: int = json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"]
+    return version
 
 
 def read(folder: Path) -> Checkpoint:
@@ -91,10 +103,10 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(json.loads((folder / "config.json").read_text()), tensors)
 
 
-def mutated(number: int) -> dict[str, bytes]:
+def mutated(number: int, version: int | None = None) -> dict[str, bytes]:
     """The files of case `number`."""
     draw = random.Random(number)
-    found = read(draw.choice(corpus()))
+    found = read(draw.choice(corpus(version)))
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         draw.choice((change_config, change_list, change_tensor, change_tensor, change_bits))(found, draw)
     weights = found.weights()
@@ -324,7 +336,7 @@ def by_rounded_inputs() -> Iterator[None]:
         module.run = plain
 
 
-def work(numbers: range, report: Path) -> None:
+def work(numbers: range, report: Path, version: int | None) -> None:
     """Run cases one after the other; `report` holds the number at hand, and then what became of all."""
     import warnings
 
@@ -344,7 +356,7 @@ def work(numbers: range, report: Path) -> None:
             report.write_text(json.dumps({"case": number, "counts": counts}))
             case = Path(folder) / str(number)
             case.mkdir()
-            for name, data in mutated(number).items():
+            for name, data in mutated(number, version).items():
                 (case / name).write_bytes(data)
             signal.alarm(SECONDS_PER_CASE)
             counts[outcome(case)] += 1
@@ -386,18 +398,19 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20_000)
     parser.add_argument("--only", type=int, metavar="NUMBER", help="run one case in this process")
     parser.add_argument("--sanitize", action="store_true", help="with kernels built with gcc's sanitizers")
+    parser.add_argument("--format-version", type=int, choices=(1, 2), help="mutate checkpoints of this version alone")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(range(int(args.worker[0]), int(args.worker[1])), Path(args.worker[2]))
+        work(range(int(args.worker[0]), int(args.worker[1])), Path(args.worker[2]), args.format_version)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | (sanitized(Path(folder) / "built") if args.sanitize else {})
         first, end = (args.first, args.first + args.runs) if args.only is None else (args.only, args.only + 1)
-        return run(first, end, Path(folder), environment)
+        return run(first, end, Path(folder), environment, args.format_version)
 
 
-def run(first: int, end: int, folder: Path, environment: dict[str, str]) -> int:
+def run(first: int, end: int, folder: Path, environment: dict[str, str], version: int | None) -> int:
     """Run all cases in worker processes, and print what became of them. Returns the exit status."""
     counts: Counter[str] = Counter()
     failed: list[int] = []
@@ -405,6 +418,7 @@ def run(first: int, end: int, folder: Path, environment: dict[str, str]) -> int:
     while start < end:
         stop = min(start + CASES_PER_WORKER, end)
         command = [sys.executable, __file__, "--worker", str(start), str(stop), str(report)]
+        command += [] if version is None else ["--format-version", str(version)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         found = json.loads(report.read_text()) if report.exists() else {"case": start, "counts": {}}
         counts.update(found["counts"])

@@ -19,9 +19,10 @@ def is_fused_experts(module: nn.Module) -> bool:
     That is what its `use_experts_implementation` makes: `gate_up_proj` or `up_proj`, and `down_proj`, with or without
     biases, transposed or not. Experts with a norm of their own behind them are not split.
     """
-    if not hasattr(module, "_apply_gate") or getattr(module, "has_post_expert_norm", True):
+    # Versions of transformers before that norm do not say whether there is one; a norm has weights, in a module below.
+    if not hasattr(module, "_apply_gate") or getattr(module, "has_post_expert_norm", False):
         return False
-    own = dict(module.named_parameters(recurse=False))
+    own = dict(module.named_parameters())
     names = _matrices(module)
     biases = [f"{name}_bias" for name in names] if module.has_bias else []
     return own.keys() == {*names, *biases} and all(own[name].dim() == 3 for name in names)

@@ -146,6 +146,7 @@ def test_an_encoder_decoder_has_no_perplexity(name):
         perplexity(make(name), IDS)
 
 
+@pytest.mark.skipif(not hasattr(t, "ExaoneConfig"), reason="this version of transformers does not know EXAONE")
 @pytest.mark.usefixtures("reference_backend")
 def test_packed_layers_have_their_own_names_in_files_where_transformers_changes_them(tmp_path):
     torch.manual_seed(0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # The tests run in as many processes as there are cores; threads beyond them wait for each other. For what is started.
@@ -23,6 +24,12 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("quick", max_examples=10)
 settings.register_profile("ci", max_examples=40)
 settings.load_profile("quick")  # `--hypothesis-profile` is heeded after this
+
+
+def pytest_configure(config):
+    if version("pandas").startswith("2."):  # the newest for Python 3.10; it lets go of files late
+        late = r"ignore:Exception ignored in. <_io.FileIO \[closed\]>:pytest.PytestUnraisableExceptionWarning"
+        config.addinivalue_line("filterwarnings", late)
 
 
 @pytest.fixture(autouse=True, scope="session")

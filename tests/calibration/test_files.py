@@ -121,6 +121,7 @@ def test_a_plain_file_that_is_blank_is_no_text(way, value, name, tokenizer, here
             " is empty, or holds nothing but white space; give a file with text in it",
         ),
         ("a.json", "[]", " has no rows; give a file with some"),
+        # pandas 3 counts within the field, pandas 2 within the file
         ("a.csv", "text\n", " has no rows below the first line, which names the columns; give a file with some"),
         ("a.jsonl", lines(*[{"text": None}] * 9), ": column 'text' holds null where a text is wanted; leave such rows"),
         ("a.jsonl", lines({"text": "b"}, {"text": None}), ": column 'text' holds null where a text is wanted; leave"),
@@ -256,7 +257,8 @@ def test_what_is_packed_is_called_so(content, message, tokenizer, here):
     ("name", "content", "message"),
     [
         ("a.txt", "caf\xe9 " + TEXT, " cannot be read as UTF-8 text: .*0xe9 in position 3"),
-        ("a.csv", "text\ncaf\xe9\n", r" cannot be read as csv: .*0xe9 in position \d"),
+        # pandas 3 counts within the field, pandas 2 within the file
+        ("a.csv", "text\ncaf\xe9\n", r" cannot be read as csv: .*0xe9 in position (3|8)[:;]"),
         ("a.jsonl", '{"text": "caf\xe9"}\n', r": a text in it is not UTF-8 \(.*0xe9 in position 3"),
     ],
 )

@@ -16,8 +16,8 @@ from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.streaming import prune_checkpoint
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
-DOCUMENTED = Version("5.20")
-"""The oldest transformers whose layers are called what the document calls them."""
+DOCUMENTED = Version("5.24")
+"""The transformers that the document was made with: before it layers may be called otherwise."""
 IDS = tiny.make_windows(2, 8) % 200  # no tokens that stand for images
 
 
@@ -44,7 +44,7 @@ def test_it_is_pruned_in_memory_and_from_disk_and_comes_back(family, tmp_path):
     report = pruner.prune(families.config(family), progress=False)
     expected = outputs(model)
     assert not torch.equal(expected, dense)
-    assert all(layer.relative_error is not None for layer in report.layers)  # each was calibrated
+    assert all(0 < layer.relative_error < 1 for layer in report.layers)  # each was calibrated, and is not all zeros
     pruner.save_pretrained(tmp_path / "memory")
     prune_checkpoint(tmp_path / "dense", tmp_path / "disk", families.config(family), progress=False)
     for folder in ("memory", "disk"):

@@ -4,10 +4,10 @@
     python tests/fuzz/fuzz_checkpoints.py --runs 20000 --sanitize --format-version 2
 
 A case is its number: the same number makes the same checkpoint, from those of `corpus()`, or from those of one version
-of the format. A worker runs cases one after
-the other; when it dies, hangs, grows beyond its limit or meets a case that ends in anything but a typed error or a
-right answer, the number is printed, and `--only NUMBER` runs that case alone. `--sanitize` builds the kernels with
-gcc's address and undefined-behaviour sanitizers first.
+of the format. A worker runs cases one after the other; when it dies, hangs, grows beyond its limit or meets a case that
+ends in anything but a typed error or a right answer, the number is printed, and `--only NUMBER`, with the same
+`--format-version`, runs that case alone. `--sanitize` builds the kernels with gcc's address and undefined-behaviour
+sanitizers first.
 
 What is mutated is what this package reads: the `quantization_config`, the safetensors files to the byte, and the index.
 The rest of config.json says how large a model transformers builds, before this package is asked.

@@ -62,6 +62,8 @@ class EGGSConfig(QuantizationConfigMixin):
         refit_steps: Conjugate gradient steps of the refit.
         damping: Ridge of every solver, relative to the mean diagonal of the Gram matrix.
         permutation: Reorder channels before they are cut into groups, where the order folds into the layer before.
+        rotation: Turn the residual stream, and each value head, into the basis in which a mask loses least, before
+            pruning; the rotation folds into the weights. For models whose norms are RMS norms in front of the layers.
         error_correction: How far, from 0 to 1, each layer makes up for what pruning the layers before it has done to
             its inputs: what it is to come near to is that share of the way from what it gives on them to what the dense
             model's gives.
@@ -111,6 +113,8 @@ class EGGSConfig(QuantizationConfigMixin):
         pruned_modules: The layers pruned: name -> `"n:m"`. Written by the pruner; it is what a loader goes by.
         coded_modules: The modules whose values are integers: name -> their kind and group, such as `"int8:128"`.
             Written as `pruned_modules` is.
+        matrix_norms: Norms whose gains are a matrix, as `rotation` leaves the last one where the head shares the
+            embeddings' weight. Written as `pruned_modules` is.
         format_version: Version of the packed format: 2 where values are integers, else 1.
 
     Raises:
@@ -144,6 +148,7 @@ class EGGSConfig(QuantizationConfigMixin):
         refit_steps: int | None = None,
         damping: float | None = None,
         permutation: bool | None = None,
+        rotation: bool | None = None,
         error_correction: float | None = None,
         block_tuning: int | None = None,
         tuning_lr: float | None = None,
@@ -171,6 +176,7 @@ class EGGSConfig(QuantizationConfigMixin):
         token: str | None = None,
         pruned_modules: Mapping[str, str] | None = None,
         coded_modules: Mapping[str, str] | None = None,
+        matrix_norms: Sequence[str] | None = None,
         format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -192,6 +198,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self._set_coding(values, value_group, rounding, rounding_tuning, head, ignored)
         self.coded_modules = check.modules("coded_modules", coded_modules, Coding.parse, "codings such as 'int8:128'")
         self.pruned_modules = check.modules("pruned_modules", pruned_modules, NMPattern.parse, "patterns such as '2:4'")
+        self.matrix_norms = check.names("matrix_norms", matrix_norms)
         self.format_version = self._version(format_version)
 
         self.calibration = calibration
@@ -239,6 +246,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.refit_steps = check.integer("refit_steps", value["refit_steps"], least=1)
         self.damping = check.number("damping", value["damping"], least=0)
         self.permutation = check.flag("permutation", value["permutation"])
+        self.rotation = check.flag("rotation", value["rotation"])
         self.error_correction = check.number("error_correction", value["error_correction"], least=0, most=1)
         self.block_tuning = check.integer("block_tuning", value["block_tuning"], least=0)
         self.tuning_lr = check.number("tuning_lr", value["tuning_lr"], least=0)
@@ -287,9 +295,10 @@ class EGGSConfig(QuantizationConfigMixin):
             if self.rounding_tuning and not self.tuning_lr:
                 raise ConfigError(f"tuning_lr={self.tuning_lr} with rounding_tuning={steps} would tune nothing")
 
-    def list_modules(self, pruned: Mapping[str, str], coded: Mapping[str, str]) -> None:
+    def list_modules(self, pruned: Mapping[str, str], coded: Mapping[str, str], norms: Sequence[str]) -> None:
         """Take what a model's modules are, in place, in the place of what was listed."""
         self.pruned_modules, self.coded_modules = dict(pruned), dict(coded) or None
+        self.matrix_norms = list(norms) or None
         self.format_version = self._version(None)
 
     def _version(self, stored: int | None) -> int:
@@ -418,7 +427,7 @@ class EGGSConfig(QuantizationConfigMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> EGGSConfig:
         # transformers copies the configuration on the way in; data and tokenizer are shared, not copied.
         twin = copy.copy(self)
-        for name in ("targets", "ignore", "pruned_modules", "coded_modules"):
+        for name in ("targets", "ignore", "pruned_modules", "coded_modules", "matrix_norms"):
             setattr(twin, name, copy.copy(getattr(self, name)))
         return twin
 

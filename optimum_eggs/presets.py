@@ -23,6 +23,7 @@ METHOD: dict[str, Any] = {
     "refit_steps": 15,
     "damping": 0.01,
     "permutation": False,
+    "rotation": False,
     "error_correction": 0.0,
     "block_tuning": 0,
     "tuning_lr": 0.01,

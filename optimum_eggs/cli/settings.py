@@ -16,6 +16,7 @@ _NOT_TO_BE_SET = {
     "tokenizer": "it is an object; the model's own is used",
     "pruned_modules": "the pruner writes it",
     "coded_modules": "the pruner writes it",
+    "matrix_norms": "the pruner writes it",
     "format_version": "it follows from the values",
     "quant_method": "it is this package's",
 }

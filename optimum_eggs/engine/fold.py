@@ -102,6 +102,13 @@ def find_folds(block: nn.Module, prefix: str, names: Iterable[str]) -> list[Fold
     return folds
 
 
+def find_head_folds(block: nn.Module, prefix: str, names: Iterable[str]) -> list[Fold]:
+    """Those of [`find_folds`] that are an attention's, from v to o: all between them is linear, token by token."""
+    modules = dict(block.named_modules(remove_duplicate=False))
+    found = [_attention_fold(modules, prefix, name, _shape(modules[name.removeprefix(prefix)])[1]) for name in names]
+    return [fold for fold in found if fold is not None]
+
+
 def choose_orders(score: Tensor, fold: Fold, pattern: NMPattern) -> Tensor:
     """An order of the channels of each head, by [`channel_order`].
 

@@ -29,6 +29,7 @@ from .left_dense import check_left_dense, chosen_modules, code_left_dense
 from .plan import PrunePlan, make_plan
 from .precision import check_float32
 from .report import PruneReport
+from .rotate import choose_turn, turn_model
 from .tune import check_tunable
 
 logger = logging.getLogger(__name__)
@@ -69,15 +70,22 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
             check_left_dense(model, config)
     plan = make_plan(model, config)
     try:
+        norms: list[str] | None = None
         with Meter(devices_of(model)) as meter:
-            done = prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, windows, meter, progress)
+            blocks = InMemoryBlocks(model, plan.block_list)
+            if config.rotation:
+                with evaluation_mode(model):
+                    turn = choose_turn(model, blocks, plan, config, windows, meter, states_in_memory, progress=progress)
+                turn_model(model, plan, turn)
+                norms = turn.matrix_norms
+            done = prune_blocks(model, blocks, plan, config, windows, meter, progress)
             with meter.stage("left dense"):
                 coded = code_left_dense(model, config)
     except BaseException:
         if not any(isinstance(module, NMLinear) for module in model.modules()):
             join_experts(model)
         raise
-    return make_report(plan, config, windows, done, meter, coded)
+    return make_report(plan, config, windows, done, meter, coded, norms)
 
 
 class Keeper(Protocol):
@@ -110,6 +118,8 @@ def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Rank
         check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
     if config.permutation:
         check_float32(model, "permutation=True")
+    if config.rotation:
+        check_float32(model, "rotation=True")
     chosen_modules(model, config)
 
 
@@ -172,8 +182,9 @@ def make_report(
     done: Sequence[BlockResult],
     meter: Meter,
     left_coded: Mapping[str, str] | None = None,
+    matrix_norms: Sequence[str] | None = None,
 ) -> PruneReport:
-    """The report of a run, from what became of each block, and the codings of what is left dense.
+    """The report of a run, from what became of each block, the codings of what is left dense, and the norms changed.
 
     Raises:
         CalibrationError: no layer was pruned.
@@ -186,9 +197,9 @@ def make_report(
             f"nothing was pruned: {left_dense[-1].name} was {left_dense[-1].reason}; give more text, or name other "
             "`targets`"
         )
+    listed = {"pruned_modules": {layer.name: layer.pattern for layer in layers}, "coded_modules": coded or None}
     report = PruneReport(
-        config=config.to_dict()
-        | {"pruned_modules": {layer.name: layer.pattern for layer in layers}, "coded_modules": coded or None},
+        config=config.to_dict() | listed | {"matrix_norms": matrix_norms},
         layers=layers,
         left_dense=left_dense,
         calibration={"windows": len(windows), "seq_len": windows.shape[1], "sha256": windows_digest(windows)},

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import EGGSConfig
 from ..errors import ModelError
-from ..nn import CodedEmbedding, CodedLinear, NMLinear
+from ..nn import CodedEmbedding, CodedLinear, MatrixNorm, NMLinear
 from ..nn.dense import read_fast
 from ..nn.embedding import TiedCodedLinear
 from ..nn.experts import SplitExperts, join_experts, keep_names
@@ -123,6 +123,7 @@ def unpack_layers(model: PreTrainedModel, dtype: torch.dtype | str | None = None
         if isinstance(layer, CodedEmbedding):
             embeddings[layer] = dense
         model.set_submodule(name, follow(dense, layer))
+    _untie(model)
     join_experts(model, _join)
     cast_parameters(model, dtype)
     model.config.dtype = dtype
@@ -149,6 +150,25 @@ def _dense(layer: NMLinear | CodedLinear | CodedEmbedding, embeddings: Mapping[n
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = shared.get_parameter("weight"), layer.bias
     return linear.train(layer.training)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give a head that shares the embeddings' weight one of its own, which takes in the last norm's matrix."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, MatrixNorm)}
+    head: Any = model.get_output_embeddings()
+    for name, norm in norms.items():
+        with onloaded(norm, head):
+            wide = head.weight.to(torch.float64) @ norm.weight.to(torch.float64)
+            weight = wide.to(head.weight.dtype)
+            plain = norm.to_plain()
+        model.set_submodule(name, follow(plain, norm))
+        untied = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
+        untied.weight, untied.bias = nn.Parameter(weight), head.bias
+        model.set_output_embeddings(follow(untied.train(head.training), head))
+    if norms:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
 
 
 def _check_free(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -26,11 +26,21 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from ..config import QUANT_METHOD, EGGSConfig
 from ..errors import CheckpointError, ConfigError, ModelError, shorten, with_article
 from ..names import hub_id
-from ..nn import CodedEmbedding, CodedLinear, NMLinear, coded_modules, dense_weight, is_dense_linear, packed_layers
+from ..nn import (
+    CodedEmbedding,
+    CodedLinear,
+    MatrixNorm,
+    NMLinear,
+    coded_modules,
+    dense_weight,
+    is_dense_linear,
+    packed_layers,
+)
 from ..nn.dense import is_conv1d
 from ..nn.embedding import TiedCodedLinear
 from ..nn.experts import conversions_for, is_fused_experts, split_experts
-from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors, listed_modules
+from ..nn.norm import rms_eps
+from ..packing.checkpoint import TensorEntry, check_files, check_packed_tensors, listed_modules, read_headers
 from ..packing.codes import Coding
 from ..pattern import NMPattern
 from .attach import attach_quantizer, give_back, take_over, unpack_layers
@@ -103,6 +113,7 @@ class EGGSHfQuantizer(HfQuantizer):
         patterns, kinds = listed_modules(pruned, coded)
         for name, pattern in patterns.items():
             _swap_in(model, modules, name, pattern, kinds.get(name), stored.get(name))
+        _swap_norms(model, modules, self.quantization_config.matrix_norms or [], checkpoint_files)
         for module in model.modules():
             if isinstance(module, CodedLinear | CodedEmbedding):
                 vars(module)["_is_hf_initialized"] = True  # transformers would draw floats for what stays on a disk
@@ -287,6 +298,31 @@ def _swap_in(
     model.set_submodule(name, layer)
     if isinstance(layer, CodedEmbedding):
         _share_with_head(model, dense, layer)
+
+
+def _swap_norms(
+    model: PreTrainedModel, modules: dict[str, nn.Module], listed: list[str], files: list[str] | None
+) -> None:
+    """Replace the norms that config.json lists by empty ones whose gains are a matrix; `files`, if known, must fit."""
+    entries = None if files is None or not listed else read_headers(files)
+    prefix = f"{model.base_model_prefix}."
+    for path in listed:
+        name = next((n for n in (path, path.removeprefix(prefix), prefix + path) if n in modules), None)
+        if name is None or rms_eps(modules[name]) is None:
+            raise CheckpointError(
+                f"{path}: config.json lists it as a norm whose gains are a matrix, and {type(model).__name__} has no "
+                "RMS norm of that name; load the model with the class it was saved from"
+            )
+        made = MatrixNorm.in_place_of(modules[name])
+        if entries is not None:
+            entry = entries.get(f"{path}.weight")
+            if entry is None or entry.shape != made.weight.shape:
+                found = "is missing" if entry is None else f"has shape {entry.shape}"
+                raise CheckpointError(
+                    f"{path}: its weight {found}; config.json lists it as a norm whose gains are a matrix, which must "
+                    f"be {tuple(made.weight.shape)}; download the checkpoint again"
+                )
+        model.set_submodule(name, made)
 
 
 def _empty_linear(

@@ -16,7 +16,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import QUANT_METHOD
-from ..nn import coded_modules, packed_layers
+from ..nn import MatrixNorm, coded_modules, packed_layers
 from .quantizer import EGGSHfQuantizer
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -38,13 +38,16 @@ def _saved_instead(quantizer: EGGSHfQuantizer, state_dict: Any) -> Iterator[None
 def _listed_as_it_is(model: PreTrainedModel, state_dict: Any) -> Iterator[None]:
     """List the layers that are packed in what is saved: the model may have been changed by hand since it was made."""
     config = model.config.quantization_config
-    stored = {key: getattr(config, key) for key in ("pruned_modules", "coded_modules", "format_version")}
+    stored = {
+        key: getattr(config, key) for key in ("pruned_modules", "coded_modules", "matrix_norms", "format_version")
+    }
     pruned = {_WRAPPERS.sub("", name): str(layer.pattern) for name, layer in packed_layers(model).items()}
     coded = {_WRAPPERS.sub("", name): str(module.coding) for name, module in coded_modules(model).items()}
     if state_dict is not None:
         pruned = {name: pattern for name, pattern in pruned.items() if f"{name}.weight_meta" in state_dict}
         coded = {name: coding for name, coding in coded.items() if f"{name}.weight_scale" in state_dict}
-    config.list_modules(pruned, coded)
+    norms = [_WRAPPERS.sub("", name) for name, module in model.named_modules() if isinstance(module, MatrixNorm)]
+    config.list_modules(pruned, coded, norms)
     try:
         yield
     finally:

@@ -197,6 +197,7 @@ def recover(
     settings = _with_seq_len(settings, config)
     if settings.teacher is not None:
         _check_teacher(settings.teacher, model_id, config, trust_remote_code)
+        _check_same_basis(settings, config)
     where = choose_device(device)
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)  # which the Trainer goes by
@@ -347,6 +348,15 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     windows = windows[order]
     count = min(_MOST_HELD_OUT, len(windows) // 2, max(2, round(settings.held_out * len(windows))))
     return windows[count:][:most], windows[:count]
+
+
+def _check_same_basis(settings: RecoverySettings, config: Any) -> None:
+    """Raise if blocks are to be matched whose outputs are in another basis than the teacher's."""
+    if settings.block_matching and config.quantization_config["rotation"]:
+        raise ConfigError(
+            f"block_matching={settings.block_matching}: the model was pruned with rotation=True, so its blocks give "
+            "nothing in the teacher's basis; leave it out"
+        )
 
 
 def _check_teacher(teacher_id: str, model_id: str | Path, config: Any, trust_remote_code: bool) -> None:

@@ -77,13 +77,16 @@ class EGGSServingConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: its version is unknown, or its lists of layers are missing or damaged.
-            ModelError: it lists experts.
+            ModelError: it lists experts, or norms whose gains are a matrix.
         """
         check_version(config)
         patterns, kinds = pruned_patterns(config), codings(config)
         expert = next((name for name in (*patterns, *kinds) if _EXPERT.search(name)), None)
         if expert is not None:
             raise ModelError(f"{expert}: packed experts are not served by vLLM; {_EXPORT}")
+        if config.get("matrix_norms"):
+            norm = config["matrix_norms"][0]
+            raise ModelError(f"{norm}: its gains are a matrix, which vLLM's norms do not know; {_EXPORT}")
         return cls(patterns, kinds)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

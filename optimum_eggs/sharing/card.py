@@ -253,7 +253,8 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
         ]
     else:
         shown = EGGSConfig.from_dict(config).to_dict()  # without the keys of earlier releases
-        del shown["pruned_modules"], shown["coded_modules"], shown["format_version"]
+        for key in ("pruned_modules", "coded_modules", "matrix_norms", "format_version"):
+            del shown[key]
         rounded = report.get("quantization")
         if rounded:  # by a command of its own
             shown |= dict.fromkeys(("values", "value_group", "rounding", "head", "ignored")) | {"rounding_tuning": 0}

@@ -66,7 +66,11 @@ class Journal:
                 self._append(Finished(entry["file"], entry["sha256"], _result(entry["result"]), *took))
         except (NumericalError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s: cannot be read (%s), so the run starts from the beginning", path, error)
-            self.finished, self._entries = [], []
+            self.forget()
+
+    def forget(self) -> None:
+        """Begin from the first block again."""
+        self.finished, self._entries = [], []
 
     def add(self, file: str, result: BlockResult, seconds: float, peak_rss: int) -> None:
         """Record that the next block is finished; its `file` is in the folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from ..config import EGGSConfig
 from ..engine.block import BlockResult
 from ..engine.left_dense import code_tensors, left_dense_codings
 from ..engine.plan import PrunePlan, make_plan
-from ..engine.prune import check_run, make_report, prune_blocks
+from ..engine.prune import check_run, evaluation_mode, make_report, prune_blocks
 from ..engine.report import PruneReport
+from ..engine.rotate import Turn, choose_turn
 from ..engine.run import calibration_windows, name_sources, with_seq_len
 from ..errors import ConfigError, OutputError
 from ..files import REPORT_NAME, sample
@@ -41,6 +42,7 @@ from ..version import __version__
 from .journal import JOURNAL_NAME, Journal
 from .shards import JOINED, Shards
 from .source import DenseSource
+from .turned import read_turn, write_turn
 
 _ASSEMBLED = "assembled"
 
@@ -141,7 +143,11 @@ def prune_checkpoint(
                 stack.callback(_remove_without_blocks, run_folder(work, run))
                 _clear(open_run(work, run, overwrite))
         with ranks.together():
-            keeper = _Keeper(Journal(run_folder(work, run)), source, ranks)
+            found = read_turn(run_folder(work, run)) if config.rotation else None
+            journal = Journal(run_folder(work, run))
+            if config.rotation and found is None:
+                journal.forget()  # its blocks are in a basis that is not known any more
+            keeper = _Keeper(journal, source, ranks, found)
             stream = _stream_bytes(source, config, windows)
             on_disk = budget is not None and stream > budget * ranks.size
             if ranks.first:
@@ -153,6 +159,9 @@ def prune_checkpoint(
         try:
             with Meter([source.device]) as meter:
                 keeper.meter = meter
+                states = (lambda size, device: StatesOnDisk(keeper.journal.folder)) if on_disk else states_in_memory
+                if config.rotation:
+                    source.turn = _turn(source, plan, config, windows, meter, states, keeper, ranks, progress)
                 done = prune_blocks(
                     source.model,
                     source,
@@ -161,12 +170,13 @@ def prune_checkpoint(
                     windows,
                     meter,
                     progress,
-                    (lambda size, device: StatesOnDisk(keeper.journal.folder)) if on_disk else states_in_memory,
+                    states,
                     keeper,
                     ranks,
                 )
             coded = left_dense_codings(source.model, config)
-            report = make_report(plan, config, windows, done, meter, coded)
+            norms = None if source.turn is None else source.turn.matrix_norms
+            report = make_report(plan, config, windows, done, meter, coded, norms)
             report.measurements |= keeper.earlier | {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
             name_sources(report, config.calibration, drawn, source.model)
             with ranks.together():  # and the others end when the output is there
@@ -187,11 +197,33 @@ def prune_checkpoint(
     return report
 
 
+def _turn(
+    source: DenseSource,
+    plan: PrunePlan,
+    config: EGGSConfig,
+    windows: Tensor,
+    meter: Meter,
+    states: Callable[[int, torch.device], MutableSequence[Tensor]],
+    keeper: _Keeper,
+    ranks: Ranks,
+    progress: bool | None,
+) -> Turn:
+    """The rotation of an earlier run that was cut; without one, it is chosen, and kept."""
+    (turn, *_) = ranks.gather(keeper.turn)
+    if turn is None:
+        with evaluation_mode(source.model):
+            turn = choose_turn(source.model, source, plan, config, windows, meter, states, ranks, progress)
+        with ranks.together():
+            if ranks.first:
+                write_turn(keeper.journal.folder, turn)
+    return turn
+
+
 class _Keeper:
     """Writes finished blocks to files of their own, and reads them back."""
 
-    def __init__(self, journal: Journal, source: DenseSource, ranks: Ranks) -> None:
-        self.journal, self.source, self.ranks = journal, source, ranks
+    def __init__(self, journal: Journal, source: DenseSource, ranks: Ranks, turn: Turn | None) -> None:
+        self.journal, self.source, self.ranks, self.turn = journal, source, ranks, turn
         self.meter: Meter | None = None
         self.kept_by_first, self.seconds_before = 0, 0.0
         self.earlier = {

@@ -16,6 +16,7 @@ from ..calibration import BlockList, find_block_list
 from ..calibration.context import text_inputs
 from ..config import QUANT_METHOD
 from ..devices import choose_device
+from ..engine.rotate import Turn
 from ..errors import CheckpointError, ModelError, NumericalError
 from ..hf.loading import model_class, parse_dtype, translated
 from ..names import hub_id
@@ -44,6 +45,7 @@ class DenseSource:
     Attributes:
         model: The model; its weights are on the meta device, but for what is loaded at the moment.
         block_list: Its blocks.
+        turn: The rotation that its weights are turned by as they are loaded, if there is one.
 
     Raises:
         ModelError: there is no such model, or it cannot be built.
@@ -82,6 +84,7 @@ class DenseSource:
         if hub_id(str(model)):
             self.model.config._commit_hash = folder.name  # as the cache names its folders
         self.model.eval()
+        self.turn: Turn | None = None
         self._conversions = conversions_of(self.model)
         fill_buffers(self.model, self.device)
         self.block_list: BlockList = find_block_list(self.model, block_list)
@@ -104,7 +107,10 @@ class DenseSource:
     def materialise(self, index: int) -> nn.Module:
         """Block `index` with its weights."""
         self._load(index)
-        return self.block_list.blocks[index]
+        block = self.block_list.blocks[index]
+        if self.turn is not None:
+            self.turn.fold_block(block, index)
+        return block
 
     def release(self, index: int) -> None:
         """Let the weights of block `index` go. Buffers that no file holds stay."""
@@ -127,6 +133,7 @@ class DenseSource:
                 self._load(None, head)
                 self.entered()
             self._load(None, before)
+            self._turn_entry()
         self.model(**text_inputs(self.model, window.to(self.device)))
 
     def entered(self) -> None:
@@ -144,8 +151,17 @@ class DenseSource:
         together = one_key_fills_several(self._conversions)
         for part in [set(names)] if together else [{name} for name in names]:
             self._load(None, part)
-            yield {name: value for name, value in self._outside().items() if name in part}
+            found = {name: value for name, value in self._outside().items() if name in part}
+            turn = self.turn
+            yield found if turn is None else {name: turn.outside_weight(name, value) for name, value in found.items()}
             self.entered()
+
+    def _turn_entry(self) -> None:
+        """Turn the embeddings that are loaded; nothing else outside the blocks runs before them."""
+        if self.turn is not None:
+            name = f"{self.turn.outside.embedding}.weight"
+            weight = self._outside()[name]
+            weight.data = self.turn.outside_weight(name, weight.detach())
 
     def _outside(self) -> dict[str, Tensor]:
         prefix, tied = f"{self.block_list.name}.", self.model.all_tied_weights_keys

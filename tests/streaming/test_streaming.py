@@ -34,6 +34,7 @@ KINDS = {
     "alone": {"error_correction": 0.0},
     "int8": {"values": "int8", "head": "int8", "ignored": "int8", "ignore": ["lm_head", "v_proj"]},
     "int4": {"preset": "best", "block_tuning": 4, "values": "int4", "head": "int8"},
+    "turned": {"preset": "best", "block_tuning": 4, "rotation": True},
 }
 
 
@@ -45,6 +46,7 @@ STORES = {
     "alone": lambda blocks: 1,
     "int8": lambda blocks: 1 + blocks,
     "int4": lambda blocks: 2 + blocks,
+    "turned": lambda blocks: 3 + blocks,  # of the dense model, that the rotation is chosen by
 }
 
 

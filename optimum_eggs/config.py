@@ -63,7 +63,8 @@ class EGGSConfig(QuantizationConfigMixin):
         damping: Ridge of every solver, relative to the mean diagonal of the Gram matrix.
         permutation: Reorder channels before they are cut into groups, where the order folds into the layer before.
         rotation: Turn the residual stream, and each value head, into the basis in which a mask loses least, before
-            pruning; the rotation folds into the weights. For models whose norms are RMS norms in front of the layers.
+            pruning; the rotation folds into the weights. Of models whose norms are RMS norms in front of the layers:
+            True refuses others, `"auto"` leaves them as they are.
         error_correction: How far, from 0 to 1, each layer makes up for what pruning the layers before it has done to
             its inputs: what it is to come near to is that share of the way from what it gives on them to what the dense
             model's gives.
@@ -148,7 +149,7 @@ class EGGSConfig(QuantizationConfigMixin):
         refit_steps: int | None = None,
         damping: float | None = None,
         permutation: bool | None = None,
-        rotation: bool | None = None,
+        rotation: bool | str | None = None,
         error_correction: float | None = None,
         block_tuning: int | None = None,
         tuning_lr: float | None = None,
@@ -246,7 +247,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.refit_steps = check.integer("refit_steps", value["refit_steps"], least=1)
         self.damping = check.number("damping", value["damping"], least=0)
         self.permutation = check.flag("permutation", value["permutation"])
-        self.rotation = check.flag("rotation", value["rotation"])
+        self.rotation = _rotation(value["rotation"])
         self.error_correction = check.number("error_correction", value["error_correction"], least=0, most=1)
         self.block_tuning = check.integer("block_tuning", value["block_tuning"], least=0)
         self.tuning_lr = check.number("tuning_lr", value["tuning_lr"], least=0)
@@ -430,6 +431,12 @@ class EGGSConfig(QuantizationConfigMixin):
         for name in ("targets", "ignore", "pruned_modules", "coded_modules", "matrix_norms"):
             setattr(twin, name, copy.copy(getattr(self, name)))
         return twin
+
+
+def _rotation(value: Any) -> bool | str:
+    if not isinstance(value, bool) and value != "auto":
+        raise ConfigError(f"rotation={value!r} must be True, False or 'auto'")
+    return value
 
 
 def _keys() -> list[str]:

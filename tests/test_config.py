@@ -91,6 +91,8 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
         ({"swaps": -1}, r"swaps=-1 must be an integer of at least 0"),
         ({"descent_sweeps": 2}, r"descent_sweeps=2: this key is gone, it improved no model measured; leave it"),
         ({"permutation": 1}, r"permutation=1 must be True or False"),
+        ({"rotation": 1}, r"rotation=1 must be True, False or 'auto'"),
+        ({"rotation": "yes"}, r"rotation='yes' must be True, False or 'auto'"),
         ({"block_tuning": -1}, r"block_tuning=-1 must be an integer of at least 0"),
         ({"block_tuning": 10, "tuning_lr": 0}, r"tuning_lr=0.0 with block_tuning=10 would tune nothing"),
         ({"refit_steps": 0}, r"refit_steps=0 must be an integer of at least 1"),

@@ -177,6 +177,12 @@ def run(args: argparse.Namespace) -> int:
     seconds = report.measurements["seconds"] + report.measurements.get("seconds_of_earlier_runs", 0)
     print(f"{summary['layers_pruned']} layers pruned to {summary['pattern']} in {seconds:.0f} s")
     print(f"mean relative error {summary['mean_relative_error']:.4f}, starved inputs {summary['starved_inputs']}")
+    turned = report.rotation or {}
+    if "lost_after" in turned:
+        before, after = turned["lost_before"], turned["lost_after"]
+        print(f"rotated: a plain mask loses {before:.4f} -> {after:.4f} of the importance")
+    elif turned:
+        print(f"not rotated: {turned['reason']}")
     alone, least = summary["layers_by_weights_alone"], report.config["min_expert_tokens"]
     if alone:
         print(f"layers of experts that saw under {least} tokens, pruned by their weights alone: {alone}")

@@ -16,6 +16,7 @@ from ..measure import finish
 from ..nn import dense_weight
 from .inputs import expert_waves, wave_bytes
 from .plan import PrunePlan
+from .rotation import STEPS, BlockSample
 
 # Products of a layer's weight (out, in) with its Gram matrix (in, in) that a solver costs, as counted or timed on two
 # cores.
@@ -23,6 +24,7 @@ _PRODUCTS = {"score": 1, "sparsegpt": 3, "admm": 60}
 FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 20}
 """Operations over in³ of the factorisation of a Gram matrix (in, in) that a solver does."""
 _ROUNDING = 10  # products too
+_TURNING = 1.5  # a step of a rotation over its products
 _BACKWARD = 3  # a step of tuning over a forward pass
 _LAYER_COPIES, _GRAM_COPIES, _BLOCK_COPIES = 8, 6, 5  # float32 buffers: of the largest layer, its Gram matrix, a block
 
@@ -71,6 +73,20 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
     if steps:
         held += 4 * _BLOCK_COPIES * sum(parameter.numel() for parameter in block.parameters())
     return Estimate(seconds * blocks, held)
+
+
+def turning_seconds(of_block: float, sample: BlockSample, size: int, blocks: int) -> float:
+    """Seconds to choose a rotation of a stream of `size` channels, from what reading one of so many blocks took."""
+    weights = sample.weights()
+    square = torch.randn(size, size, device=weights[0].device if weights else None)
+    rate = 2 * size**3 / _seconds(lambda: square @ square)
+    of_step = _TURNING * 4 * sum(weight.numel() for weight in weights) * size / rate
+    return blocks * (of_block + STEPS * of_step)
+
+
+def turning_announcement(seconds: float) -> str:
+    """What is done before anything is pruned, and how long it will take."""
+    return f"choosing a rotation first (a pass through the dense model, {STEPS} steps): about {_duration(seconds)}"
 
 
 def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -> float:

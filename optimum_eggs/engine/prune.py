@@ -29,7 +29,7 @@ from .left_dense import check_left_dense, chosen_modules, code_left_dense
 from .plan import PrunePlan, make_plan
 from .precision import check_float32
 from .report import PruneReport
-from .rotate import choose_turn, turn_model
+from .rotate import Turn, choose_turn, turn_model
 from .tune import check_tunable
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
 
     Memory beyond the model's: the windows' hidden states (three times with block tuning or error correction), which
     leave a GPU for the host's memory where they would take more than an eighth of what is free; one batch's
-    activations; and for the layer at hand a few (in, in) matrices, some of them in float64, and some eight float32
+    activations; with a rotation, (d, d) for each norm of the residual stream, d its width, and as much again for each layer
+    to be pruned; and for the layer at hand a few (in, in) matrices, some of them in float64, and some eight float32
     buffers of (out, in). Block tuning takes five float32 copies of a block, error correction one as it is. Pruned
     blocks shrink as they are packed. Experts take up to 1 GiB of Gram matrices at a time, on a GPU up to a quarter of
     what is free.
@@ -70,14 +71,14 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
             check_left_dense(model, config)
     plan = make_plan(model, config)
     try:
-        norms: list[str] | None = None
+        turn: Turn | str | None = None
         with Meter(devices_of(model)) as meter:
             blocks = InMemoryBlocks(model, plan.block_list)
             if config.rotation:
                 with evaluation_mode(model):
                     turn = choose_turn(model, blocks, plan, config, windows, meter, states_in_memory, progress=progress)
-                turn_model(model, plan, turn)
-                norms = turn.matrix_norms
+                if isinstance(turn, Turn):
+                    turn_model(model, plan, turn)
             done = prune_blocks(model, blocks, plan, config, windows, meter, progress)
             with meter.stage("left dense"):
                 coded = code_left_dense(model, config)
@@ -85,7 +86,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
         if not any(isinstance(module, NMLinear) for module in model.modules()):
             join_experts(model)
         raise
-    return make_report(plan, config, windows, done, meter, coded, norms)
+    return make_report(plan, config, windows, done, meter, coded, turn)
 
 
 class Keeper(Protocol):
@@ -182,9 +183,9 @@ def make_report(
     done: Sequence[BlockResult],
     meter: Meter,
     left_coded: Mapping[str, str] | None = None,
-    matrix_norms: Sequence[str] | None = None,
+    turn: Turn | str | None = None,
 ) -> PruneReport:
-    """The report of a run, from what became of each block, the codings of what is left dense, and the norms changed.
+    """The report of a run, from what became of each block, the codings of what is left dense, and the rotation.
 
     Raises:
         CalibrationError: no layer was pruned.
@@ -197,15 +198,17 @@ def make_report(
             f"nothing was pruned: {left_dense[-1].name} was {left_dense[-1].reason}; give more text, or name other "
             "`targets`"
         )
+    turned = turn if isinstance(turn, Turn) else None
     listed = {"pruned_modules": {layer.name: layer.pattern for layer in layers}, "coded_modules": coded or None}
     report = PruneReport(
-        config=config.to_dict() | listed | {"matrix_norms": matrix_norms},
+        config=config.to_dict() | listed | {"matrix_norms": turned.matrix_norms if turned else None},
         layers=layers,
         left_dense=left_dense,
         calibration={"windows": len(windows), "seq_len": windows.shape[1], "sha256": windows_digest(windows)},
         tuning=[block.tuning for block in done if block.tuning is not None],
         rounding=[block.rounding for block in done if block.rounding is not None],
         measurements=meter.summary(),
+        rotation=turned.lost if turned else {"reason": turn} if turn else None,
     )
     logger.info("%r", report)
     return report

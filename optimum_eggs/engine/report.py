@@ -83,6 +83,8 @@ class PruneReport:
         layers: One entry for each pruned layer.
         tuning: One entry for each block that was tuned.
         rounding: The same for blocks tuned with the rounding of their values in the loop.
+        rotation: The share of the importance that a plain mask loses, as a mean over layers, `lost_before` and
+            `lost_after`; or the `reason` why `rotation="auto"` left the model as it was. None if it was not asked for.
         left_dense: Every weight matrix of the blocks, embedding or head that was left dense, with the reason.
         calibration: What the windows were: source, count, length, whether they overlap because the text was short, and
             the SHA-256 of the token ids. Empty for a model that was packed as it was.
@@ -100,6 +102,7 @@ class PruneReport:
     base_model: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     rounding: list[BlockTuning] = field(default_factory=list)
+    rotation: dict[str, Any] | None = None
 
     @property
     def mean_relative_error(self) -> float | None:
@@ -145,6 +148,7 @@ class PruneReport:
             "layers": layers,
             "tuning": [asdict(block) for block in self.tuning],
             "rounding": [asdict(block) for block in self.rounding],
+            "rotation": self.rotation,
             "left_dense": [asdict(layer) for layer in self.left_dense],
             "measurements": self.measurements,
             "versions": self.versions,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from collections.abc import Callable, Collection, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +21,7 @@ from ..measure import Meter
 from ..nn import dense_weight
 from ..ranks import ALONE, Ranks
 from ..update import Problem
+from .estimate import turning_announcement, turning_seconds
 from .fold import Fold, same_output
 from .inputs import check_finite
 from .plan import PrunePlan
@@ -34,6 +38,8 @@ from .residual import (
     value_rows,
 )
 from .rotation import STEPS, BlockSample, HeadSample, ReaderSample, Rotation, WriterSample, learn_rotation
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 1.0  # of a layer, or columns, by the width of the stream: the most that the rotation is chosen by
 
@@ -68,6 +74,11 @@ class Turn:
         """What is a `MatrixNorm` afterwards, by dotted name."""
         return None if self.outside.head is not None else [self.outside.norm]
 
+    @property
+    def lost(self) -> dict[str, float]:
+        """As in the report."""
+        return {"lost_before": self.rotation.lost_before, "lost_after": self.rotation.lost_after}
+
 
 @torch.no_grad()
 def choose_turn(
@@ -80,15 +91,42 @@ def choose_turn(
     store: Callable[[int, torch.device], MutableSequence[Tensor]],
     ranks: Ranks = ALONE,
     progress: bool | None = None,
-) -> Turn:
+) -> Turn | str:
     """Pass the windows through the dense model, and choose the rotation by what its layers read.
 
     Memory: (d, d) float32 for each norm of the stream, d its width; as many for each layer to be pruned, which the
     rotation is chosen by; and what the Gram matrices of a block take.
 
+    Returns:
+        How it is turned; with `rotation="auto"`, the reason why it cannot be.
+
     Raises:
-        ModelError: the model cannot be turned; the message says why.
+        ModelError: it cannot be, and `rotation` is True; the message says why.
     """
+    try:
+        return _choose(model, blocks, plan, config, windows, meter, store, ranks, progress)
+    except _CannotTurnError as error:
+        if config.rotation is True:
+            raise ModelError(f"rotation=True: {error}; prune it with rotation=False, or 'auto'") from error
+        logger.warning("rotation='auto' leaves the model in its basis: %s", error)
+        return str(error)
+
+
+class _CannotTurnError(ModelError):
+    """A model is built in a way that cannot be turned."""
+
+
+def _choose(
+    model: Any,
+    blocks: BlockProvider,
+    plan: PrunePlan,
+    config: EGGSConfig,
+    windows: Tensor,
+    meter: Meter,
+    store: Callable[[int, torch.device], MutableSequence[Tensor]],
+    ranks: Ranks,
+    progress: bool | None,
+) -> Turn:
     with _refusing(type(model).__name__):
         outside = find_outside_parts(model, plan.block_list)
         given: list[Tensor] = []
@@ -102,19 +140,26 @@ def choose_turn(
             walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
         finally:
             handle.remove()
+        if not given:
+            raise ModelError(f"{outside.embedding} is not called with token ids")
         entered, gains = given
-        _check_entry(entered, walk.hidden[0])
+        with ranks.together():
+            _check_entry(entered, walk.hidden[0])
         del entered
         given.clear()
+    size, began = walk.hidden[0].shape[-1], time.perf_counter()
     parts: list[BlockParts] = []
     samples: list[BlockSample] = []
     hide = ranks.hide_bar(progress)
     for index in tqdm(range(len(blocks)), desc="Reading the dense model", unit="block", disable=hide):
         block, prefix = blocks.materialise(index), f"{plan.block_list.block_name(index)}."
-        with _refusing(f"{type(model).__name__}: block {index}"), in_float32(block):
+        with ranks.together(), _refusing(f"{type(model).__name__}: block {index}"), in_float32(block):
             found = _parts_of(walk, block, index, [name.removeprefix(prefix) for name in plan.layers[index]])
         parts.append(found)
         samples.append(_sample(walk, block, index, found, plan, config))
+        if index == 0 and progress is not False and ranks.first:
+            seconds = turning_seconds(time.perf_counter() - began, samples[0], size, len(blocks))
+            tqdm.write(turning_announcement(seconds), file=sys.stderr)
         if index + 1 < len(blocks):
             walk.advance(block, index)
         blocks.release(index)
@@ -127,7 +172,7 @@ def choose_turn(
         rotation = None
         with ranks.together():
             if ranks.first:
-                rotation = learn_rotation(samples, config.pattern, step_done=step_done)
+                rotation = learn_rotation(samples, size, config.pattern, step_done=step_done)
         (rotation, *_) = ranks.gather(rotation)
     assert rotation is not None
     return Turn(parts, outside, rotation, gains)
@@ -214,7 +259,7 @@ def _refusing(what: str) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        raise ModelError(f"rotation=True: {what}: {error}; prune it with rotation=False") from error
+        raise _CannotTurnError(f"{what}: {error}") from error
 
 
 def turn_model(model: Any, plan: PrunePlan, turn: Turn) -> None:

@@ -62,6 +62,12 @@ class BlockSample:
     writers: list[WriterSample]
     heads: list[HeadSample]
 
+    def weights(self) -> list[Tensor]:
+        """All that is turned in a step."""
+        of_heads = [part for head in self.heads for part in (head.values, head.outputs)]
+        of_readers = [weight for reader in self.readers for weight in reader.weights]
+        return [*of_readers, *(writer.weight for writer in self.writers), *of_heads]
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -89,6 +95,7 @@ class _Sums:
 @torch.no_grad()
 def learn_rotation(
     samples: Sequence[BlockSample],
+    size: int,
     pattern: NMPattern,
     steps: int = STEPS,
     rate: float = RATE,
@@ -97,14 +104,14 @@ def learn_rotation(
     """Find the rotation by Adam on the matrices whose Q-factor it is, from the identity; the rate falls as a cosine.
 
     Args:
-        samples: Of all blocks, on one device.
+        samples: Of all blocks, on one device; of at least one layer.
+        size: d, of the stream.
         pattern: n kept of every m inputs.
         steps: Of Adam.
         rate: At first.
         step_done: Called after every step with the share lost before it.
     """
-    size = samples[0].readers[0].inverse.shape[0]
-    device = samples[0].readers[0].inverse.device
+    device = next(weight.device for sample in samples for weight in sample.weights())
     shapes = [(len(head.values), *head.inverse.shape[-2:]) for sample in samples for head in sample.heads]
     parameters = [torch.eye(size, device=device)]
     parameters += [torch.eye(shape[-1], device=device).repeat(shape[0], 1, 1) for shape in shapes]

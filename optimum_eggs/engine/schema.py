@@ -243,6 +243,7 @@ _OTHERS: dict[str, Check] = {
     "base_model": _or_empty(_object({}, {"id": _maybe(_TEXT)})),
     "tuning": _maybe(_list(_TUNED)),
     "rounding": _maybe(_list(_TUNED)),
+    "rotation": _or_empty(_object({}, {"lost_before": _NUMBER, "lost_after": _NUMBER, "reason": _TEXT})),
     "left_dense": _maybe(_list(_object({"name": _TEXT}, {}))),
     "measurements": _or_empty(
         _object({}, {"seconds": _NUMBER, "seconds_of_earlier_runs": _NUMBER, "stages": _each(_STAGE)})

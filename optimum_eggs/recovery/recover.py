@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
@@ -197,7 +197,7 @@ def recover(
     settings = _with_seq_len(settings, config)
     if settings.teacher is not None:
         _check_teacher(settings.teacher, model_id, config, trust_remote_code)
-        _check_same_basis(settings, config)
+        _check_same_basis(settings, config, pruned)
     where = choose_device(device)
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)  # which the Trainer goes by
@@ -350,12 +350,14 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     return windows[count:][:most], windows[:count]
 
 
-def _check_same_basis(settings: RecoverySettings, config: Any) -> None:
+def _check_same_basis(settings: RecoverySettings, config: Any, report: Mapping[str, Any]) -> None:
     """Raise if blocks are to be matched whose outputs are in another basis than the teacher's."""
-    if settings.block_matching and config.quantization_config["rotation"]:
+    asked = getattr(config, "quantization_config", {}).get("rotation")
+    turned = bool(asked) and "reason" not in (report.get("rotation") or {})
+    if settings.block_matching and turned:
         raise ConfigError(
-            f"block_matching={settings.block_matching}: the model was pruned with rotation=True, so its blocks give "
-            "nothing in the teacher's basis; leave it out"
+            f"block_matching={settings.block_matching}: the model was pruned with rotation={asked!r}, so its blocks "
+            "give nothing in the teacher's basis; leave it out"
         )
 
 

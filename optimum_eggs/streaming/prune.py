@@ -158,10 +158,11 @@ def prune_checkpoint(
             raise OutputError(f"{work}: processes see {begun} finished blocks in it; use a disk that all of them share")
         try:
             with Meter([source.device]) as meter:
-                keeper.meter = meter
+                keeper.meter, turn = meter, None
                 states = (lambda size, device: StatesOnDisk(keeper.journal.folder)) if on_disk else states_in_memory
                 if config.rotation:
-                    source.turn = _turn(source, plan, config, windows, meter, states, keeper, ranks, progress)
+                    turn = _turn(source, plan, config, windows, meter, states, keeper, ranks, progress)
+                    source.turn = turn if isinstance(turn, Turn) else None
                 done = prune_blocks(
                     source.model,
                     source,
@@ -175,8 +176,7 @@ def prune_checkpoint(
                     ranks,
                 )
             coded = left_dense_codings(source.model, config)
-            norms = None if source.turn is None else source.turn.matrix_norms
-            report = make_report(plan, config, windows, done, meter, coded, norms)
+            report = make_report(plan, config, windows, done, meter, coded, turn)
             report.measurements |= keeper.earlier | {"blocks_of_earlier_runs": begun[0], "processes": ranks.size}
             name_sources(report, config.calibration, drawn, source.model)
             with ranks.together():  # and the others end when the output is there
@@ -207,8 +207,8 @@ def _turn(
     keeper: _Keeper,
     ranks: Ranks,
     progress: bool | None,
-) -> Turn:
-    """The rotation of an earlier run that was cut; without one, it is chosen, and kept."""
+) -> Turn | str:
+    """As of `choose_turn`: of an earlier run that was cut; without one, it is chosen, and kept."""
     (turn, *_) = ranks.gather(keeper.turn)
     if turn is None:
         with evaluation_mode(source.model):
@@ -222,7 +222,7 @@ def _turn(
 class _Keeper:
     """Writes finished blocks to files of their own, and reads them back."""
 
-    def __init__(self, journal: Journal, source: DenseSource, ranks: Ranks, turn: Turn | None) -> None:
+    def __init__(self, journal: Journal, source: DenseSource, ranks: Ranks, turn: Turn | str | None) -> None:
         self.journal, self.source, self.ranks, self.turn = journal, source, ranks, turn
         self.meter: Meter | None = None
         self.kept_by_first, self.seconds_before = 0, 0.0

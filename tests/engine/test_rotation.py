@@ -114,10 +114,26 @@ def test_a_turned_model_computes_the_same(name):
 def test_what_cannot_be_turned_is_refused_as_it_was(name, why):
     model = make_model(name)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ModelError, match=rf"rotation=True: \w+: {why}.*; prune it with rotation=False"):
+    with pytest.raises(ModelError, match=rf"rotation=True: \w+: {why}.*; prune it with rotation=False, or 'auto'"):
         EGGSPruner(model).prune(EGGSConfig("2:4", rotation=True, **SIZE), WINDOWS)
     assert before.keys() == model.state_dict().keys()
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_that_cannot_be_turned_is_left_as_it_is_if_so_asked(caplog):
+    automatic, plain = (EGGSPruner(make_model("olmo2")) for _ in range(2))
+    report = automatic.prune(EGGSConfig("2:4", rotation="auto", **SIZE), WINDOWS, progress=False)
+    plain.prune(EGGSConfig("2:4", **SIZE), WINDOWS, progress=False)
+    assert "norm is followed by no linear layer" in report.rotation["reason"]
+    assert report.rotation["reason"] in caplog.text
+    assert report.config["matrix_norms"] is None
+    assert torch.equal(logits(automatic.model), logits(plain.model))
+
+    model = make_model("llama")
+    report = EGGSPruner(model).prune(EGGSConfig("2:4", rotation="auto", **SIZE), WINDOWS, progress=False)
+    assert 0 < report.rotation["lost_after"] < report.rotation["lost_before"]
+    assert report.to_dict()["rotation"] == report.rotation
+    assert isinstance(model.model.norm, MatrixNorm)
 
 
 def test_a_block_that_does_more_than_it_shows_is_refused():
@@ -218,7 +234,7 @@ def test_a_layer_that_has_a_basis_without_loss_gets_near_it():
     weight[:, [0, 1, 4, 5]] = torch.randn(64, 4, generator=generator(0))
     hidden = torch.linalg.qr(torch.eye(8) + 0.3 * torch.randn(8, 8, generator=generator(1)))[0]
     sample = BlockSample([ReaderSample(torch.eye(8), [weight @ hidden.T])], [], [])
-    found = learn_rotation([sample], NMPattern(2, 4), steps=150)
+    found = learn_rotation([sample], 8, NMPattern(2, 4), steps=150)
     assert found.lost_before > 0.02
     assert found.lost_after < 0.1 * found.lost_before
     kept = topn_mask((weight @ hidden.T @ found.residual.float()).square(), NMPattern(2, 4))
@@ -271,15 +287,19 @@ def test_integers_for_a_turned_models_embeddings(tmp_path):
     assert apart(logits(model.dequantize()), expected) < 1e-2
 
 
-def test_layers_that_stay_dense_are_turned_with_the_rest():
+@pytest.mark.parametrize("target", ["up_proj", "down_proj", "v_proj", "layers.1"])
+def test_layers_that_stay_dense_are_turned_with_the_rest(target, capsys):
     model = make_model("llama")
     expected = logits(model)
     pruner = EGGSPruner(model)
-    report = pruner.prune(EGGSConfig("2:4", rotation=True, targets=["up_proj"], **SIZE), WINDOWS, progress=False)
-    assert len(report.layers) == 2
+    report = pruner.prune(EGGSConfig("2:4", rotation=True, targets=[target], **SIZE), WINDOWS)
+    assert {layer.name for layer in report.layers} == {
+        name for name in packed_layers(model) if target in name.split(".") or target in name
+    }
+    assert "choosing a rotation first (a pass through the dense model, 60 steps): about 1 s" in capsys.readouterr().err
     own = logits(pruner.model)
     plain = EGGSPruner(make_model("llama"))
-    plain.prune(EGGSConfig("2:4", targets=["up_proj"], **SIZE), WINDOWS, progress=False)
+    plain.prune(EGGSConfig("2:4", targets=[target], **SIZE), WINDOWS, progress=False)
     assert apart(own, expected) < apart(logits(plain.model), expected) < 1
 
 

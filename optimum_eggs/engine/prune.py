@@ -45,11 +45,11 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
 
     Memory beyond the model's: the windows' hidden states (three times with block tuning or error correction), which
     leave a GPU for the host's memory where they would take more than an eighth of what is free; one batch's
-    activations; with a rotation, (d, d) for each norm of the residual stream, d its width, and as much again for each layer
-    to be pruned; and for the layer at hand a few (in, in) matrices, some of them in float64, and some eight float32
-    buffers of (out, in). Block tuning takes five float32 copies of a block, error correction one as it is. Pruned
-    blocks shrink as they are packed. Experts take up to 1 GiB of Gram matrices at a time, on a GPU up to a quarter of
-    what is free.
+    activations; with a rotation, (d, d) for each norm of the residual stream, d its width, and as much again for each
+    layer to be pruned; and for the layer at hand a few (in, in) matrices, some of them in float64, and some eight
+    float32 buffers of (out, in). Block tuning takes five float32 copies of a block, error correction one as it is.
+    Pruned blocks shrink as they are packed. Experts take up to 1 GiB of Gram matrices at a time, on a GPU up to a
+    quarter of what is free.
 
     Args:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.

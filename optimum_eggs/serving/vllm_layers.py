@@ -7,6 +7,7 @@ where no kernel is known to be faster, they are made dense when they are loaded.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.logger import init_logger
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -23,6 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..errors import CheckpointError, ModelError
@@ -49,9 +52,9 @@ def register() -> None:
 class EGGSServingConfig(QuantizationConfig):
     """What the `quantization_config` of a packed model says of each layer."""
 
-    def __init__(self, patterns: Mapping[str, NMPattern], kinds: Mapping[str, Coding]) -> None:
+    def __init__(self, patterns: Mapping[str, NMPattern], kinds: Mapping[str, Coding], matrices: bool = False) -> None:
         super().__init__()
-        self.patterns, self.kinds = dict(patterns), dict(kinds)
+        self.patterns, self.kinds, self.matrices = dict(patterns), dict(kinds), matrices
 
     def get_name(self) -> Any:
         """As in `quant_method`."""
@@ -77,17 +80,14 @@ class EGGSServingConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: its version is unknown, or its lists of layers are missing or damaged.
-            ModelError: it lists experts, or norms whose gains are a matrix.
+            ModelError: it lists experts.
         """
         check_version(config)
         patterns, kinds = pruned_patterns(config), codings(config)
         expert = next((name for name in (*patterns, *kinds) if _EXPERT.search(name)), None)
         if expert is not None:
             raise ModelError(f"{expert}: packed experts are not served by vLLM; {_EXPORT}")
-        if config.get("matrix_norms"):
-            norm = config["matrix_norms"][0]
-            raise ModelError(f"{norm}: its gains are a matrix, which vLLM's norms do not know; {_EXPORT}")
-        return cls(patterns, kinds)
+        return cls(patterns, kinds, bool(config.get("matrix_norms")))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take the names that vLLM has for the modules."""
@@ -100,6 +100,8 @@ class EGGSServingConfig(QuantizationConfig):
         Raises:
             ModelError: vLLM holds as one what is stored in several ways.
         """
+        if self.matrices:
+            let_norms_take_matrices()  # in the process that makes the layers, which begins with those asked for here
         if isinstance(layer, LinearBase):
             pattern, coding = self._how(prefix)
             return UnquantizedLinearMethod() if pattern is coding is None else StoredLinear(pattern, coding)
@@ -262,6 +264,58 @@ class HeadOrEmbedding(UnquantizedEmbeddingMethod):
         if isinstance(stored, CodedVocabulary):
             return stored.tie_weights(layer, embed_tokens)
         return super().tie_weights(layer, embed_tokens)
+
+
+class MatrixNorm(RMSNorm):
+    """An RMS norm that multiplies by `matrix` (d, d) in place of gains, which are ones.
+
+    vLLM does not hand a model's norms to those who make its layers, so one becomes such a norm as its weight is read.
+    """
+
+    matrix: Parameter
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Hidden states (..., d) to (..., d); with a residual, what is added and normalised, and the sum."""
+        given = super().forward(x, residual)
+        if residual is None:
+            return torch.nn.functional.linear(given, self.matrix)
+        return torch.nn.functional.linear(given[0], self.matrix), given[1]
+
+
+def let_norms_take_matrices() -> None:
+    """Have every norm that vLLM makes from now on become a [`MatrixNorm`] where the files hold a matrix for it."""
+    make = RMSNorm.__init__
+    if getattr(make, "takes_matrices", False):
+        return
+
+    @functools.wraps(make)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if isinstance(getattr(self, "weight", None), Parameter):
+            set_weight_attrs(self.weight, {"weight_loader": partial(_load_gains, self)})
+
+    init.takes_matrices = True  # type: ignore[attr-defined]
+    RMSNorm.__init__ = init
+
+
+def _load_gains(norm: Any, parameter: Parameter, loaded: Tensor) -> None:
+    """Take what the files hold for a norm: gains (d,), or a matrix (d, d).
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    size = len(parameter)
+    if loaded.dim() != 2:
+        default_weight_loader(parameter, loaded)
+        return
+    if loaded.shape != (size, size):
+        raise CheckpointError(
+            f"the gains of a norm are {tuple(loaded.shape)} in the file; they must be ({size},) or ({size}, {size}); "
+            "download the checkpoint again"
+        )
+    norm.matrix = Parameter(loaded.to(parameter), requires_grad=False)
+    parameter.data.fill_(1)
+    norm.__class__ = MatrixNorm
 
 
 def _load(

@@ -12,6 +12,8 @@ import transformers as t
 
 vllm = pytest.importorskip("vllm", reason="needs an environment with vLLM")
 
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
 from vllm.model_executor.layers.quantization import get_quantization_config  # noqa: E402
 from vllm.plugins import load_general_plugins  # noqa: E402
@@ -55,6 +57,13 @@ def packed(tmp_path, tokenizer):
     return prune
 
 
+@pytest.fixture
+def default_vllm_config():
+    """What vLLM asks for while a layer is made."""
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
 def serve(folder, text, tmp_path, *options):
     command = [
         sys.executable,
@@ -91,6 +100,9 @@ def serve(folder, text, tmp_path, *options):
             ["--enforce-eager", "--tensor-parallel-size", "2"],
         ),
         ("untied", {"values": "int8", "value_group": 64, "head": "int8"}, ["--enforce-eager"]),
+        ("llama", {"rotation": True}, []),
+        ("qwen2", {"rotation": True, "head": "int8"}, ["--enforce-eager", "--tensor-parallel-size", "2"]),
+        ("untied", {"rotation": True}, ["--enforce-eager"]),
     ],
 )
 def test_greedy_tokens_are_those_of_transformers(packed, text_file, tmp_path, name, integers, options):
@@ -125,6 +137,26 @@ def test_what_it_cannot_hold_as_one_is_refused():
         method(config, LinearBase, "a.qkv_proj")
     with pytest.raises(ModelError, match="experts are not served"):
         EGGSServingConfig.from_config(LISTS | {"pruned_modules": {"model.layers.0.mlp.experts.0.up_proj": "2:4"}})
+
+
+def test_a_norm_takes_gains_or_a_matrix(default_vllm_config):
+    config = EGGSServingConfig.from_config(LISTS | {"matrix_norms": ["norm"]})
+    for _ in range(2):
+        config.get_quant_method(torch.nn.Module(), "a")
+    plain, norm = RMSNorm(16, eps=1e-5), RMSNorm(16, eps=1e-5)
+    gains, matrix = torch.randn(16), torch.randn(16, 16)
+    x, residual = torch.randn(3, 16), torch.randn(3, 16)
+    plain.weight.weight_loader(plain.weight, gains)
+    assert type(plain) is RMSNorm
+    torch.testing.assert_close(plain(x.clone()), torch.nn.functional.rms_norm(x, (16,), gains, 1e-5))
+    norm.weight.weight_loader(norm.weight, matrix)
+    expected = torch.nn.functional.rms_norm(x + residual, (16,), None, 1e-5) @ matrix.T
+    found, total = norm(x.clone(), residual.clone())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(norm((x + residual).clone()), expected)
+    with pytest.raises(CheckpointError, match=r"\(3, 16\) in the file; they must be \(16,\) or \(16, 16\)"):
+        plain.weight.weight_loader(plain.weight, x)
 
 
 @pytest.mark.parametrize("coding", [None, Coding("int8", 64), Coding("int4", 64)])

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from optimum_eggs.engine.rotation import STEPS
 from optimum_eggs.engine.tune import HELD_OUT, MOST_HELD_OUT
 from optimum_eggs.masks import channel_order, expander_mask
 from optimum_eggs.pattern import NMPattern
@@ -41,6 +42,8 @@ AFTER_LAYER = 4 + 8 + 11 + 3  # waits: are weights finite, error, bits; what sco
 _TILES = 1024  # that `expander_mask` solves at a time
 _JUDGED = 7  # times that a block's held-out windows are run in tuning
 _ADAM = 60  # bytes moved for a parameter in a step: the optimizer's, the mask on the gradient, casts to and fro
+
+_TURNED = 100  # bytes moved for a weight in a step of choosing a rotation: its importance, the mask, two gradients
 
 
 @dataclass(frozen=True)
@@ -278,12 +281,14 @@ def order_work(found: Counts, rows: int, columns: int, rounds: int) -> Work:
     return times * (size * launched + gains)
 
 
-def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, float32: bool = False) -> dict[str, Work]:
+def block_work(shape: Shape, windows: int, seq_len: int, preset: str, **otherwise: bool) -> dict[str, Work]:
     """One block, stage by stage.
 
     Statistics and the linear layers in a step of tuning multiply in half precision, unless all is to be in `float32`.
+    `otherwise` are values of the method, and `float32`.
     """
-    found, values, tokens = counts(), PRESETS[preset], windows * seq_len
+    float32 = otherwise.pop("float32", False)
+    found, values, tokens = counts(), PRESETS[preset] | otherwise, windows * seq_len
     attention = 4 * seq_len * shape.hidden
     before, passes = 0, 0
     made: dict[str, Work] = {"forward": Work(), "statistics": Work()}
@@ -312,8 +317,13 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, float32
             after = Work(float32=4 * rows * inputs**2, bandwidth=200 * rows * inputs, wait=AFTER_LAYER)
             add("report and packing", after)
     whole = 2 * before + attention
+    if values["rotation"]:
+        for name, work in rotation_work(shape).items():
+            add(name, work)
+        add("statistics", product(sum(2 * inputs**2 for inputs, _ in shape.stages) * tokens))
     dense = bool(values["error_correction"])  # whose statistics take as many passes
     extra = bool(values["permutation"]) + (dense or bool(values["block_tuning"]))
+    extra += 2 * bool(values["rotation"])  # through the dense model: for the statistics, and to leave the block
     add("forward", Work(half=tokens * ((1 + dense) * passes + whole * (1 + extra))))
     if values["permutation"]:
         head = head_size(shape)
@@ -327,6 +337,18 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, *, float32
         add("tuning", Work(float32=seq_len * (whole * judged + attention * steps)))
         add("tuning", Work(bandwidth=_ADAM * before * values["block_tuning"]))
     return made
+
+
+def rotation_work(shape: Shape) -> dict[str, Work]:
+    """What choosing a rotation takes for a block, without the statistics."""
+    width = shape.hidden
+    # of each layer, no more rows or columns than the stream is wide
+    weights = width * sum(min(rows, width) for inputs, outputs in shape.stages for rows in outputs if inputs == width)
+    weights += width**2 * sum(inputs != width for inputs, _ in shape.stages)
+    layers = sum(len(outputs) for _, outputs in shape.stages)
+    step = Work(float32=4 * weights * width, bandwidth=_TURNED * weights, launch=60 * layers, wait=2 * layers)
+    factors = sum((factor_work(inputs) for inputs, _ in shape.stages), Work())
+    return {"rotation": STEPS * step + Work(float32=4 * width**3), "rotation: factors in float64": factors}
 
 
 def head_size(shape: Shape) -> int:
@@ -352,9 +374,10 @@ def what_if(shape: Shape, windows: int, seq_len: int, cards: Mapping[str, Card])
     def scaled(factor: float, *names: str) -> list[Card]:
         return [replace(card, **{name: factor * getattr(card, name) for name in names}) for card in cards.values()]
 
-    def row(label: str, cards: Iterable[Card], seq_len: int = seq_len, float32: bool = False, **constants: Any) -> str:
+    def row(label: str, cards: Iterable[Card], length: int = seq_len, **otherwise: Any) -> str:
+        constants = {key: otherwise.pop(key) for key in list(otherwise) if key in globals()}
         with patch.dict(globals(), constants):
-            work = sum(block_work(shape, windows, seq_len, "best", float32=float32).values(), Work())
+            work = sum(block_work(shape, windows, length, "best", **otherwise).values(), Work())
         return " | ".join([f"| {label}", *(f"{shape.blocks * work.seconds(card) / 60:.0f}" for card in cards)]) + " |"
 
     plain, slow = list(cards.values()), scaled(1 / 3, "factor32", "factor", "float64")
@@ -367,7 +390,8 @@ def what_if(shape: Shape, windows: int, seq_len: int, cards: Mapping[str, Card])
         row("every launch and every wait takes twice as long", scaled(2, "launch", "wait")),
         row("Cholesky, and float64 altogether, take three times as long", slow),
         row("tuning and statistics multiply in float32", plain, float32=True),
-        row("windows of 512 tokens", plain, seq_len=512),
+        row("windows of 512 tokens", plain, 512),
+        row("with rotation=True", plain, rotation=True),
     ]
     return "\n".join([f"| if | {', minutes | '.join(cards)}, minutes |", f"|---|{'---:|' * len(cards)}", *rows])
 

@@ -23,7 +23,7 @@ from optimum_eggs.measure import processor
 from optimum_eggs.packing.pack import unpack_mask
 from optimum_eggs.pattern import NMPattern
 
-STAGES = ("forward", "statistics", "permutation", "mask", "update", "tuning", "exchange", "report", "pack")
+STAGES = ("forward", "statistics", "rotation", "permutation", "mask", "update", "tuning", "exchange", "report", "pack")
 
 
 def main() -> None:

@@ -329,6 +329,11 @@ def test_costs_on_a_gpu_are_counted_from_the_shapes(script, monkeypatch):
     assert tuning.float32 == pytest.approx(2048 * ((2 * weights + attention) * 7 * 8 + attention * 3 * 200))
     alone = cost.block_work(shape, 128, 2048, "best", float32=True)["tuning"]
     assert (alone.half, alone.float32) == (0, pytest.approx(tuning.half + tuning.float32))
+    turned = cost.block_work(shape, 128, 2048, "best", rotation=True)
+    # 1024 rows of k and v, 4096 rows or columns of each other layer
+    assert turned["rotation"].float32 == pytest.approx(60 * 4 * (2 * 1024 + 5 * 4096) * 4096**2 + 4 * 4096**3)
+    assert turned["rotation: factors in float64"].factor == pytest.approx((3 * 4096**3 + 14336**3) / 3)
+    assert turned["statistics"].half == 2 * found["statistics"].half
     h100, consumer = (sum(found.values(), cost.Work()).seconds(card) for card in cost.CARDS.values())
     assert consumer > h100
 

@@ -94,8 +94,8 @@ def choose_turn(
 ) -> Turn | str:
     """Pass the windows through the dense model, and choose the rotation by what its layers read.
 
-    Memory: (d, d) float32 for each norm of the stream, d its width; as many for each layer to be pruned, which the
-    rotation is chosen by; and what the Gram matrices of a block take.
+    Memory: (d, d) float32 for each norm of the stream, d its width; as much of each layer to be pruned, in its dtype,
+    which the rotation is chosen by; and what the Gram matrices of a block take.
 
     Returns:
         How it is turned; with `rotation="auto"`, the reason why it cannot be.
@@ -211,15 +211,15 @@ def _sample(
         for group in filter(None, groups):
             factor = _inverse_factor(statistics.pop(group[0]).gram, config, gains[group[0]])
             chosen = [_some_rows(name, dense_weight(pruned[name]), parts.heads, drawn) for name in group]
-            readers.append(ReaderSample(factor.T @ factor, [weight.float() * gains[group[0]] for weight in chosen]))
+            readers.append(ReaderSample(gains[group[0]], factor.T @ factor, chosen))
         factors = {name: _inverse_factor(statistics.pop(name).gram, config) for name in writers}
         heads = []
         for fold in parts.heads:
             producer, shape = fold.producers[0].name, (fold.heads, fold.copies, fold.size)
             place = next(place for place, group in enumerate(filter(None, groups)) if producer in group)
             weight = dense_weight(pruned[producer])
-            values = torch.stack([weight[rows].float() * gains[producer] for rows in value_rows(fold)])
-            outputs = dense_weight(pruned[fold.consumer]).float().unflatten(1, shape)
+            values = torch.stack([weight[rows] for rows in value_rows(fold)])
+            outputs = dense_weight(pruned[fold.consumer]).unflatten(1, shape)
             own = torch.stack([part.T @ part for part in factors.pop(fold.consumer).split(fold.size, 1)])
             heads.append(HeadSample(place, values, outputs, own.unflatten(0, shape[:2])))
         others = [_some_columns(dense_weight(pruned[name]), factor, config, drawn) for name, factor in factors.items()]
@@ -251,7 +251,7 @@ def _some_columns(weight: Tensor, factor: Tensor, config: EGGSConfig, drawn: tor
     chosen = torch.randperm(groups, generator=drawn)[: round(_ROWS * len(weight) / config.m)].to(weight.device)
     by_group = weight.unflatten(1, (groups, config.m))[:, chosen]
     diagonal = factor.square().sum(0).unflatten(0, (groups, config.m))[chosen]
-    return WriterSample(by_group.flatten(1).float(), diagonal.flatten())
+    return WriterSample(by_group.flatten(1), diagonal.flatten())
 
 
 @contextmanager

@@ -27,8 +27,12 @@ _LARGEST_GRADIENT = 1.0  # in norm, of all parameters together
 
 @dataclass(frozen=True)
 class ReaderSample:
-    """Of layers that read a norm of the stream: H⁻¹ (d, d) of its gainless output, and some of their rows (rows, d)."""
+    """Of layers that read a norm of the stream: its gains (d,), H⁻¹ (d, d) of what it gives without, some rows of each.
 
+    The rows are (rows, d).
+    """
+
+    gains: Tensor
     inverse: Tensor
     weights: list[Tensor]
 
@@ -56,7 +60,7 @@ class HeadSample:
 
 @dataclass(frozen=True)
 class BlockSample:
-    """What is known of a block to choose a rotation by; all float32."""
+    """What is known of a block to choose a rotation by: weights in their own dtype, all else float32."""
 
     readers: list[ReaderSample]
     writers: list[WriterSample]
@@ -155,44 +159,49 @@ def _lost(turns: Sequence[Tensor], samples: Sequence[BlockSample], pattern: NMPa
             turned = reader.inverse @ residual
             diagonal = (turned * residual).sum(0)
             total = torch.zeros_like(diagonal)
-            for weight in reader.weights:
+            for stored in reader.weights:
+                weight = stored.to(residual.dtype) * reader.gains
                 by_weight, by_diagonal = _dropped(weight @ residual, diagonal, pattern, sums)
                 sums.residual.addmm_(weight.T, by_weight)
                 total += by_diagonal
             sides.append((turned, diagonal, total))
         for head in sample.heads:
             place, turn = next(rest)
-            by_turn, total = _of_head(head, residual, turn, sides[head.reader][1], pattern, sums)
+            gains, diagonal = sample.readers[head.reader].gains, sides[head.reader][1]
+            by_turn, total = _of_head(head, gains, residual, turn, diagonal, pattern, sums)
             sums.values[place] += by_turn
             sides[head.reader][2].add_(total)
         for turned, _, total in sides:
             sums.residual.addcmul_(turned, 2 * total)
         for writer in sample.writers:
-            by_weight, _ = _dropped(residual.T @ writer.weight, writer.inverse, pattern, sums)
-            sums.residual.addmm_(writer.weight, by_weight.T)
+            weight = writer.weight.to(residual.dtype)
+            by_weight, _ = _dropped(residual.T @ weight, writer.inverse, pattern, sums)
+            sums.residual.addmm_(weight, by_weight.T)
     return sums
 
 
 def _of_head(
-    head: HeadSample, residual: Tensor, turn: Tensor, diagonal: Tensor, pattern: NMPattern, sums: _Sums
+    head: HeadSample, gains: Tensor, residual: Tensor, turn: Tensor, diagonal: Tensor, pattern: NMPattern, sums: _Sums
 ) -> tuple[Tensor, Tensor]:
     """Add what v and o lose; the gradients by the heads' rotation, and by the diagonal that v's inputs have."""
     heads, size, width = head.values.shape
-    across = head.values @ residual
+    values = head.values.to(residual.dtype) * gains
+    across = values @ residual
     own = (turn.mT @ across).reshape(heads * size, width)
     by_weight, total = _dropped(own, diagonal, pattern, sums)
     by_weight = by_weight.view(heads, size, width)
-    sums.residual.addmm_(head.values.reshape(-1, width).T, (turn @ by_weight).reshape(-1, width))
+    sums.residual.addmm_(values.reshape(-1, width).T, (turn @ by_weight).reshape(-1, width))
     by_turn = across @ by_weight.mT
 
-    outputs = (residual.T @ head.outputs.flatten(1)).view_as(head.outputs)
+    written = head.outputs.flatten(1).to(residual.dtype)
+    outputs = (residual.T @ written).view_as(head.outputs)
     turned = head.inverse @ turn[:, None]
     inverse = (turned * turn[:, None]).sum(-2)
     read = torch.einsum("dhcs,hst->dhct", outputs, turn).flatten(1)
     by_weight, by_inverse = _dropped(read, inverse.flatten(), pattern, sums)
     by_weight = by_weight.view_as(outputs)
     by_outputs = torch.einsum("dhct,hst->dhcs", by_weight, turn).flatten(1)
-    sums.residual.addmm_(head.outputs.flatten(1), by_outputs.T)
+    sums.residual.addmm_(written, by_outputs.T)
     by_turn += torch.einsum("dhcs,dhct->hst", outputs, by_weight)
     by_turn += (turned * (2 * by_inverse.view_as(inverse))[:, :, None]).sum(1)
     return by_turn, total

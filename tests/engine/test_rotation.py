@@ -182,7 +182,10 @@ def drawn_sample(heads=2, copies=2, size=4, width=16, inner=24):
         return root @ root.mT + torch.eye(shape[-1], dtype=torch.float64)
 
     return BlockSample(
-        [ReaderSample(inverse(width), [normal(8, width)]), ReaderSample(inverse(width), [normal(inner, width)] * 2)],
+        [
+            ReaderSample(normal(width), inverse(width), [normal(8, width)]),
+            ReaderSample(normal(width), inverse(width), [normal(inner, width)] * 2),
+        ],
         [WriterSample(normal(width, inner), normal(inner).square() + 0.1)],
         [HeadSample(0, normal(heads, size, width), normal(width, heads, copies, size), inverse(heads, copies, size))],
     )
@@ -197,7 +200,7 @@ def by_autograd(residual, turn, sample, pattern):
 
     inverses = [residual.T @ reader.inverse @ residual for reader in sample.readers]
     loss = sum(
-        share(weight @ residual, inverse)
+        share(weight * reader.gains @ residual, inverse)
         for reader, inverse in zip(sample.readers, inverses, strict=True)
         for weight in reader.weights
     )
@@ -207,7 +210,8 @@ def by_autograd(residual, turn, sample, pattern):
     by_head = torch.block_diag(*turn)
     by_copy = torch.block_diag(*turn.repeat_interleave(copies, 0))
     whole = torch.block_diag(*head.inverse.flatten(0, 1))
-    loss = loss + share(by_head.T @ head.values.reshape(heads * size, -1) @ residual, inverses[head.reader])
+    values = head.values.reshape(heads * size, -1) * sample.readers[head.reader].gains
+    loss = loss + share(by_head.T @ values @ residual, inverses[head.reader])
     return loss + share(residual.T @ head.outputs.flatten(1) @ by_copy, by_copy.T @ whole @ by_copy)
 
 
@@ -233,7 +237,7 @@ def test_a_layer_that_has_a_basis_without_loss_gets_near_it():
     weight = torch.zeros(64, 8)
     weight[:, [0, 1, 4, 5]] = torch.randn(64, 4, generator=generator(0))
     hidden = torch.linalg.qr(torch.eye(8) + 0.3 * torch.randn(8, 8, generator=generator(1)))[0]
-    sample = BlockSample([ReaderSample(torch.eye(8), [weight @ hidden.T])], [], [])
+    sample = BlockSample([ReaderSample(torch.ones(8), torch.eye(8), [weight @ hidden.T])], [], [])
     found = learn_rotation([sample], 8, NMPattern(2, 4), steps=150)
     assert found.lost_before > 0.02
     assert found.lost_after < 0.1 * found.lost_before

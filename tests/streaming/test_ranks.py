@@ -35,6 +35,7 @@ KINDS = {
     "corrected": {"preset": "best", "block_tuning": 4, "error_correction": 0.5},
     "permuted": {"preset": "ria", "permutation": True},
     "paper": {"preset": "paper", "band": 4},
+    "turned": {"preset": "wanda", "rotation": True},
 }
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -56,6 +57,7 @@ def jobs():
     made = {f"{kind}-2": {"model": "llama", "config": SIZE | values} for kind, values in KINDS.items()}
     made["moe-2"] = {"model": "qwen3_moe", "config": SIZE}
     made["tuned-moe-2"] = {"model": "qwen3_moe", "config": SIZE | {"preset": "best", "block_tuning": 4}}
+    made["unturned-moe-2"] = {"model": "qwen3_moe", "config": SIZE | {"rotation": "auto"}}
     made["disk-2"] = {"model": "llama", "config": SIZE, "options": {"memory_budget": 0}}
     made["uneven"] = {"model": "llama", "config": SIZE | {"num_samples": 15}}
     made["missing"] = {"model": "llama", "config": SIZE | {"targets": ["nothing"]}}

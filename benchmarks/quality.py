@@ -181,6 +181,7 @@ def of_report(report: Any) -> dict[str, Any]:
         "cpu_seconds": took["cpu_seconds"],
         "seconds_by_stage": {name: stage["seconds"] for name, stage in took["stages"].items()},
         "peak_rss": took["peak_rss"],
+        "rotation": report.rotation,
         "tuning": [(block.error_before, block.error_after) for block in report.tuning],
         "permutation_gains": [layer.permutation_gain for layer in layers if layer.permutation_gain is not None],
         "calibration_sha256": report.calibration["sha256"],

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.size import model_size
     from ..folders import check_output, new_folder
     from ..hf.loading import has_tokenizer, load_model, load_tokenizer
-    from ..nn import packed_layers
+    from ..nn import MatrixNorm, packed_layers
     from ..sharing import own_card, put_card
 
     path = check_output(args.output, args.overwrite, sources=[args.model])
@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
         if not layers:
             raise ModelError(f"{args.model}: has no packed layers, so it is dense already")
         needs = model_size(model, None).parameters * model.dtype.itemsize
+        turned = any(isinstance(module, MatrixNorm) for module in model.modules())
+        if turned:  # the dense model has a head of its own
+            needs += model.get_input_embeddings().num_embeddings * model.config.hidden_size * model.dtype.itemsize
         count = len(layers)
         del layers  # or packed and dense ones are in memory together
         with new_folder(args.output, args.overwrite, sources=[args.model], needs=needs) as folder:

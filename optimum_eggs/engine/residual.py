@@ -25,7 +25,7 @@ from ..calibration import BlockList
 from ..calibration.hooks import hooked, input_of
 from ..errors import ModelError, with_article
 from ..nn import dense_weight, is_dense_linear
-from ..nn.norm import MatrixNorm, rms_eps
+from ..nn.norm import MatrixNorm, rms_eps, times
 from .fold import Fold, find_head_folds, same_output
 
 
@@ -218,14 +218,14 @@ def turned_outside(parts: OutsideParts, name: str, value: Tensor, residual: Tens
     residual (d, d), orthogonal, and gains (d,) of the last norm, both float64.
     """
     if name == f"{parts.embedding}.weight":
-        turned = value.to(residual) @ residual
-    elif parts.head is not None and name == f"{parts.head}.weight":
-        turned = value.to(residual) @ (gains[:, None] * residual)
-    elif name == f"{parts.norm}.weight":
-        turned = torch.ones_like(value) if parts.head is not None else residual.T @ (gains[:, None] * residual)
-    else:
+        return times(value, residual)
+    if parts.head is not None and name == f"{parts.head}.weight":
+        return times(value, gains[:, None] * residual)
+    if name != f"{parts.norm}.weight":
         return value
-    return turned.to(value.dtype)
+    if parts.head is not None:
+        return torch.ones_like(value)
+    return (residual.T @ (gains[:, None] * residual)).to(value.dtype)
 
 
 @torch.no_grad()

@@ -153,16 +153,20 @@ def _choose(
     hide = ranks.hide_bar(progress)
     for index in tqdm(range(len(blocks)), desc="Reading the dense model", unit="block", disable=hide):
         block, prefix = blocks.materialise(index), f"{plan.block_list.block_name(index)}."
-        with ranks.together(), _refusing(f"{type(model).__name__}: block {index}"), in_float32(block):
-            found = _parts_of(walk, block, index, [name.removeprefix(prefix) for name in plan.layers[index]])
-        parts.append(found)
-        samples.append(_sample(walk, block, index, found, plan, config))
-        if index == 0 and progress is not False and ranks.first:
-            seconds = turning_seconds(time.perf_counter() - began, samples[0], size, len(blocks))
-            tqdm.write(turning_announcement(seconds), file=sys.stderr)
-        if index + 1 < len(blocks):
-            walk.advance(block, index)
-        blocks.release(index)
+        try:
+            with ranks.together(), _refusing(f"{type(model).__name__}: block {index}"), in_float32(block):
+                found = _parts_of(walk, block, index, [name.removeprefix(prefix) for name in plan.layers[index]])
+            parts.append(found)
+            sample = _sample(walk, block, index, found, plan, config)
+            if index == 0 and progress is not False and ranks.first:
+                seconds = turning_seconds(time.perf_counter() - began, sample, size, len(blocks))
+                tqdm.write(turning_announcement(seconds), file=sys.stderr)
+            if index + 1 < len(blocks):
+                walk.advance(block, index)
+        finally:
+            blocks.release(index)
+        if ranks.first:
+            samples.append(sample.to(walk.hidden[0].device))
     with meter.stage("rotation"), tqdm(total=STEPS, desc="Choosing the rotation", unit="step", disable=hide) as bar:
 
         def step_done(loss: float) -> None:
@@ -175,12 +179,12 @@ def _choose(
                 rotation = learn_rotation(samples, size, config.pattern, step_done=step_done)
         (rotation, *_) = ranks.gather(rotation)
     assert rotation is not None
-    return Turn(parts, outside, rotation, gains)
+    return Turn(parts, outside, rotation, gains.cpu())
 
 
 def _parts_of(walk: Walk, block: nn.Module, index: int, pruned: Collection[str]) -> BlockParts:
     """Of a dense block; heads are turned where both of their layers are to be pruned."""
-    hidden = walk.hidden[0].float()
+    hidden = walk.hidden[0].to(next(block.parameters()).device, torch.float32)
     found = find_block_parts(block, hidden.shape[-1], lambda: walk.run(block, index, 0, dtype=torch.float32))
     heads = tuple(fold for fold in found.heads if {fold.consumer, fold.producers[0].name} <= set(pruned))
     found = replace(found, heads=heads)
@@ -211,7 +215,7 @@ def _sample(
         for group in filter(None, groups):
             factor = _inverse_factor(statistics.pop(group[0]).gram, config, gains[group[0]])
             chosen = [_some_rows(name, dense_weight(pruned[name]), parts.heads, drawn) for name in group]
-            readers.append(ReaderSample(gains[group[0]], factor.T @ factor, chosen))
+            readers.append(ReaderSample(gains[group[0]], factor.T @ factor, [rows for rows in chosen if len(rows)]))
         factors = {name: _inverse_factor(statistics.pop(name).gram, config) for name in writers}
         heads = []
         for fold in parts.heads:
@@ -274,7 +278,7 @@ def _check_entry(given: Tensor, hidden: Tensor) -> None:
 
     given, hidden (windows, tokens, d): the embeddings, and what the first block gets.
     """
-    wide, entered = given.float(), hidden.float()
-    factor = (entered * wide).sum() / wide.square().sum()
-    if entered.shape != wide.shape or not same_output(wide * factor, entered):
+    wide = given.float()
+    factor = (hidden.float() * wide).sum() / wide.square().sum() if hidden.shape == given.shape else 1.0
+    if not same_output((wide * factor).to(hidden.dtype), hidden):
         raise ModelError("more than the embeddings goes into the first block")

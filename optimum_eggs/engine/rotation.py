@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,11 @@ class BlockSample:
     writers: list[WriterSample]
     heads: list[HeadSample]
 
+    def to(self, device: torch.device) -> BlockSample:
+        """The same on a device."""
+        moved = [[_to(each, device) for each in part] for part in (self.readers, self.writers, self.heads)]
+        return BlockSample(*moved)
+
     def weights(self) -> list[Tensor]:
         """All that is turned in a step."""
         of_heads = [part for head in self.heads for part in (head.values, head.outputs)]
@@ -73,11 +79,22 @@ class BlockSample:
         return [*of_readers, *(writer.weight for writer in self.writers), *of_heads]
 
 
+def _to(sample: Any, device: torch.device) -> Any:
+    """A sample whose tensors are on a device."""
+    found = {
+        name: value.to(device) if isinstance(value, Tensor) else [each.to(device) for each in value]
+        for name, value in vars(sample).items()
+        if not isinstance(value, int)
+    }
+    return replace(sample, **found)
+
+
 @dataclass(frozen=True)
 class Rotation:
-    """Orthogonal matrices, float64: `residual` (d, d); `values`, of each block, one (heads, size, size) for each fold.
+    """Orthogonal matrices, float64, in the host's memory.
 
-    `lost_before`, `lost_after`: the share of the importance that a plain mask drops, as a mean over the layers.
+    `residual` (d, d); `values`, of each block, one (heads, size, size) for each fold. `lost_before`, `lost_after`: the
+    share of the importance that a plain mask drops, as a mean over the layers.
     """
 
     residual: Tensor
@@ -138,7 +155,7 @@ def learn_rotation(
             group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2 + _LEAST_RATE
         optimizer.step()
         step_done(last)
-    residual, *values = [_orthogonal(parameter.detach().to(torch.float64)).contiguous() for parameter in parameters]
+    residual, *values = [_orthogonal(each.detach().to(torch.float64)).cpu().contiguous() for each in parameters]
     rest = iter(values)
     return Rotation(residual, [[next(rest) for _ in sample.heads] for sample in samples], first, last)
 
@@ -214,7 +231,9 @@ def _dropped(weight: Tensor, inverse: Tensor, pattern: NMPattern, sums: _Sums) -
     """
     importance = weight.square() / inverse
     total = importance.sum()
-    dropped = importance.masked_fill_(topn_mask(importance, pattern), 0).div_(total)
+    dropped = importance.masked_fill_(topn_mask(importance, pattern), 0).div_(
+        total.clamp_min(torch.finfo(total.dtype).tiny)
+    )
     sums.loss += float(dropped.sum())
     sums.layers += 1
     by_inverse = -dropped.sum(0) / inverse

@@ -15,6 +15,7 @@ from ..nn import CodedEmbedding, CodedLinear, MatrixNorm, NMLinear
 from ..nn.dense import read_fast
 from ..nn.embedding import TiedCodedLinear
 from ..nn.experts import SplitExperts, join_experts, keep_names
+from ..nn.norm import times
 from . import program
 from .loading import parse_dtype
 from .offload import follow, is_offloaded, onloaded
@@ -116,6 +117,12 @@ def unpack_layers(model: PreTrainedModel, dtype: torch.dtype | str | None = None
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     for name, layer in layers.items():
         _check_free(model, name, layer)
+    norm = next((name for name, module in model.named_modules() if isinstance(module, MatrixNorm)), None)
+    if norm is not None and model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{norm}: its gains are a matrix, which goes into the head of a dense model, and {type(model).__name__} "
+            "has none; load it with its head, as AutoModelForCausalLM does"
+        )
     embeddings: dict[nn.Module, nn.Module] = {}  # what a head shared with them, it shares again
     for name, layer in layers.items():
         with onloaded(layer):
@@ -158,8 +165,7 @@ def _untie(model: PreTrainedModel) -> None:
     head: Any = model.get_output_embeddings()
     for name, norm in norms.items():
         with onloaded(norm, head):
-            wide = head.weight.to(torch.float64) @ norm.weight.to(torch.float64)
-            weight = wide.to(head.weight.dtype)
+            weight = times(head.weight.detach(), norm.weight.detach().to(head.weight.device, torch.float64))
             plain = norm.to_plain()
         model.set_submodule(name, follow(plain, norm))
         untied = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")

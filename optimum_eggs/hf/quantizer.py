@@ -127,6 +127,9 @@ class EGGSHfQuantizer(HfQuantizer):
         self._loading = None
         _check_not_split(model, self.pre_quantized)  # older versions of transformers split it after the first look
         if self.pre_quantized:
+            for name, module in model.named_modules():
+                if isinstance(module, MatrixNorm) and self.file is None:
+                    _check_filled(name, module)
             for name, layer in {**packed_layers(model), **coded_modules(model)}.items():
                 if self.file is None:
                     _check_filled(name, layer)
@@ -248,7 +251,7 @@ def _check_filled(name: str, layer: nn.Module) -> None:
             continue
         if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
             raise CheckpointError(
-                f"{name}: the configuration lists it as pruned, and its {part} is missing in the state dict; pass that "
+                f"{name}: the configuration lists it, and its {part} is missing in the state dict; pass that "
                 "of the packed model"
             )
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 
+_ROWS = 4096  # of a vocabulary, that are in float64 at a time
+
 
 class MatrixNorm(nn.Module):
     """x to M x/rms(x), rms(x) = √(mean(x²) + eps): what is left of a norm's gain in a rotated residual stream.
@@ -69,6 +71,11 @@ class MatrixNorm(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{len(self.weight)}, eps={self.eps}"
+
+
+def times(weight: Tensor, matrix: Tensor) -> Tensor:
+    """A weight (rows, d) times a matrix (d, d), in the dtype of the matrix, some rows at a time; rounded to its own."""
+    return torch.cat([(rows.to(matrix) @ matrix).to(weight.dtype) for rows in weight.split(_ROWS)])
 
 
 def rms_eps(norm: nn.Module) -> float | None:

@@ -66,10 +66,11 @@ class Journal:
                 self._append(Finished(entry["file"], entry["sha256"], _result(entry["result"]), *took))
         except (NumericalError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s: cannot be read (%s), so the run starts from the beginning", path, error)
-            self.forget()
+            self.finished, self._entries = [], []
 
     def forget(self) -> None:
-        """Begin from the first block again."""
+        """Begin from the first block again, whatever becomes of this run."""
+        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
         self.finished, self._entries = [], []
 
     def add(self, file: str, result: BlockResult, seconds: float, peak_rss: int) -> None:

@@ -75,7 +75,8 @@ def prune_checkpoint(
     ends.
 
     Memory: the largest block or what is outside the blocks (without a head that is not tied), whichever is more; the
-    buffers of its largest layer, as `prune_model` says; and the windows' hidden states, unless they are on disk.
+    buffers of its largest layer, as `prune_model` says; and the windows' hidden states, unless they are on disk. While
+    a rotation is chosen, what that is chosen by, of all blocks.
 
     Args:
         model: A dense model in safetensors files: a folder, or an id on the Hub.
@@ -386,7 +387,7 @@ def _bytes_to_write(
 
 
 def _remove_without_blocks(folder: Path) -> None:
-    if not (folder / JOURNAL_NAME).is_file():
+    if not (folder / JOURNAL_NAME).is_file() and read_turn(folder) is None:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -137,10 +137,15 @@ def test_a_model_that_cannot_be_turned_is_left_as_it_is_if_so_asked(caplog):
 
 
 def test_a_block_that_does_more_than_it_shows_is_refused():
+    class ShiftingRMSNorm(type(make_model("llama").model.norm)):
+        def forward(self, x):
+            return super().forward(x) + shift * x[..., :1]  # in this basis alone
+
     model = make_model("llama")
-    norm = model.model.layers[1].input_layernorm
-    plain = norm.forward
-    norm.forward = lambda x: plain(x) + x[..., :1]  # in this basis alone
+    model.model.layers[1].input_layernorm.__class__ = ShiftingRMSNorm
+    shift = 0.0
+    chosen(model)
+    shift = 1.0
     with pytest.raises(ModelError, match="block 1: turned, a block computes something else"):
         chosen(model)
 
@@ -170,16 +175,16 @@ def test_what_is_added_to_the_embeddings_is_refused():
         chosen(model)
 
 
-def drawn_sample(heads=2, copies=2, size=4, width=16, inner=24):
-    """Of one block, in float64."""
+def drawn_sample(heads=2, copies=2, size=4, width=16, inner=24, dtype=torch.float64):
+    """Of one block."""
     draw = generator(0)
 
     def normal(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+        return torch.randn(*shape, dtype=dtype, generator=draw)
 
     def inverse(*shape):
         root = normal(*shape, shape[-1])
-        return root @ root.mT + torch.eye(shape[-1], dtype=torch.float64)
+        return root @ root.mT + torch.eye(shape[-1], dtype=dtype)
 
     return BlockSample(
         [
@@ -278,6 +283,48 @@ def test_a_turned_model_is_pruned_saved_and_made_dense(name, preset, tmp_path):
     assert not info["unexpected_keys"]
     assert torch.equal(logits(again), logits(dense))
     assert not any(isinstance(module, MatrixNorm) for module in again.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+def test_a_turned_model_in_bfloat16_computes_nearly_the_same(name):
+    model = make_model(name).to(torch.bfloat16)
+    expected = logits(model).float()
+    plan, turn = chosen(model)
+    turn_model(model, plan, turn)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert 0 < apart(logits(model).float(), expected) < 0.03
+
+
+def test_a_number_that_scales_the_embeddings_is_no_obstacle():
+    config = t.GraniteConfig(**tiny._LLAMA, embedding_multiplier=12.7, residual_multiplier=0.3, logits_scaling=3.0)
+    torch.manual_seed(0)
+    model = t.GraniteForCausalLM(config).eval().to(torch.bfloat16)
+    expected = logits(model).float()
+    plan, turn = chosen(model)
+    turn_model(model, plan, turn)
+    assert 0 < apart(logits(model).float(), expected) < 0.03
+
+
+def test_a_layer_of_zeros_changes_nothing():
+    model = make_model("llama")
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    _, turn = chosen(model)
+    assert 0 < turn.rotation.lost_after < turn.rotation.lost_before
+
+
+def test_what_is_lost_is_the_mean_over_the_layers():
+    sample, pattern = drawn_sample(dtype=torch.float32), NMPattern(2, 4)
+    found = learn_rotation([sample], 16, pattern, steps=0)
+    expected = by_autograd(torch.eye(16), torch.eye(4).repeat(2, 1, 1), sample, pattern).item() / 6
+    assert found.lost_before == found.lost_after == pytest.approx(expected)
+
+
+def test_without_a_head_it_is_not_made_dense(packed):
+    model = t.AutoModel.from_pretrained(packed)
+    before = set(packed_layers(model))
+    with pytest.raises(ModelError, match=r"norm: its gains are a matrix, .*LlamaModel has none; load it with its head"):
+        model.dequantize()
+    assert set(packed_layers(model)) == before
 
 
 def test_integers_for_a_turned_models_embeddings(tmp_path):

@@ -205,6 +205,49 @@ def test_a_run_that_is_interrupted_goes_on(kind, blocks, deep, whole, text_file,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_rotation_that_is_chosen_is_kept_before_a_block_is(deep, whole, text_file, tmp_path, monkeypatch):
+    config = config_for(text_file, **KINDS["turned"])
+    with monkeypatch.context() as patch:
+        cut_after(patch, 0, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    monkeypatch.setattr(streaming, "choose_turn", None)
+    prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "turned"))
+
+
+def test_blocks_of_a_rotation_that_is_lost_are_never_gone_on_from(
+    deep, whole, text_file, tmp_path, monkeypatch, caplog
+):
+    config = config_for(text_file, **KINDS["turned"])
+    for blocks in (2, 0):  # the second run chooses another, and is cut before it has a block
+        with monkeypatch.context() as patch:
+            cut_after(patch, blocks, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+        if blocks:
+            (kept,) = tmp_path.rglob("rotation.safetensors")
+            kept.write_bytes(kept.read_bytes()[:-100])
+    assert "rotation.safetensors: cannot be read" in caplog.text
+    report = prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    assert report.measurements["blocks_of_earlier_runs"] == 0
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "turned"))
+
+
+def test_a_head_of_its_own_is_turned_as_in_memory(text_file, tokenizer, tmp_path):
+    model = tiny.make_model("llama-untied", dtype=torch.bfloat16)
+    model.model.norm.weight.data += torch.linspace(-0.5, 0.5, 32)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    config = config_for(text_file, rotation=True)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config, progress=False)
+    pruner = EGGSPruner(model, tokenizer)
+    pruner.prune(config, progress=False)
+    pruner.save_pretrained(tmp_path / "memory")
+    same_bits(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
+    assert tensors(tmp_path / "disk")["model.norm.weight"].eq(1).all()
+
+
 @pytest.mark.parametrize("function", ["save_file", "load_file"])
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_full_disk_names_the_remedy_and_the_run_goes_on(

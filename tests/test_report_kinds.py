@@ -49,6 +49,7 @@ def full(packed_folder, dense_folder, text_file, tmp_path_factory):
     report["recovery"]["texts"] = copy.deepcopy(report["calibration"]["texts"])
     report["tuning"] = [{"block": 0, "error_before": 0.5, "error_after": 0.25, "steps": 4, "best_step": 2}]
     report["rounding"] = copy.deepcopy(report["tuning"])
+    report["rotation"] = {"lost_before": 0.112, "lost_after": 0.091}
     report["quantization"] = {
         "values": "int4",
         "value_group": 128,
@@ -107,7 +108,7 @@ def outcome(call):
 
 PARTS = [
     "summary", "config", "calibration", "base_model", "layers", "tuning", "left_dense", "measurements", "files",
-    "evaluations", "tasks", "benchmark", "recovery", "rounding", "quantization", "versions", "warnings",
+    "evaluations", "tasks", "benchmark", "recovery", "rotation", "rounding", "quantization", "versions", "warnings",
     "report_version",
 ]  # fmt: skip
 

@@ -6,6 +6,8 @@ from oracles import gaussian
 from products import CASES, DTYPES, OP, arguments, has_kernels
 from torch.library import opcheck
 
+from optimum_eggs.ops.select import dense_kernel
+
 ALL = torch.ops.optimum_eggs.packed_linears
 ROWS = (40, 8, 24)
 
@@ -72,6 +74,9 @@ def test_neighbours_and_others_are_told_apart(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("apart", [False, True])
 def test_its_own_kernel_runs(case, apart):
+    if case == "dense" and None in {dense_kernel(torch.bfloat16, torch.device("cpu"), tokens) for tokens in (1, 2)}:
+        pytest.skip("torch multiplies so few tokens faster on this processor")
+
     def called(tokens):
         with torch.profiler.profile() as profile:
             joint(gaussian(tokens, 192, dtype=torch.bfloat16), *layers(case, 3, torch.bfloat16, apart=apart))

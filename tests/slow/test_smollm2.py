@@ -71,12 +71,15 @@ def test_presets_are_better_than_a_score_alone_by_what_their_parts_buy():
         size = {"num_samples": 8, "seq_len": 512, "sampling": "sequential", "targets": ["layers.12", "layers.13"]}
         config = EGGSConfig("2:4", preset=preset, **size, **values)
         report = pruner.prune(config, calibration=DATA / "calibration.txt", progress=False)
-        assert all(block.error_after < 0.98 * block.error_before for block in report.tuning)
+        before, after = ([getattr(block, key) for block in report.tuning] for key in ("error_before", "error_after"))
+        assert all(map(float.__lt__, after, before))
+        assert not before or sum(after) < 0.975 * sum(before)
         found = compare(read([pruner.model, dense], windows, progress=False))
         divergence[preset] = found.kl_divergence.value
-    # Measured with two instruction sets: fast 0.69 to 0.72 and without its refit 0.80 to 0.81; best 0.52 to 0.58, as
-    # choices within rounding fall (tuning 3 to 6 % off the errors), and 0.61 to 0.63 without tuning. The first blocks,
-    # with their few huge activations, differ more between machines.
+    # Measured with three instruction sets: fast 0.63 to 0.72 and without its refit 0.80 to 0.81; best 0.52 to 0.58, as
+    # choices within rounding fall (tuning 3 to 6 % off the errors of both blocks together, and 1 to 7 % off one's, for
+    # one window judges), and 0.61 to 0.63 without tuning. The first blocks, with their few huge activations, differ
+    # more between machines.
     assert divergence["fast"] < 0.76 * divergence["ria"]
     assert divergence["best"] < 0.6 * divergence["ria"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import gaussian
-from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,7 +62,6 @@ class Calls(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="torch 2.8 knows no fake mm with an out_dtype")
 @pytest.mark.parametrize(("dtype", "copied"), [(torch.bfloat16, False), (torch.float16, False), (torch.float64, True)])
 def test_on_a_gpu_halves_are_not_copied_to_float32(dtype, copied):
     with FakeTensorMode(), Calls() as calls:  # tensors without values, of a GPU that need not be there

@@ -89,5 +89,6 @@ def test_a_plan_of_one_process_splits_nothing(pre_quantized, packed_folder, dens
     config = EGGSConfig("2:4", calibration=tiny.make_windows(8, 16), num_samples=8, seq_len=16, band=8)
     options = {} if pre_quantized else {"quantization_config": config}
     folder = packed_folder if pre_quantized else dense_folder
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(), **options)
+    plan = DistributedConfig(tp_size=1, fsdp_size=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, **options)
     assert model.hf_quantizer.is_serializable()

@@ -1,7 +1,8 @@
 """What a training step costs: tokens a second and peak memory, packed (masked LoRA, values) beside dense (plain LoRA).
 
-Each kind runs in a process of its own, in bfloat16 autocast over float32 weights, with the loss of the text. Memory is
-the peak while training over what was resident once the model was loaded.
+Each kind runs in a process of its own over float32 weights, with the loss of the text, in bfloat16 autocast where
+`optimum-cli eggs recover` would use it or as `--products` says. Memory is the peak while training over what was
+resident once the model was loaded.
 
     OMP_NUM_THREADS=2 python benchmarks/training.py twin/packed --against twin/dense
 """
@@ -27,6 +28,7 @@ def worker(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from optimum_eggs.engine.precision import has_bfloat16_products
     from optimum_eggs.hf.loading import own_memory
     from optimum_eggs.nn import packed_layers
     from optimum_eggs.recovery.memory import keep_freed_memory
@@ -49,11 +51,12 @@ def worker(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     ids = torch.randint(0, model.config.vocab_size, (args.batch_size, args.seq_len))
-    seconds = []
+    cpu, seconds = torch.device("cpu"), []
+    half = has_bfloat16_products(cpu) if args.products == "auto" else args.products == "bfloat16"
     with Meter() as meter:
         for _ in range(args.steps + args.warm_up):
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step()
@@ -80,6 +83,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warm-up", type=int, default=3, help="steps before those that are timed")
+    parser.add_argument("--products", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()

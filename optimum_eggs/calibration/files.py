@@ -44,6 +44,7 @@ _BEGINNINGS: dict[bytes, tuple[str, str]] = {
     b"%PDF": ("it is a PDF", "save its text to a file"),
 }
 """How files begin that are taken for UTF-8 text -> what they are, and what to do."""
+_MEND = "mend it, or give it the ending of what it is, such as .txt for plain text"
 TO_UTF8 = "convert it to UTF-8, such as with `iconv -f LATIN1 -t UTF-8`, or give a text file"
 _DISK = "check the file and its disk"
 
@@ -149,20 +150,22 @@ def _why_no_rows(path: Path, kind: str, error: Exception) -> str:
     elif isinstance(cause, OSError):
         said, remedy = first_line(cause), f"{_DISK}, and the room for temporary files"
     else:
-        said = (_broken_line(path) if kind == "jsonl" else None) or first_line(cause).rstrip(".!")
-        remedy = "mend it, or give it the ending of what it is, such as .txt for plain text"
+        broken = _broken_line(path) if kind == "jsonl" else None
+        said, remedy = broken or (first_line(cause).rstrip(".!"), _MEND)
     return f" cannot be read as {kind}: {said}; {remedy}"
 
 
-def _broken_line(path: Path) -> str | None:
-    """The first line of a file that is not JSON, and why; None if all are."""
+def _broken_line(path: Path) -> tuple[str, str] | None:
+    """The first line of a file that is not JSON, and why, and what to do with it; None if all are."""
     for number, line in enumerate(_unpacked(path, by_line=True), 1):
         try:
             json.loads(line.strip() or b"0")
         except json.JSONDecodeError as error:
-            return f"line {number} is no JSON ({error.msg}: column {error.colno})"
+            return f"line {number} is no JSON ({error.msg}: column {error.colno})", _MEND
+        except UnicodeDecodeError as error:
+            return f"line {number} is not UTF-8 ({error})", TO_UTF8
         except (ValueError, RecursionError) as error:
-            return f"line {number} is no JSON ({first_line(error)})"
+            return f"line {number} is no JSON ({first_line(error)})", _MEND
     return None
 
 

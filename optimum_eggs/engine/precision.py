@@ -56,7 +56,7 @@ def bfloat16_products(block: nn.Module) -> Iterator[None]:
     whole block would reach further, into code that does not know of it.
     """
     device = next(block.parameters()).device
-    layers = [module for module in block.modules() if is_dense_linear(module)] if _has_bfloat16(device) else []
+    layers = [module for module in block.modules() if is_dense_linear(module)] if has_bfloat16_products(device) else []
 
     def faster(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(plain)
@@ -78,7 +78,7 @@ def bfloat16_products(block: nn.Module) -> Iterator[None]:
                 layer.forward = before
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16_products(device: torch.device) -> bool:
     """Whether `device` has instructions that multiply in bfloat16 and add up in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -24,6 +24,7 @@ from ..calibration.documents import columns_of, described, documents, refuse_twi
 from ..calibration.windows import token_stream, windows_digest
 from ..config import QUANT_METHOD
 from ..devices import choose_device
+from ..engine.precision import has_bfloat16_products
 from ..engine.report import read_report, used_texts, without_measurements
 from ..errors import CalibrationError, ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
@@ -161,12 +162,12 @@ def recover(
     Values that are integers are trained with their rounding in the loop, and are integers again. Of the values before
     and after training those are written that predict the windows held out better.
 
-    Runs `transformers.Trainer` in bfloat16 autocast over float32 weights. Its checkpoints lie in a hidden folder beside
-    the output (in it, where it is an empty folder that is there already); the same call after an interruption goes on
-    from the last of them. A run of other settings that was cut is not in the way: its checkpoints stay until a run
-    ends. Under `torchrun` or `accelerate launch` every process takes its share of the steps' windows: `batch_size` is
-    then that of each. Code that comes with the model, its tokenizer or the teacher is run with `trust_remote_code`
-    alone.
+    Runs `transformers.Trainer` over float32 weights, in bfloat16 autocast where the device has instructions for
+    products in bfloat16. Its checkpoints lie in a hidden folder beside the output (in it, where it is an empty folder
+    that is there already); the same call after an interruption goes on from the last of them. A run of other settings
+    that was cut is not in the way: its checkpoints stay until a run ends. Under `torchrun` or `accelerate launch` every
+    process takes its share of the steps' windows: `batch_size` is then that of each. Code that comes with the model,
+    its tokenizer or the teacher is run with `trust_remote_code` alone.
 
     Args:
         model_id: A packed model.
@@ -398,7 +399,8 @@ def _taught(file: Path, teacher: PreTrainedModel | None, windows: Tensor, top_k:
     """The teacher's tokens: from the file that an interrupted run wrote; else made and written by the first process."""
     with ranks.together():
         if ranks.first and teacher is not None and not file.is_file():
-            found = teacher_tokens(teacher, windows, top_k, autocast=True)
+            device = next(teacher.parameters()).device
+            found = teacher_tokens(teacher, windows, top_k, autocast=has_bfloat16_products(device))
             part = file.with_suffix(".part")
             save_file({"ids": found.ids, "log_probs": found.log_probs}, part)
             part.replace(file)
@@ -484,6 +486,7 @@ def _train(
             layer.weight.requires_grad_(True)
             if isinstance(layer, RoundedLinear):
                 layer.weight_scale.requires_grad_(True)
+    device = next(model.parameters()).device
     every = max(1, settings.steps // settings.evaluations)
     names_of_it = ("activation_checkpointing", "gradient_checkpointing")  # newer versions of transformers, and older
     known = {each.name for each in fields(TrainingArguments)}
@@ -508,8 +511,8 @@ def _train(
         prediction_loss_only=True,
         remove_unused_columns=False,
         **saving_memory,
-        bf16=True,
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        bf16=has_bfloat16_products(device),
+        use_cpu=device.type == "cpu",
         seed=settings.seed,
         report_to=[],
         logging_steps=max(1, every // 4),

@@ -8,7 +8,7 @@ from optimum_eggs.engine.precision import bfloat16_products
 
 @pytest.fixture
 def has_bfloat16(monkeypatch):
-    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "has_bfloat16_products", lambda device: True)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_layers_are_as_they_were_afterwards(block, has_bfloat16):
 
 
 def test_without_the_instructions_nothing_changes(block, monkeypatch):
-    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "has_bfloat16_products", lambda device: False)
     x = torch.randn(5, 64)
     exact = block(x)
     with bfloat16_products(block):

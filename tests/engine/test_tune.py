@@ -198,7 +198,7 @@ def test_gradients_may_be_in_another_order_in_memory_than_weights(meter):
 def test_products_in_bfloat16_lower_the_error_as_those_in_float32_do(meter, monkeypatch):
     found = {}
     for exact in (False, True):
-        monkeypatch.setattr(precision, "_has_bfloat16", lambda device, exact=exact: not exact)
+        monkeypatch.setattr(precision, "has_bfloat16_products", lambda device, exact=exact: not exact)
         _, walk, block, masks, targets = prepared(meter)
         found[exact] = tune_block(walk, block, 0, masks, targets, STEPS, 0.01, seed=0)
     assert found[True].error_before == found[False].error_before

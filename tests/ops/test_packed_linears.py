@@ -78,7 +78,7 @@ def test_its_own_kernel_runs(case, apart):
         pytest.skip("torch multiplies so few tokens faster on this processor")
 
     def called(tokens):
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:  # which torch 2.12 warns without
             joint(gaussian(tokens, 192, dtype=torch.bfloat16), *layers(case, 3, torch.bfloat16, apart=apart))
         return {event.name for event in profile.events() if event.name.startswith("optimum_eggs::")}
 

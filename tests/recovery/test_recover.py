@@ -105,6 +105,23 @@ def test_nothing_is_called_by_a_name_of_the_past(gradient_checkpointing, packed_
         assert recover(packed_folder, tmp_path / "out", given).steps == 4
 
 
+@pytest.mark.parametrize("has_them", [True, False])
+def test_products_are_in_bfloat16_where_the_device_has_instructions_for_them(
+    has_them, packed_folder, dense_folder, text_file, tmp_path, monkeypatch
+):
+    found = {True: set(), False: set()}
+
+    def forward(self, x, plain=LlamaMLP.forward):
+        found[self.training].add(torch.is_autocast_enabled("cpu"))
+        return plain(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    monkeypatch.setattr(RECOVER, "has_bfloat16_products", lambda device: has_them)
+    recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder)), device="cpu")
+    assert found[True] == {has_them}
+    assert (True in found[False]) is has_them  # the teacher; what judges is exact
+
+
 @pytest.mark.parametrize("method", ["lora", "values"])
 @pytest.mark.parametrize("taught", [True, False])
 @pytest.mark.usefixtures("_not_worse")

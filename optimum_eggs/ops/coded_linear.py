@@ -13,10 +13,11 @@ from ..errors import ShapeError
 from ..packing.codes import Coding, decode
 from ..packing.layout import meta_width
 from ..pattern import NMPattern
-from . import native
+from . import native, wide
 from .nm_linear import nm_linear
 from .select import MOST_TOKENS_CODED, choose
 from .watch import compiles_without_derivatives, may_go_direct, nothing_watches, wants_torch_alone
+from .wide import matmul
 
 _NUMBERS = 1 << 25  # values made of the codes that exist at a time
 
@@ -139,13 +140,14 @@ def run(
         bias = None if bias is None else bias.contiguous()
         return native.coded_linear(choice.isa, x, codes, scale, weight_meta, bias, n, m, coding.bits, group)
     height = max(1, _NUMBERS // max(1, in_features // m * n))
+    multiply = wide.linear if fits and choice.wide else torch.nn.functional.linear
     parts = []
     for start in range(0, max(1, len(codes)), height):  # an output head as a whole would take gigabytes
         rows = slice(start, start + height)
         values = values_of(codes[rows], scale[rows], in_features, n, m, kind, group, x.dtype)
         own = None if bias is None else bias[rows]
         if weight_meta is None:
-            parts.append(torch.nn.functional.linear(x, values, own))
+            parts.append(multiply(x, values, own))
         else:
             parts.append(nm_linear(x, values, weight_meta[rows], own, n, m))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -228,7 +230,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             rows = slice(start, start + height)
             values = values_of(codes[rows], scale[rows], ctx.in_features, n, m, kind, group, grad.dtype)
             dense = values if weight_meta is None else spread(values, weight_meta[rows], NMPattern(n, m))
-            part = grad[..., rows] @ dense
+            part = matmul(grad[..., rows], dense)
             grad_x = part if grad_x is None else grad_x.add_(part)
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
-from .select import dense_kernel
+from . import native, wide
+from .select import dense_is_wide, dense_kernel
 from .watch import compiles_without_derivatives, nothing_watches
 
 
@@ -30,9 +30,12 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Y by the kernel, where it is faster and takes the tensors, or by torch."""
     if _belong_together(x, weight, bias):
-        isa = dense_kernel(x.dtype, x.device, x.numel() // x.shape[-1])
+        tokens = x.numel() // x.shape[-1]
+        isa = dense_kernel(x.dtype, x.device, tokens)
         if isa is not None:
             return native.linear(isa, x.contiguous(), weight, None, None if bias is None else bias.contiguous(), 1, 1)
+        if dense_is_wide(x.dtype, x.device, tokens):
+            return wide.linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -13,8 +13,9 @@ from ..packing.layout import meta_width
 from ..pattern import NMPattern
 from . import held, native, semi_structured, triton
 from .layout import gather, spread, unpack_by_torch
-from .select import choose
+from .select import Choice, choose
 from .watch import compiles_without_derivatives, may_go_direct, may_hold, nothing_watches, wants_torch_alone
+from .wide import matmul, row_parts
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
@@ -89,6 +90,26 @@ def run(
         return triton.linear(x, weight, weight_meta, bias, n, m)
     if choice.backend == "semi_structured":
         return semi_structured.linear(x, weight, weight_meta, bias)
+    if choice.wide:
+        return _wide(choice, x, weight, weight_meta, bias, n, m)
+    return _by_kernels(choice, x, weight, weight_meta, bias, n, m)
+
+
+def _wide(
+    choice: Choice, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int
+) -> Tensor:
+    """Y in float32, some rows of the weight at a time, and rounded."""
+    flat = x.view(-1, x.shape[-1]).float()
+    y = x.new_empty((len(flat), len(weight)))
+    for rows in row_parts(*weight.shape):
+        own = None if bias is None else bias[rows].float()
+        y[:, rows] = _by_kernels(choice, flat, weight[rows].float(), weight_meta[rows], own, n, m)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _by_kernels(
+    choice: Choice, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int
+) -> Tensor:
     assert choice.isa is not None
     if choice.backend == "native":
         return native.linear(choice.isa, x, weight, weight_meta, bias, n, m)
@@ -180,14 +201,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = grad_bias = None
     by_token = grad.reshape(-1, grad.shape[-1])  # (tokens, out); not flatten, which the older of torch's vmaps lacks
     if wanted[0]:
-        grad_x = grad @ spread(weight, weight_meta, pattern)  # dense for as long as this product takes
+        grad_x = matmul(grad, spread(weight, weight_meta, pattern))  # dense for as long as this product takes
     if wanted[1]:
         left, right = by_token.t(), x.reshape(-1, x.shape[-1])
         height = max(1, _GRAD_NUMBERS // x.shape[-1])
         parts = []
         for start in range(0, len(left), height):
             rows = slice(start, start + height)
-            parts.append(gather(left[rows] @ right, weight_meta, pattern, rows))
+            parts.append(gather(matmul(left[rows], right), weight_meta, pattern, rows))
         grad_weight = torch.cat(parts)
     if ctx.has_bias and wanted[3]:
         grad_bias = by_token.sum(0)

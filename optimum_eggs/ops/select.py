@@ -10,6 +10,8 @@
 - `triton`: a kernel for a few tokens on a GPU; `semi_structured`: torch's own sparse product there, for many. Only
   where they are forced, since no GPU has run them yet.
 
+Where the processor multiplies float32 faster than 16 bits, `native` and `panel` cast many tokens and the values to it.
+
 The environment variable `OPTIMUM_EGGS_BACKEND` forces one of them, `OPTIMUM_EGGS_ISA` an instruction set of the
 processor (one of `optimum_eggs.ops.INSTRUCTION_SETS`).
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +31,7 @@ from torch import Tensor
 from ..errors import ConfigError, ShapeError
 from . import native, triton
 from .native import DTYPES, INSTRUCTION_SETS
+from .wide import widens
 
 BACKENDS = ("native", "panel", "reference", "dense", "triton", "semi_structured")
 _MOST_TOKENS_TRITON = 8
@@ -49,11 +52,15 @@ _TOKENS_DENSE_BF16 = {"avx512_bf16": range(1, 25), "amx": range(1, 25)}
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend chosen, the instruction set if it is one of the processor's, and the reason in words."""
+    """The backend chosen, the instruction set if it is one of the processor's, and the reason in words.
+
+    `wide`: values and activations are cast to float32 for it, which the reason says too.
+    """
 
     backend: str
     isa: str | None
     why: str
+    wide: bool = field(default=False, repr=False)
 
 
 @dataclass
@@ -142,6 +149,11 @@ def dense_kernel(dtype: torch.dtype, device: torch.device, tokens: int) -> str |
     return choice.isa if tokens in _tokens_dense(choice.isa, dtype) else None
 
 
+def dense_is_wide(dtype: torch.dtype, device: torch.device, tokens: int) -> bool:
+    """Whether a dense weight that no kernel multiplies is multiplied faster in float32."""
+    return tokens > 1 and _forced.backend is None and not native.torch_may_hang() and widens(dtype, device.type)
+
+
 def _most_tokens(isa: str, dtype: torch.dtype) -> int:
     """The most tokens of a packed layer that a kernel multiplies."""
     return max(_MOST_TOKENS[isa], _MOST_TOKENS_BF16.get(isa, 0) if dtype is torch.bfloat16 else 0)
@@ -188,6 +200,9 @@ def _decide(
     most = _most_tokens(isa, dtype)
     if tokens <= most:
         return Choice("native", isa, f"{tokens} tokens: up to {most}, {isa} beats the dense product")
+    if widens(dtype, device) and not torch_may_hang:
+        wide = _decide(torch.float32, device, tokens, torch_may_hang, layer)
+        return replace(wide, why=f"{wide.why}; in float32, which this processor multiplies faster", wide=True)
     if layer and native.skips(isa, dtype, *layer):
         why = f"{tokens} tokens: with {layer[1]}:{layer[2]} {isa} beats the dense product whatever their number"
         return Choice("native", isa, why)

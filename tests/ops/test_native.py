@@ -18,6 +18,7 @@ from oracles import gaussian
 from optimum_eggs import NMLinear
 from optimum_eggs.masks import topn_mask
 from optimum_eggs.ops import INSTRUCTION_SETS, explain, force, native, nm_linear
+from optimum_eggs.ops.wide import widens
 from optimum_eggs.packing import pack, unpack_mask
 from optimum_eggs.pattern import NMPattern
 
@@ -142,14 +143,17 @@ def test_threads_change_nothing(isa, tokens, dtype):
 def test_what_is_skipped_is_multiplied_by_the_kernel_for_any_number_of_tokens(pattern):
     for isa in INSTRUCTION_SETS:
         for dtype in UNIT:
-            f32 = isa != "portable" and dtype is torch.float32 and 2 * pattern.n <= pattern.m
+            skipped = isa != "portable" and 2 * pattern.n <= pattern.m
+            f32 = skipped and dtype is torch.float32
             bf16 = isa == "avx512_bf16" and dtype is torch.bfloat16 and str(pattern) in ("2:4", "1:4", "4:8")
             assert native.skips(isa, dtype, 4096, pattern.n, pattern.m) is (f32 or bf16)
             if dtype is torch.bfloat16 and isa == "amx":
                 continue  # whose tiles take any number too
             layer = NMLinear(128, 8, pattern=pattern, bias=False, dtype=dtype)
             with force(isa=isa):
-                assert explain(layer, 4096).backend == ("native" if f32 or bf16 else "panel")
+                wide = widens(dtype, "cpu")
+                assert explain(layer, 4096).wide is wide
+                assert explain(layer, 4096).backend == ("native" if f32 or bf16 or (wide and skipped) else "panel")
 
 
 @pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="this processor does not multiply bfloat16")

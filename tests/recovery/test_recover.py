@@ -370,7 +370,9 @@ def test_a_damaged_report_is_found_first(packed_folder, text_file, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_training_that_makes_it_worse_keeps_what_was(packed_folder, text_file, tmp_path, capsys):
+def test_training_that_makes_it_worse_keeps_what_was(packed_folder, text_file, tmp_path, capsys, monkeypatch):
+    # judged by rounded products, a state may be the best while it is trained and worse in float32
+    monkeypatch.setattr(RECOVER, "has_bfloat16_products", lambda device: True)
     before = shutil.copytree(packed_folder, tmp_path / "before")
     report = json.loads((before / "report.json").read_text()) | {"evaluations": [], "benchmark": None}
     (before / "report.json").write_text(json.dumps(report))

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..measure import Meter
 from ..nn import dense_weight
+from ..nn.dense import reading_fast
+from ..ops.wide import widens
 from ..ranks import ALONE, Ranks
 from .calls import DONE, Call, cast, record_calls, shared
 from .hooks import Stop, hooked, input_of
@@ -219,7 +221,9 @@ class Walk:
         call = self._calls[batch][index]
         if dtype is not None:
             call, states = cast(call, dtype), states.to(dtype)
-        return call.apply(block, states.to(next(block.parameters()).device))
+        states = states.to(next(block.parameters()).device)
+        with reading_fast(block) if widens(states.dtype, states.device.type) else nullcontext():
+            return call.apply(block, states)
 
     def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor | None:
         """The input of `linear` on one batch, or None if that does not reach it; the rest of the block is not run."""

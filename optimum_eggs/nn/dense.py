@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -25,6 +28,19 @@ def read_fast(model: nn.Module, fast: bool = True) -> None:
     for module in model.modules():
         if type(module) is before:
             module.__class__ = after
+
+
+@contextmanager
+def reading_fast(block: nn.Module) -> Iterator[None]:
+    """Every `nn.Linear` of `block` is a [`DenseLinear`] meanwhile."""
+    plain = [module for module in block.modules() if type(module) is nn.Linear]
+    try:
+        for module in plain:
+            module.__class__ = DenseLinear
+        yield
+    finally:
+        for module in plain:
+            module.__class__ = nn.Linear
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from optimum_eggs.calibration import DenseTwin, InMemoryBlocks, Walk, find_block_list
+from optimum_eggs.calibration import walk as walking
 from optimum_eggs.errors import ConfigError, ModelError
 from optimum_eggs.measure import Meter
 from optimum_eggs.nn import is_dense_linear
+from optimum_eggs.ops import select, wide
 
 WINDOWS = tiny.make_windows(5, 12)
 
@@ -39,6 +41,29 @@ def test_the_walk_gives_the_hidden_states_of_the_whole_forward(name):
             walk.advance(block, index)
     assert len(walk.hidden) == len(outputs) == 3
     assert all(torch.equal(a, b) for a, b in zip(walk.hidden, outputs, strict=True))
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_halves_are_multiplied_in_float32_where_that_is_faster(faster, monkeypatch):
+    multiply, widened, hidden = wide.linear, [], []
+    monkeypatch.setattr(wide, "linear", lambda *given: widened.append(given[0].dtype) or multiply(*given))
+    for module in (walking, select, wide):
+        monkeypatch.setattr(module, "widens", lambda dtype, device: faster and dtype is torch.bfloat16)
+    model, exact = (tiny.make_model("llama", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    exact.load_state_dict(model.state_dict())
+    for each in (model, exact):
+        each.config.use_cache = False
+        found = find_block_list(each)
+        with Meter() as meter, torch.no_grad():
+            walk = Walk(InMemoryBlocks(each, found), WINDOWS, 5, meter)
+            linear = linears_of(each, found.block_name(0))["self_attn.o_proj"]
+            walk.statistics(found.blocks[0], 0, linear)  # which leaves the block where the layer is called
+            walk.advance(found.blocks[0], 0)
+        hidden.append(walk.hidden[0])
+        assert {type(module) for module in each.modules() if is_dense_linear(module)} == {nn.Linear}
+    assert widened == [torch.bfloat16] * len(widened)
+    assert bool(widened) is faster
+    torch.testing.assert_close(hidden[0].float(), hidden[1], rtol=2e-2, atol=2e-3)
 
 
 def test_statistics_beside_a_dense_twin_pair_the_same_tokens():

@@ -43,8 +43,9 @@ def test_packed_layers(isa, pattern, dtype):
     dense = nn.Linear(192, 150, dtype=dtype).requires_grad_(False)
     layer = NMLinear.from_linear(dense, pattern)
     with force(isa=isa):
-        assert explain(layer, 600).wide
-        assert "in float32" in explain(layer, 600).why
+        slow = isa != "amx" or dtype is not torch.bfloat16  # whose tiles take any number of tokens
+        assert explain(layer, 600).wide is slow
+        assert ("in float32" in explain(layer, 600).why) is slow
         assert not explain(layer, 4).wide
         for shape in ((600,), (3, 23), (4,)):
             x = gaussian(*shape, 192, dtype=dtype)

@@ -15,7 +15,7 @@ from . import held, native, semi_structured, triton
 from .layout import gather, spread, unpack_by_torch
 from .select import Choice, choose
 from .watch import compiles_without_derivatives, may_go_direct, may_hold, nothing_watches, wants_torch_alone
-from .wide import matmul, row_parts
+from .wide import by_parts, matmul
 
 _PANEL_BYTES = 4 << 20  # a panel of unpacked rows: small enough to stay in the cache until it is multiplied
 _GRAD_NUMBERS = 1 << 22  # of the dense gradient that exist at a time, in the backward pass
@@ -91,25 +91,18 @@ def run(
     if choice.backend == "semi_structured":
         return semi_structured.linear(x, weight, weight_meta, bias)
     if choice.wide:
-        return _wide(choice, x, weight, weight_meta, bias, n, m)
+
+        def multiply(flat: Tensor, values: Tensor, own: Tensor | None, rows: slice) -> Tensor:
+            return _by_kernels(choice, flat, values, weight_meta[rows], own, n, m)
+
+        return by_parts(x, weight, bias, multiply)
     return _by_kernels(choice, x, weight, weight_meta, bias, n, m)
-
-
-def _wide(
-    choice: Choice, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int
-) -> Tensor:
-    """Y in float32, some rows of the weight at a time, and rounded."""
-    flat = x.view(-1, x.shape[-1]).float()
-    y = x.new_empty((len(flat), len(weight)))
-    for rows in row_parts(*weight.shape):
-        own = None if bias is None else bias[rows].float()
-        y[:, rows] = _by_kernels(choice, flat, weight[rows].float(), weight_meta[rows], own, n, m)
-    return y.view(*x.shape[:-1], len(weight))
 
 
 def _by_kernels(
     choice: Choice, x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int
 ) -> Tensor:
+    """Y of contiguous tensors that belong together, by a kernel for the processor or by panels."""
     assert choice.isa is not None
     if choice.backend == "native":
         return native.linear(choice.isa, x, weight, weight_meta, bias, n, m)

@@ -6,6 +6,8 @@ What comes out is rounded once, as by the kernels of 16 bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,20 +23,34 @@ def widens(dtype: torch.dtype, device_type: str) -> bool:
     return halves and device_type == "cpu" and INSTRUCTION_SETS[-1:] == _INSTRUCTION_SETS
 
 
-def row_parts(rows: int, width: int) -> list[slice]:
-    """Rows of a weight (rows, width) that are in float32 together."""
-    height = max(64, _NUMBERS // max(1, width))
-    return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + b of tensors of one dtype, x (..., in) and weight (out, in), in float32, and rounded to that dtype."""
+    return by_parts(x, weight, bias, lambda flat, values, own, rows: torch.nn.functional.linear(flat, values, own))
+
+
+def by_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiply: Callable[[Tensor, Tensor, Tensor | None, slice], Tensor],
+) -> Tensor:
+    """Y (..., out) in the dtype of x, some rows of what is stored at a time.
+
+    Args:
+        x: (..., in).
+        weight: (out, width).
+        bias: (out,) or None.
+        multiply: Gives Y (tokens, rows) of x (tokens, in), and rows of the weight and of the bias, all float32; and
+            which rows they are.
+    """
     flat = x.reshape(-1, x.shape[-1]).float()
     y = x.new_empty((len(flat), len(weight)))
+    height = max(64, _NUMBERS // max(1, weight.shape[1]))
     with torch.autocast("cpu", enabled=False):
-        for rows in row_parts(*weight.shape):
+        for start in range(0, len(weight), height):
+            rows = slice(start, start + height)
             own = None if bias is None else bias[rows].float()
-            y[:, rows] = torch.nn.functional.linear(flat, weight[rows].float(), own)
+            y[:, rows] = multiply(flat, weight[rows].float(), own, rows)
     return y.view(*x.shape[:-1], len(weight))
 
 

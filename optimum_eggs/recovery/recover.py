@@ -400,12 +400,17 @@ def _taught(file: Path, teacher: PreTrainedModel | None, windows: Tensor, top_k:
     with ranks.together():
         if ranks.first and teacher is not None and not file.is_file():
             device = next(teacher.parameters()).device
-            found = teacher_tokens(teacher, windows, top_k, autocast=has_bfloat16_products(device))
+            found = teacher_tokens(teacher, windows, top_k, autocast=_in_bfloat16(device))
             part = file.with_suffix(".part")
             save_file({"ids": found.ids, "log_probs": found.log_probs}, part)
             part.replace(file)
     with ranks.together():
         return TeacherTokens(**load_file(file))
+
+
+def _in_bfloat16(device: torch.device) -> bool:
+    """Whether training multiplies in bfloat16: not where that is known to be slow."""
+    return device.type not in ("cpu", "cuda") or has_bfloat16_products(device)
 
 
 def _bytes_to_write(model: PreTrainedModel, settings: RecoverySettings, windows: Tensor, stored: torch.dtype) -> int:
@@ -511,7 +516,7 @@ def _train(
         prediction_loss_only=True,
         remove_unused_columns=False,
         **saving_memory,
-        bf16=has_bfloat16_products(device),
+        bf16=_in_bfloat16(device),
         use_cpu=device.type == "cpu",
         seed=settings.seed,
         report_to=[],

@@ -264,6 +264,7 @@ def test_what_is_packed_is_called_so(content, message, tokenizer, here):
             '{"text": "caf\xe9"}\n',
             r"(: a text in it| cannot be read as jsonl: line 1) is not UTF-8 \(.*0xe9 in position (3|13)[:;]",
         ),
+        ("a.jsonl", '{"text": "caf\xe9"\n', r" cannot be read as jsonl: .*0xe9 in position 13[:;]"),  # nor is it JSON
     ],
 )
 def test_another_encoding_is_to_be_converted(name, content, message, tokenizer, here):

@@ -39,7 +39,8 @@ def check(found, x, weight, bias):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(6, 8)], ids=str)  # one that is skipped, one that is not
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_packed_layers(isa, pattern, dtype):
+@pytest.mark.parametrize("autocast", [True, False])
+def test_packed_layers(autocast, isa, pattern, dtype):
     dense = nn.Linear(192, 150, dtype=dtype).requires_grad_(False)
     layer = NMLinear.from_linear(dense, pattern)
     with force(isa=isa):
@@ -49,7 +50,9 @@ def test_packed_layers(isa, pattern, dtype):
         assert not explain(layer, 4).wide
         for shape in ((600,), (3, 23), (4,)):
             x = gaussian(*shape, 192, dtype=dtype)
-            check(layer(x), x, layer.dense_weight(), layer.bias)
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                found = layer(x)
+            check(found, x, layer.dense_weight(), layer.bias)
 
 
 @pytest.mark.parametrize("backend", ["native", "panel", "reference"])

@@ -118,6 +118,7 @@ def test_products_are_in_bfloat16_where_the_device_has_instructions_for_them(
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     monkeypatch.setattr(RECOVER, "has_bfloat16_products", lambda device: has_them)
     recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder)), device="cpu")
+    assert RECOVER._in_bfloat16(torch.device("xpu"))  # nothing is known of others
     assert found[True] == {has_them}
     assert (True in found[False]) is has_them  # the teacher; what judges is exact
 

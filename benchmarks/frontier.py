@@ -1,0 +1,148 @@
+"""Quality against time: a model pruned with a preset, and then trained for some steps, from the dense model on.
+
+Each row is a preset and a number of steps of `recover --method values` with the dense model as teacher; 0 is the pruned
+model as it is. Seconds are those of pruning, from disk to disk, and of training, loading and the teacher's pass
+included; judging is not counted. What is trained on is the text that was calibrated on, all of it or, with
+`--windows`, no more than the windows that pruning saw. With `--development` in place of `--text`, the calibration
+text's first three quarters calibrate and train, and its last quarter judges; KL is that of the dense model to the one
+at hand, nats a token.
+
+Every run is a process of its own. Pruned models stay in `--from-disk`, and a preset is pruned once. Rows are added to
+the JSON as they come, and a row that is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from quality import commit, identity, output_of, pruned_on_disk, text_of
+
+from optimum_eggs.measure import processor
+
+
+def worker(args: argparse.Namespace) -> dict[str, Any]:
+    """Prune unless that is done, train, judge, and return the row."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from optimum_eggs.evaluation.paired import compare
+    from optimum_eggs.evaluation.reading import read
+    from optimum_eggs.evaluation.windows import evaluation_windows
+    from optimum_eggs.hf.loading import load_model
+
+    row: dict[str, Any] = {"threads": torch.get_num_threads()}
+    row["seconds_of_pruning"] = row["seconds"] = pruned_on_disk(args)["seconds"]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with tempfile.TemporaryDirectory(dir=args.from_disk) as work:
+        packed = output_of(args)
+        if args.steps:
+            packed, seconds = trained(packed, Path(work), tokenizer, args)
+            row["seconds"] += seconds
+        models = [load_model(folder, dtype="float32") for folder in (packed, args.model)]
+        windows = evaluation_windows(text_of(args)[1], tokenizer, args.test_seq_len, args.test_windows)
+        found = read(models, windows, progress=False)
+    row["perplexity"], row["perplexity_of_dense"] = (found.nats.sum(1) / found.tokens.sum()).exp().tolist()
+    return row | {"kl": compare(found).kl_divergence.value}
+
+
+def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) -> tuple[Path, float]:
+    """Train the packed model into a folder in `work`; the folder, and the seconds that it took."""
+    from optimum_eggs.recovery.recover import RecoverySettings, recover
+
+    (text,) = text_of(args)[0]
+    ids = tokenizer(text)["input_ids"]
+    rows = work / "train.jsonl"
+    rows.write_text(json.dumps({"input_ids": ids[: args.windows * args.seq_len] if args.windows else ids}) + "\n")
+    settings = RecoverySettings(
+        [str(rows)],
+        teacher=str(args.model),
+        method="values",
+        steps=args.steps,
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+        seed=args.draw,
+    )
+    began = time.perf_counter()
+    recover(packed, work / "out", settings)
+    return work / "out", time.perf_counter() - began
+
+
+def wanted_row(preset: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What makes two rows the same."""
+    pruned = identity(preset, args.pattern, args.draw, args)
+    training = {"batch_size": args.batch_size, "windows": args.windows} if steps else {}
+    return pruned | {"steps": steps, "training": training}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| model | preset | steps | trained on | seconds | of them pruning | perplexity | of dense | KL |"]
+    lines.append("|---|---|---:|---|---:|---:|---:|---:|---:|")
+    for row in sorted(rows, key=lambda row: row["seconds"]):
+        windows = row["training"].get("windows")
+        text = "" if not row["steps"] else f"{windows} windows" if windows else "all of the text"
+        lines.append(
+            f"| {row['model']} | {row['method']} | {row['steps']} | {text} "
+            f"| {row['seconds']:.0f} | {row['seconds_of_pruning']:.0f} "
+            f"| {row['perplexity']:.2f} | {row['perplexity'] / row['perplexity_of_dense']:.3f} | {row['kl']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the dense model")
+    parser.add_argument("--calibration", required=True, help="text file to calibrate and train on")
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--text", help="text file to judge on")
+    judge.add_argument("--development", action="store_true", help="judge on the last quarter of the calibration text")
+    parser.add_argument("--from-disk", type=Path, required=True, metavar="FOLDER", help="where pruned models stay")
+    parser.add_argument("--presets", nargs="+", default=["fast", "alps", "best"], metavar="PRESET[:KEY=VALUE,...]")
+    parser.add_argument("--steps", nargs="+", type=int, default=[0, 60, 240, 960], help="of training; 0 for none")
+    parser.add_argument("--windows", type=int, help="train on the first of the calibration text alone (default: all)")
+    parser.add_argument("--batch-size", type=int, default=2, help="windows in a step (default: 2)")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--test-windows", type=int, default=16)
+    parser.add_argument("--test-seq-len", type=int, default=1024)
+    parser.add_argument("--draw", type=int, default=0, help="draw of calibration windows, and seed (default: 0)")
+    parser.add_argument("--json", type=Path, required=True, help="file that rows are read from and added to")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.blocks = None
+    if args.worker:
+        (args.steps,) = args.steps
+        print(json.dumps(worker(args)))
+        return
+    args.from_disk.mkdir(parents=True, exist_ok=True)
+    known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+    rows: list[dict[str, Any]] = []
+    for preset in args.presets:
+        for steps in args.steps:
+            wanted = wanted_row(preset, steps, args)
+            row = next((row for row in known if wanted.items() <= row.items()), None)
+            if row is None:
+                print(f"{preset}, {steps} steps", file=sys.stderr, flush=True)
+                command = [sys.executable, __file__, *sys.argv[1:], "--worker", preset, "--steps", str(steps)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                made = {"processor": processor(), "commit": commit()}
+                row = wanted | made | json.loads(done.stdout.splitlines()[-1])
+                known.append(row)
+                args.json.write_text(json.dumps({"rows": known}, indent=1) + "\n")
+            rows.append(row)
+    for where in dict.fromkeys((row["processor"], row["threads"], row["commit"]) for row in rows):
+        print(f"{where[0]}, {where[1]} threads, commit {where[2]}")
+    print()
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

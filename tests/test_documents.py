@@ -39,6 +39,7 @@ SMALLER = {  # the last of two equal options counts
     "python benchmarks/training.py": "--batch-size 1 --seq-len 16 --steps 1 --warm-up 1",
     "python benchmarks/peers.py": "--prompt 8 --new-tokens 2 --seq-len 16 --rounds 1 --repeats 1 --compiled --llama",
     "python benchmarks/quality.py": "--num-samples 4 --seq-len 16 --test-windows 2 --test-seq-len 32",
+    "python benchmarks/frontier.py": "--num-samples 4 --seq-len 16 --test-windows 2 --test-seq-len 32 --steps 2",
     "pip install": "--dry-run --no-deps --no-build-isolation --quiet",
 }
 PACKED = ["out", "best", "values", "lora", "twin/packed", "l1b/packed"]

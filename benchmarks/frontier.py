@@ -3,9 +3,9 @@
 Each row is a preset and a number of steps of `recover --method values` with the dense model as teacher; 0 is the pruned
 model as it is. Seconds are those of pruning, from disk to disk, and of training, loading and the teacher's pass
 included; judging is not counted. What is trained on is the text that was calibrated on, all of it or, with
-`--windows`, no more than the windows that pruning saw. With `--development` in place of `--text`, the calibration
-text's first three quarters calibrate and train, and its last quarter judges; KL is that of the dense model to the one
-at hand, nats a token.
+`--windows`, the first so many windows: in draw 0, those that pruning takes first. With `--development` in place of
+`--text`, the calibration text's first three quarters calibrate and train, and its last quarter judges; KL is that of
+the dense model to the one at hand, nats a token.
 
 Every run is a process of its own. Pruned models stay in `--from-disk`, and a preset is pruned once. Rows are added to
 the JSON as they come, and a row that is there already is not run again.
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--from-disk", type=Path, required=True, metavar="FOLDER", help="where pruned models stay")
     parser.add_argument("--presets", nargs="+", default=["fast", "alps", "best"], metavar="PRESET[:KEY=VALUE,...]")
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 60, 240, 960], help="of training; 0 for none")
-    parser.add_argument("--windows", type=int, help="train on the first of the calibration text alone (default: all)")
+    parser.add_argument("--windows", type=int, help="train on the first of the calibration text (default: all)")
     parser.add_argument("--batch-size", type=int, default=2, help="windows in a step (default: 2)")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--num-samples", type=int, default=32)

@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from quality import commit, identity, output_of, pruned_on_disk, text_of
-
-from optimum_eggs.measure import processor
+from quality import add_texts, identity, kept_or_run, output_of, pruned_on_disk, text_of
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
@@ -99,10 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the dense model")
-    parser.add_argument("--calibration", required=True, help="text file to calibrate and train on")
-    judge = parser.add_mutually_exclusive_group(required=True)
-    judge.add_argument("--text", help="text file to judge on")
-    judge.add_argument("--development", action="store_true", help="judge on the last quarter of the calibration text")
+    add_texts(parser)
     parser.add_argument("--from-disk", type=Path, required=True, metavar="FOLDER", help="where pruned models stay")
     parser.add_argument("--presets", nargs="+", default=["fast", "alps", "best"], metavar="PRESET[:KEY=VALUE,...]")
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 60, 240, 960], help="of training; 0 for none")
@@ -127,17 +121,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for preset in args.presets:
         for steps in args.steps:
-            wanted = wanted_row(preset, steps, args)
-            row = next((row for row in known if wanted.items() <= row.items()), None)
-            if row is None:
-                print(f"{preset}, {steps} steps", file=sys.stderr, flush=True)
-                command = [sys.executable, __file__, *sys.argv[1:], "--worker", preset, "--steps", str(steps)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                made = {"processor": processor(), "commit": commit()}
-                row = wanted | made | json.loads(done.stdout.splitlines()[-1])
-                known.append(row)
-                args.json.write_text(json.dumps({"rows": known}, indent=1) + "\n")
-            rows.append(row)
+            print(f"{preset}, {steps} steps", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", preset, "--steps", str(steps)]
+            rows.append(kept_or_run(wanted_row(preset, steps, args), known, args.json, command))
     for where in dict.fromkeys((row["processor"], row["threads"], row["commit"]) for row in rows):
         print(f"{where[0]}, {where[1]} threads, commit {where[2]}")
     print()

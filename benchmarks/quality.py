@@ -240,13 +240,32 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the dense model")
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """The options that `text_of` reads."""
     parser.add_argument("--calibration", required=True, help="text file to calibrate on")
     judge = parser.add_mutually_exclusive_group(required=True)
     judge.add_argument("--text", help="text file to judge on")
     judge.add_argument("--development", action="store_true", help="judge on the last quarter of the calibration text")
+
+
+def kept_or_run(
+    wanted: dict[str, Any], known: list[dict[str, Any]], file: Path | None, command: list[str]
+) -> dict[str, Any]:
+    """The known row that is `wanted`; else the one that `command` prints, which is then known, and in the file."""
+    row = next((row for row in known if wanted.items() <= row.items()), None)
+    if row is None:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        row = wanted | {"processor": processor(), "commit": commit()} | json.loads(done.stdout.splitlines()[-1])
+        known.append(row)
+        if file:
+            file.write_text(json.dumps({"rows": known}, indent=1) + "\n")
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the dense model")
+    add_texts(parser)
     parser.add_argument("--blocks", nargs="+", type=int, help="prune these alone")
     parser.add_argument("--patterns", nargs="+", default=["2:4"])
     parser.add_argument("--methods", nargs="+", default=["dense", *METHODS], metavar="PRESET[:KEY=VALUE,...]")

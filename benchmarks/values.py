@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from quality import commit, digest, parsed, text_of
-
-from optimum_eggs.measure import processor
+from quality import add_texts, digest, kept_or_run, parsed, text_of
 
 VARIANTS = ["floats", "int8", "int8:rounding=gptq", "int4:rounding=nearest,rounding_tuning=0", "int4:rounding_tuning=0"]
 VARIANTS += ["int4", "int4:value_group=64"]
@@ -92,10 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a packed model with floats")
     parser.add_argument("--name", help="what the rows call it (default: the folder's name)")
-    parser.add_argument("--calibration", required=True, help="text file to calibrate on")
-    judge = parser.add_mutually_exclusive_group(required=True)
-    judge.add_argument("--text", help="text file to judge on")
-    judge.add_argument("--development", action="store_true", help="judge on the last quarter of the calibration text")
+    add_texts(parser)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="KIND[:KEY=VALUE,...]")
     parser.add_argument("--head", choices=["int8"], help="integers for embeddings and head too")
     parser.add_argument("--num-samples", type=int, default=32)
@@ -117,17 +111,9 @@ def main() -> None:
     shared |= {"calibration_sha256": digest(calibration), "text_sha256": digest(judged)}
     rows = []
     for variant in args.variants:
-        wanted = shared | {"variant": variant}
-        row = next((row for row in known if wanted.items() <= row.items()), None)
-        if row is None:
-            print(variant, file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", variant]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            row = wanted | {"processor": processor(), "commit": commit()} | json.loads(done.stdout.splitlines()[-1])
-            known.append(row)
-            if args.json:
-                args.json.write_text(json.dumps({"rows": known}, indent=1) + "\n")
-        rows.append(row)
+        print(variant, file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", variant]
+        rows.append(kept_or_run(shared | {"variant": variant}, known, args.json, command))
     for where in dict.fromkeys((row["processor"], row["threads"], row["commit"]) for row in rows):
         print(f"{where[0]}, {where[1]} threads, commit {where[2]}")
     print()

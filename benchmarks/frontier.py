@@ -121,9 +121,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for preset in args.presets:
         for steps in args.steps:
-            print(f"{preset}, {steps} steps", file=sys.stderr, flush=True)
+            wanted, what = wanted_row(preset, steps, args), f"{preset}, {steps} steps"
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", preset, "--steps", str(steps)]
-            rows.append(kept_or_run(wanted_row(preset, steps, args), known, args.json, command))
+            rows.append(kept_or_run(wanted, known, args.json, what, command))
     for where in dict.fromkeys((row["processor"], row["threads"], row["commit"]) for row in rows):
         print(f"{where[0]}, {where[1]} threads, commit {where[2]}")
     print()

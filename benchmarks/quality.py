@@ -249,11 +249,15 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
 
 
 def kept_or_run(
-    wanted: dict[str, Any], known: list[dict[str, Any]], file: Path | None, command: list[str]
+    wanted: dict[str, Any], known: list[dict[str, Any]], file: Path | None, what: str, command: list[str]
 ) -> dict[str, Any]:
-    """The known row that is `wanted`; else the one that `command` prints, which is then known, and in the file."""
+    """The known row that is `wanted`; else the one that `command` prints, which is then known, and in the file.
+
+    `what` is said on stderr before the command runs.
+    """
     row = next((row for row in known if wanted.items() <= row.items()), None)
     if row is None:
+        print(what, file=sys.stderr, flush=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = wanted | {"processor": processor(), "commit": commit()} | json.loads(done.stdout.splitlines()[-1])
         known.append(row)

@@ -111,9 +111,8 @@ def main() -> None:
     shared |= {"calibration_sha256": digest(calibration), "text_sha256": digest(judged)}
     rows = []
     for variant in args.variants:
-        print(variant, file=sys.stderr, flush=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", variant]
-        rows.append(kept_or_run(shared | {"variant": variant}, known, args.json, command))
+        rows.append(kept_or_run(shared | {"variant": variant}, known, args.json, variant, command))
     for where in dict.fromkeys((row["processor"], row["threads"], row["commit"]) for row in rows):
         print(f"{where[0]}, {where[1]} threads, commit {where[2]}")
     print()

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from optimum_eggs.engine.rotation import STEPS
-from optimum_eggs.engine.tune import HELD_OUT, MOST_HELD_OUT
+from optimum_eggs.engine.tune import judged_batches
 from optimum_eggs.masks import channel_order, expander_mask
 from optimum_eggs.pattern import NMPattern
 from optimum_eggs.presets import PRESETS
@@ -40,7 +40,6 @@ _GROWTH = 1.3  # of its penalty at every third step, as at first, while more tha
 SHORT = 0.005  # share of tiles that the largest scores leave short, from 0.0003 to 0.018 in these
 AFTER_LAYER = 4 + 8 + 11 + 3  # waits: are weights finite, error, bits; what scores alone lack; certificate; packing
 _TILES = 1024  # that `expander_mask` solves at a time
-_JUDGED = 7  # times that a block's held-out windows are run in tuning
 _ADAM = 60  # bytes moved for a parameter in a step: the optimizer's, the mask on the gradient, casts to and fro
 
 _TURNED = 100  # bytes moved for a weight in a step of choosing a rotation: its importance, the mask, two gradients
@@ -332,7 +331,7 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, **otherwis
         add("permutation", heads * order_work(found, shape.hidden * queries, head, 10))
     if values["block_tuning"]:
         # a step costs three passes of a window; what judges is in float32, as is attention
-        steps, judged = 3 * values["block_tuning"], _JUDGED * held_out(windows)
+        steps, judged = 3 * values["block_tuning"], 2 * len(judged_batches(windows))
         add("tuning", product(2 * before * seq_len * steps))
         add("tuning", Work(float32=seq_len * (whole * judged + attention * steps)))
         add("tuning", Work(bandwidth=_ADAM * before * values["block_tuning"]))
@@ -354,11 +353,6 @@ def rotation_work(shape: Shape) -> dict[str, Work]:
 def head_size(shape: Shape) -> int:
     """Of a Llama of that shape; a small one has two key heads."""
     return min(128, shape.keys // 2)
-
-
-def held_out(windows: int) -> int:
-    """Windows that a block's tuning is judged by, at one a batch."""
-    return min(MOST_HELD_OUT, max(1, round(windows * HELD_OUT)))
 
 
 def measured(path: Path) -> Mapping[str, Card]:

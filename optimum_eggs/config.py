@@ -69,8 +69,7 @@ class EGGSConfig(QuantizationConfigMixin):
             its inputs: what it is to come near to is that share of the way from what it gives on them to what the dense
             model's gives.
         block_tuning: Adam steps on each block once it is pruned, on the weights kept, the biases beside them and the
-            norms, so that its output comes near the dense model's; each on `batch_size` windows. A part of the windows
-            is held out to stop by. 0 for none.
+            norms, so that its output comes near the dense model's; each on `batch_size` windows. 0 for none.
         tuning_lr: Peak learning rate of block tuning, as a share of the root mean square of what is not zero in each
             tensor.
         values: How the values that stay are stored: `"int8"` or `"int4"`, integers with a scale for every

@@ -347,7 +347,7 @@ def test_costs_on_a_gpu_are_counted_from_the_shapes(script, monkeypatch):
     weights, attention = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336, 4 * 2048 * 4096
     tuning = found["tuning"]
     assert tuning.half == pytest.approx(2048 * 2 * weights * 3 * 200)
-    assert tuning.float32 == pytest.approx(2048 * ((2 * weights + attention) * 7 * 8 + attention * 3 * 200))
+    assert tuning.float32 == pytest.approx(2048 * ((2 * weights + attention) * 2 * 16 + attention * 3 * 200))
     alone = cost.block_work(shape, 128, 2048, "best", float32=True)["tuning"]
     assert (alone.half, alone.float32) == (0, pytest.approx(tuning.half + tuning.float32))
     turned = cost.block_work(shape, 128, 2048, "best", rotation=True)

@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
             sum(getattr(block, key) for block in report.tuning) / len(report.tuning)
             for key in ("error_before", "error_after")
         )
-        print(f"blocks tuned: mean error on the windows held out {before:.4f} -> {after:.4f}")
+        print(f"blocks tuned: mean error on the calibration windows {before:.4f} -> {after:.4f}")
     if report.left_dense:
         print(f"left dense: {', '.join(layer.name for layer in report.left_dense[:6])}" + more(report.left_dense, 6))
     print(f"saved to {args.output}")

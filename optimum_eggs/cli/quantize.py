@@ -84,6 +84,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{done['modules']} modules in integers: values {how}{left}")
     if done["tuning"]:
         before, after = (sum(errors) / len(errors) for errors in zip(*done["tuning"], strict=True))
-        print(f"blocks tuned: mean error on the windows held out {before:.4f} -> {after:.4f}")
+        print(f"blocks tuned: mean error on the calibration windows {before:.4f} -> {after:.4f}")
     print(f"saved to {args.output}")
     return 0

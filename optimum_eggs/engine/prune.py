@@ -111,12 +111,10 @@ def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Rank
     check_reads_text(model)
     ranks.check(len(windows), config.batch_size)
     _check_windows(windows, model)
-    if config.block_tuning:
-        check_float32(model, f"block_tuning={config.block_tuning}")
-        check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
-    if config.rounding_tuning:
-        check_float32(model, f"rounding_tuning={config.rounding_tuning}")
-        check_tunable(-(-len(windows) // config.batch_size), config.batch_size)
+    for steps in ("block_tuning", "rounding_tuning"):
+        if getattr(config, steps):
+            check_float32(model, f"{steps}={getattr(config, steps)}")
+            check_tunable(steps)
     if config.permutation:
         check_float32(model, "permutation=True")
     if config.rotation:

@@ -118,8 +118,8 @@ class PruneReport:
     @property
     def warnings(self) -> list[str]:
         """What whoever uses the model should know."""
-        untuned = [str(tuned.block) for tuned in self.tuning if not tuned.best_step]
-        what = "tuning found nothing better than not tuning: give more windows, or a smaller `tuning_lr`"
+        untuned = [str(tuned.block) for tuned in self.tuning if not tuned.kept]
+        what = "tuning did not lower the error and was undone: use a smaller `tuning_lr`, or more steps"
         return [f"blocks {', '.join(untuned)}: {what}"] if untuned else []
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Walk
-from ..errors import CalibrationError, ModelError
+from ..errors import ModelError
 from ..nn.dense import is_conv1d, is_dense_linear
 from ..ranks import Ranks
 from .error import token_error
@@ -19,45 +19,45 @@ from .precision import bfloat16_products, in_float32
 from .rates import sizes
 from .rounding import RoundedLayer, rounding_in_the_loop
 
-HELD_OUT, MOST_HELD_OUT = 1 / 8, 8
-"""Share of the calibration batches that a block is not tuned on, but judged by; and the most of them."""
-
 _WARM_UP = 4  # steps over which the learning rate rises
-_JUDGED = 6  # times that the windows held out are judged while a block is tuned
+_JUDGED = 16  # batches at the most
 
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """How tuning a block went. Errors are `token_error` on the held-out windows.
+    """How tuning a block went. Errors are `token_error` on [`judged_batches`].
 
     Attributes:
         block: Index of the block.
         error_before, error_after: Before the first step, and of the weights that were kept.
         steps: Adam steps done.
-        best_step: The step whose weights were kept; 0 if none was better than not tuning.
+        kept: Whether the weights of the last step are kept: not where they are no better than those from before.
     """
 
     block: int
     error_before: float
     error_after: float
     steps: int
-    best_step: int
+    kept: bool
 
 
-def check_tunable(batches: int, batch_size: int) -> None:
-    """Raise unless there are gradients, something to tune on, and something to judge by.
+def judged_batches(batches: int) -> range:
+    """The batches on which the error is taken before and after, 16 at the most.
+
+    >>> list(judged_batches(3)), len(judged_batches(128))
+    ([0, 1, 2], 16)
+    """
+    return range(0, batches, -(-batches // _JUDGED))
+
+
+def check_tunable(what: str) -> None:
+    """Raise if gradients, which `what` needs, cannot be had.
 
     Raises:
-        CalibrationError: there is only one batch.
-        ModelError: gradients cannot be had, as under `torch.inference_mode()`.
+        ModelError: they cannot, as under `torch.inference_mode()`.
     """
-    if batches < 2:
-        raise CalibrationError(
-            f"block_tuning holds out a part of the calibration windows, and batch_size={batch_size} leaves only one "
-            "batch; use a smaller batch_size or more windows"
-        )
     if torch.is_inference_mode_enabled():
-        raise ModelError("block_tuning needs gradients, and torch.inference_mode() forbids them; use torch.no_grad()")
+        raise ModelError(f"{what} needs gradients, and torch.inference_mode() forbids them; use torch.no_grad()")
 
 
 def tune_block(
@@ -74,16 +74,18 @@ def tune_block(
     """Tune block `index` in place: pruned weights where the mask keeps them, biases and norms.
 
     Adam on [`token_error`] with a warm-up of four steps and a cosine decay, each step on one batch of the walk's hidden
-    states; no batch comes again before all others have. Six times the held-out ones are judged, and the best weights
-    seen are kept; if none was better than those it began with, the block stays as it was.
+    states; no batch comes again before all others have. If the error is no lower at the end, the block stays as it was.
 
-    Weights are in float32, and so is all that is judged. During a step the linear layers multiply in bfloat16, where
+    No batch is held out to stop by: the block was pruned by the statistics of all of them, so that one held out here
+    would speak for the weights from before, whatever those tuned are worth on other text.
+
+    Weights are in float32, and so is that error. During a step the linear layers multiply in bfloat16, where
     the device has instructions for that.
 
     The rate of every tensor is relative to its size.
 
-    Memory: five float32 copies of the block (weights, gradients, two moments, best weights), half of one for weights in
-    bfloat16, and one batch's activations.
+    Memory: five float32 copies of the block (weights, gradients, two moments, weights before), half of one for weights
+    in bfloat16, and one batch's activations.
 
     Args:
         walk: Where the hidden states before the block come from.
@@ -100,8 +102,6 @@ def tune_block(
     Returns:
         The errors before and after.
     """
-    held = min(MOST_HELD_OUT, max(1, round(len(targets) * HELD_OUT)))
-    training, judging = range(len(targets) - held), range(len(targets) - held, len(targets))
     # every block its own order
     generator = torch.Generator().manual_seed((seed * 10_007 + index) % 2**63)
 
@@ -109,22 +109,23 @@ def tune_block(
         output = walk.run(block, index, batch, dtype=torch.float32)
         return token_error(output, targets[batch].to(output))
 
-    def held_out_error() -> float:
+    judged = judged_batches(len(targets))
+
+    def mean_error() -> float:
         with torch.no_grad():
-            total = torch.tensor(sum(float(error(batch)) for batch in judging), dtype=torch.float64)
+            total = torch.tensor(sum(float(error(batch)) for batch in judged), dtype=torch.float64)
         with walk.exchange():
             walk.ranks.add(total)
-        return float(total) / len(judging) / walk.ranks.size
+        return float(total) / len(judged) / walk.ranks.size
 
-    with _trainable(block, masks) as (parameters, kept), rounding_in_the_loop(rounded or {}) as scales:
-        parameters, kept = [*parameters, *scales], [*kept, *[None] * len(scales)]
+    with _trainable(block, masks) as (parameters, entries), rounding_in_the_loop(rounded or {}) as scales:
+        parameters, entries = [*parameters, *scales], [*entries, *[None] * len(scales)]
         of_size = sizes(parameters)
-        before = best = held_out_error()
-        best_step, best_values = 0, [parameter.detach().clone() for parameter in parameters]
+        before, values = mean_error(), [parameter.detach().clone() for parameter in parameters]
         optimizer = torch.optim.Adam([{"params": [p]} for p in parameters], fused=True)
         order: list[int] = []
         for step in range(steps):
-            order = order or torch.randperm(len(training), generator=generator).tolist()
+            order = order or torch.randperm(len(targets), generator=generator).tolist()
             rate = learning_rate * min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
             for group, size in zip(optimizer.param_groups, of_size, strict=True):
                 group["lr"] = rate * size
@@ -132,23 +133,19 @@ def tune_block(
                 own = torch.autograd.grad(error(order.pop()), parameters, allow_unused=True)
             with walk.exchange():
                 gradients = _mean_over(walk.ranks, own, parameters)
-            for parameter, gradient, mask in zip(parameters, gradients, kept, strict=True):
+            for parameter, gradient, mask in zip(parameters, gradients, entries, strict=True):
                 if gradient is not None and gradient.stride() != parameter.stride():  # fused Adam goes by memory
                     gradient = torch.empty_like(parameter).copy_(gradient)
                 # Adam leaves alone what never had a gradient, so what is pruned stays zero.
                 parameter.grad = gradient if gradient is None or mask is None else gradient.mul_(mask)
             optimizer.step()
-            if (step + 1) * _JUDGED // steps == step * _JUDGED // steps:
-                continue
-            now = held_out_error()
-            if now < best:
-                best, best_step = now, step + 1
-                for value, parameter in zip(best_values, parameters, strict=True):
-                    value.copy_(parameter.data)
-        for parameter, value in zip(parameters, best_values, strict=True):
-            parameter.data.copy_(value)
+        after = mean_error()
+        kept = after < before
+        for parameter, value in zip(parameters, values, strict=True):
+            if not kept:
+                parameter.data.copy_(value)
             walk.ranks.copy_from(0, parameter.data)  # processors of several kinds round otherwise
-    return BlockTuning(index, before, best, steps, best_step)
+    return BlockTuning(index, before, after if kept else before, steps, kept)
 
 
 def _mean_over(

@@ -133,7 +133,7 @@ def tuning(report: Report) -> Figure | None:
     blocks = report.get("tuning")
     if not blocks:
         return None
-    figure, axes = _axes("Blocks, before and after tuning", "block", "error on windows held out")
+    figure, axes = _axes("Blocks, before and after tuning", "block", "error on calibration windows")
     at = [block["block"] for block in blocks]
     axes.plot(at, [block["error_before"] for block in blocks], "o-", color=COLOURS[1], markersize=3.5, label="before")
     axes.plot(at, [block["error_after"] for block in blocks], "s-", color=COLOURS[0], markersize=3.5, label="after")

@@ -27,7 +27,7 @@ _CAPTIONS = {
     "perplexities": "exp of the mean loss over the tokens predicted.",
     "tasks": "By lm-evaluation-harness.",
     "errors": "‖(W − Z)X‖²/‖WX‖² on the calibration inputs, before blocks were tuned.",
-    "tuning": "Relative error of a block's output, on calibration windows it was not tuned on.",
+    "tuning": "Relative error of a block's output, on the calibration windows.",
     "tile": "One group of inputs and one band of outputs, with every weight kept. Without a floor, an input may lose "
     "all of its lines here; with one it keeps at least the number that the floor states.",
     "least_degrees": "An input that keeps nothing is starved: no output sees it. Before the floor: the mask of the "

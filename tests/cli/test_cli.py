@@ -126,7 +126,7 @@ def test_tuning_and_floors_are_options(dense_folder, text_file, tmp_path):
     options = ["--pattern", "4:8", "--preset", "best", "--block-tuning", "4"]
     sizes = ["--num-samples", "8", "--seq-len", "16", "--min-degree", "2"]
     done = within("prune", dense_folder, tmp_path / "out", "--calibration", text_file, *sizes, *options)
-    assert "blocks tuned: mean error on the windows held out 0." in done.stdout
+    assert "blocks tuned: mean error on the calibration windows 0." in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [block["steps"] for block in report["tuning"]] == [4, 4]
     assert all(layer["certificate"]["floors"][str(layer["band"])] >= 2 for layer in report["layers"])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,8 @@ class RecoverySettings:
             mean square of the weights that are changed. Default: 5e-3 for `"lora"`, 1.5e-3 for `"values"`.
         seq_len: Tokens in a window. Default: 512, or the model's context where that is shorter.
         batch_size: Windows in a step of each process.
-        held_out: Share of the windows that training does not see, at least two windows and at most 16.
+        held_out: Share of the windows that training does not see, at least two windows and at most 16: the end of each
+            text.
         evaluations: Times that they are judged during training; the best of these states is the one kept.
         patience: Judgements without improvement after which training ends.
         top_k: The teacher's most likely tokens that are kept.
@@ -320,9 +322,10 @@ def _with_seq_len(settings: RecoverySettings, config: Any) -> RecoverySettings:
 
 
 def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int = 1) -> tuple[Tensor, Tensor]:
-    """Windows to train on and windows held out, (windows, seq_len) each, shuffled with the seed. A `seq_len` is given.
+    """Windows to train on, shuffled with the seed, and windows held out, (windows, seq_len) each. A `seq_len` is given.
 
-    Of every text as much is read as all steps of all processes together need.
+    Of every text as much is read as all steps of all processes together need. Those held out are its end: windows from
+    between those that are trained on are of the same articles, and look better than a text that is not known.
 
     Raises:
         CalibrationError: a text holds not one window, or the texts together fewer than four.
@@ -339,16 +342,18 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
                 f"{settings.seq_len}; give more text, a smaller seq_len, or leave it out"
             )
         rows.append(ids[: len(ids) // settings.seq_len * settings.seq_len].view(-1, settings.seq_len))
-    windows = torch.cat(rows)
-    if len(windows) < 4:
+    total = sum(map(len, rows))
+    if total < 4:
         raise CalibrationError(
-            f"train={list(settings.train)}: {len(windows)} windows of {settings.seq_len} tokens are in it, and "
+            f"train={list(settings.train)}: {total} windows of {settings.seq_len} tokens are in it, and "
             "training needs four; give more text, or a smaller seq_len"
         )
+    count = min(_MOST_HELD_OUT, total // 2, max(2, round(settings.held_out * total)))
+    dealt = [count * windows // total for windows in accumulate(map(len, rows), initial=0)]  # to each text its share
+    ends = [len(row) - (after - before) for row, (before, after) in zip(rows, pairwise(dealt), strict=True)]
+    windows = torch.cat([row[:end] for row, end in zip(rows, ends, strict=True)])
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
-    windows = windows[order]
-    count = min(_MOST_HELD_OUT, len(windows) // 2, max(2, round(settings.held_out * len(windows))))
-    return windows[count:][:most], windows[:count]
+    return windows[order][:most], torch.cat([row[end:] for row, end in zip(rows, ends, strict=True)])
 
 
 def _check_same_basis(settings: RecoverySettings, config: Any, report: Mapping[str, Any]) -> None:

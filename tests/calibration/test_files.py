@@ -347,6 +347,21 @@ def test_a_column_is_asked_of_those_sources_that_have_columns(tokenizer, here):
         calibrate({"a.txt": 1, "a.jsonl": 1}, tokenizer, text_column="text")
 
 
+def test_the_end_of_each_text_is_held_out_of_training(tokenizer, here):
+    lengths = {"a.jsonl": 60, "b.jsonl": 30, "c.jsonl": 1}
+    for start, (name, windows) in zip((1000, 2000, 3000), lengths.items(), strict=True):
+        write(name, lines({"input_ids": list(range(start, start + 8 * windows))}))
+    settings = RecoverySettings(list(lengths), seq_len=8, steps=50, held_out=0.1)
+    train, held_out = training_windows(settings, tokenizer)
+    ends = [1000 + 8 * i for i in range(55, 60)] + [2000 + 8 * i for i in range(27, 30)] + [3000]
+    assert held_out[:, 0].tolist() == ends
+    trained = train[:, 0].tolist()
+    assert sorted(trained + ends) == sorted(
+        start + 8 * i for start, count in zip((1000, 2000, 3000), lengths.values(), strict=True) for i in range(count)
+    )
+    assert trained != sorted(trained)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_text_that_is_too_short_for_a_window_is_named(way, tokenizer, here):
     write("a.txt", "abc")

@@ -64,6 +64,7 @@ def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) 
         steps=args.steps,
         batch_size=args.batch_size,
         seq_len=args.seq_len,
+        learning_rate=args.learning_rate,
         seed=args.draw,
     )
     began = time.perf_counter()
@@ -74,19 +75,20 @@ def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) 
 def wanted_row(preset: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """What makes two rows the same."""
     pruned = identity(preset, args.pattern, args.draw, args)
-    training = {"batch_size": args.batch_size, "windows": args.windows} if steps else {}
-    return pruned | {"steps": steps, "training": training}
+    chosen = {"batch_size": args.batch_size, "windows": args.windows, "learning_rate": args.learning_rate}
+    return pruned | {"steps": steps, "training": chosen if steps else {}}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| model | preset | steps | trained on | seconds | of them pruning | perplexity | of dense | KL |"]
-    lines.append("|---|---|---:|---|---:|---:|---:|---:|---:|")
+    lines = ["| model | preset | steps | trained on | rate | seconds | of them pruning | perplexity | of dense | KL |"]
+    lines.append("|---|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for row in sorted(rows, key=lambda row: row["seconds"]):
         windows = row["training"].get("windows")
         text = "" if not row["steps"] else f"{windows} windows" if windows else "all of the text"
         lines.append(
             f"| {row['model']} | {row['method']} | {row['steps']} | {text} "
+            f"| {row['training'].get('learning_rate', '')} "
             f"| {row['seconds']:.0f} | {row['seconds_of_pruning']:.0f} "
             f"| {row['perplexity']:.2f} | {row['perplexity'] / row['perplexity_of_dense']:.3f} | {row['kl']:.4f} |"
         )
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 60, 240, 960], help="of training; 0 for none")
     parser.add_argument("--windows", type=int, help="train on the first of the calibration text (default: all)")
     parser.add_argument("--batch-size", type=int, default=2, help="windows in a step (default: 2)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of training (default: 5e-4, as `recover`'s)")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)

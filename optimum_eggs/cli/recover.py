@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr",
         type=number(above=0),
-        help="highest learning rate, as a share of the weights' root mean square (default: 5e-3 lora, 1.5e-3 values)",
+        help="highest learning rate, as a share of the weights' root mean square (default: 5e-3 lora, 5e-4 values)",
     )
     parser.add_argument(
         "--seq-len", type=integer(2), metavar="N", help="tokens in a window (default: 512, or the model's context)"

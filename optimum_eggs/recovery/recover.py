@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ..hf.quantizer import EGGSHfQuantizer
 
 METHODS = ("lora", "values")
-_LEARNING_RATES = {"lora": 5e-3, "values": 1.5e-3}  # as shares of the root mean square of what is changed
+_LEARNING_RATES = {"lora": 5e-3, "values": 5e-4}  # as shares of the root mean square of what is changed
 _TAUGHT, _MADE = "teacher.safetensors", "made"
 _MOST_HELD_OUT = 16  # windows: judging more of them took time from training
 
@@ -67,7 +67,7 @@ class RecoverySettings:
         rank: Of the LoRA; its alpha is twice that.
         steps: Optimiser steps.
         learning_rate: At its highest, after a twentieth of the steps; it falls to zero as a cosine. A share of the root
-            mean square of the weights that are changed. Default: 5e-3 for `"lora"`, 1.5e-3 for `"values"`.
+            mean square of the weights that are changed. Default: 5e-3 for `"lora"`, 5e-4 for `"values"`.
         seq_len: Tokens in a window. Default: 512, or the model's context where that is shorter.
         batch_size: Windows in a step of each process.
         held_out: Share of the windows that training does not see, at least two windows and at most 16: the end of each

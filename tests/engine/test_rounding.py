@@ -24,10 +24,10 @@ def meter():
         yield meter
 
 
-def logits(model):
+def logits(model, ids=IDS):
     model.set_experts_implementation("eager")
     with torch.no_grad():
-        return model(input_ids=IDS).logits
+        return model(input_ids=ids).logits
 
 
 def pruned(name="llama", preset="fast", **options):
@@ -165,9 +165,10 @@ def test_embeddings_that_do_more_than_look_up_are_refused_before_anything_is_don
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def error(model, dense):
+def error(model, dense, ids=IDS):
     """Relative error of the logits."""
-    return float((logits(model) - logits(dense)).norm() / logits(dense).norm())
+    expected = logits(dense, ids)
+    return float((logits(model, ids) - expected).norm() / expected.norm())
 
 
 def test_eight_bits_cost_next_to_nothing_and_four_bits_less_with_errors_passed_on():
@@ -183,8 +184,9 @@ def test_tuning_with_the_rounding_in_the_loop_makes_up_for_some_of_it():
     options = {"preset": "best", "block_tuning": 8, "values": "int4", "value_group": 64, "tuning_lr": 0.003}
     reports = [pruned(rounding_tuning=steps, **options) for steps in (0, 60)]
     dense = tiny.make_model("llama")
-    untuned, tuned = (error(pruner.model, dense) for pruner in reports)
-    assert tuned < untuned
+    # On the windows themselves: random tokens tell nothing of others.
+    untuned, tuned = (error(pruner.model, dense, WINDOWS) for pruner in reports)
+    assert tuned < 0.98 * untuned
     for layer in packed_layers(reports[1].model).values():
         assert isinstance(layer, CodedLinear)
 

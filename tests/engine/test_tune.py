@@ -110,6 +110,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(meter):
 def test_one_batch_is_enough():
     report = prune_model(tiny.make_model("llama"), EGGSConfig("2:4", preset="best", batch_size=16), WINDOWS)
     assert all(block.kept for block in report.tuning)
+    assert report.warnings == []
+
+
+def test_the_report_warns_of_blocks_whose_tuning_was_undone():
+    config = EGGSConfig("2:4", preset="best", block_tuning=STEPS, tuning_lr=100.0)
+    report = prune_model(tiny.make_model("llama"), config, WINDOWS)
+    said = "blocks 0, 1: tuning did not lower the error and was undone: use a smaller `tuning_lr`, or more steps"
+    assert report.to_dict()["warnings"] == [said]
 
 
 def test_a_tuned_model_comes_nearer_to_the_dense_one():

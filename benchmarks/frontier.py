@@ -65,6 +65,7 @@ def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) 
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         learning_rate=args.learning_rate,
+        kd_ratio=args.kd_ratio,
         seed=args.draw,
     )
     began = time.perf_counter()
@@ -75,20 +76,22 @@ def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) 
 def wanted_row(preset: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """What makes two rows the same."""
     pruned = identity(preset, args.pattern, args.draw, args)
-    chosen = {"batch_size": args.batch_size, "windows": args.windows, "learning_rate": args.learning_rate}
-    return pruned | {"steps": steps, "training": chosen if steps else {}}
+    names = ("batch_size", "windows", "learning_rate", "kd_ratio")
+    return pruned | {"steps": steps, "training": {name: getattr(args, name) for name in names} if steps else {}}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| model | preset | steps | trained on | rate | seconds | of them pruning | perplexity | of dense | KL |"]
-    lines.append("|---|---|---:|---|---:|---:|---:|---:|---:|---:|")
+    columns = ["model", "preset", "steps", "windows a step", "trained on", "rate", "teacher's share", "seconds"]
+    columns += ["of them pruning", "perplexity", "of dense", "KL"]
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|"]
     for row in sorted(rows, key=lambda row: row["seconds"]):
-        windows = row["training"].get("windows")
+        training = row["training"]
+        windows = training.get("windows")
         text = "" if not row["steps"] else f"{windows} windows" if windows else "all of the text"
         lines.append(
-            f"| {row['model']} | {row['method']} | {row['steps']} | {text} "
-            f"| {row['training'].get('learning_rate', '')} "
+            f"| {row['model']} | {row['method']} | {row['steps']} | {training.get('batch_size', '')} | {text} "
+            f"| {training.get('learning_rate', '')} | {training.get('kd_ratio', '')} "
             f"| {row['seconds']:.0f} | {row['seconds_of_pruning']:.0f} "
             f"| {row['perplexity']:.2f} | {row['perplexity'] / row['perplexity_of_dense']:.3f} | {row['kl']:.4f} |"
         )
@@ -103,8 +106,9 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["fast", "alps", "best"], metavar="PRESET[:KEY=VALUE,...]")
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 60, 240, 960], help="of training; 0 for none")
     parser.add_argument("--windows", type=int, help="train on the first of the calibration text (default: all)")
-    parser.add_argument("--batch-size", type=int, default=2, help="windows in a step (default: 2)")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows in a step (default: 1)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of training (default: 5e-4, as `recover`'s)")
+    parser.add_argument("--kd-ratio", type=float, default=1.0, help="share of the teacher in the loss (default: 1)")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)

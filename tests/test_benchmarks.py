@@ -171,12 +171,13 @@ def test_values_are_judged_and_kept_as_they_come(run, packed_folder, text_file, 
 def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text_file, tmp_path):
     result = tmp_path / "result.json"
     small = ["--num-samples", 8, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32, "--windows", 8]
+    small += ["--kd-ratio", 0.5]
     command = [dense_folder, "--from-disk", tmp_path / "pruned", "--json", result, "--presets", "fast", *small]
     text = ["--calibration", text_file, "--text", text_file]
     assert "fast, 2 steps" in run("frontier.py", *command, *text, "--steps", 0, 2).stderr
     kept = result.read_bytes()
     rows = json.loads(kept)["rows"]
-    assert [row["steps"] for row in rows] == [0, 2]
+    assert [(row["steps"], row["training"].get("kd_ratio")) for row in rows] == [(0, None), (2, 0.5)]
     assert rows[0]["seconds"] == rows[0]["seconds_of_pruning"] == rows[1]["seconds_of_pruning"] < rows[1]["seconds"]
     assert all(row["kl"] > 0 and 1 < row["perplexity"] < 1e6 for row in rows)
     done = run("frontier.py", *command, *text, "--steps", 0, 2)

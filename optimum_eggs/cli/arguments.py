@@ -34,8 +34,10 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def number(above: float | None = None, least: float | None = None) -> Callable[[str], float]:
-    """The `type` of an option that takes a finite number, `above` one or of `least` one."""
+def number(
+    above: float | None = None, least: float | None = None, most: float = float("inf")
+) -> Callable[[str], float]:
+    """The `type` of an option that takes a finite number, `above` one or of `least` one, and of `most` one."""
 
     def parse(text: str) -> float:
         try:
@@ -43,8 +45,9 @@ def number(above: float | None = None, least: float | None = None) -> Callable[[
         except ValueError:
             value = float("nan")
         fits = value > above if above is not None else least is None or value >= least
-        if not fits or value == float("inf"):
+        if not fits or value == float("inf") or value > most:
             allowed = f"above {above:g}" if above is not None else f"of at least {least:g}"
+            allowed += f" and at most {most:g}" if most < float("inf") else ""
             raise argparse.ArgumentTypeError(f"{text!r} must be a finite number {allowed}")
         return value
 

@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=integer(1), default=4, metavar="N", help="windows in a step of each process (default: 4)"
     )
     parser.add_argument(
+        "--kd-ratio",
+        type=number(above=0, most=1),
+        default=1.0,
+        metavar="SHARE",
+        help="share of the teacher in the loss, the rest being the text's own next tokens (default: 1)",
+    )
+    parser.add_argument(
         "--block-matching",
         type=number(least=0),
         default=0.0,
@@ -84,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         learning_rate=args.lr,
         seq_len=args.seq_len,
         batch_size=args.batch_size,
+        kd_ratio=args.kd_ratio,
         block_matching=args.block_matching,
         seed=args.seed,
         gradient_checkpointing=args.gradient_checkpointing,

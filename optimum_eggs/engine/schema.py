@@ -201,7 +201,9 @@ _BENCHMARK = _object(
 )
 _RECOVERY = _object(
     {
-        "settings": _object({"method": _TEXT, "seq_len": _SIZE}, {"train": _SOURCE, "teacher": _maybe(_TEXT)}),
+        "settings": _object(
+            {"method": _TEXT, "seq_len": _SIZE}, {"train": _SOURCE, "teacher": _maybe(_TEXT), "kd_ratio": _NUMBER}
+        ),
         "steps": _COUNT,
         "windows": _COUNT,
         "windows_held_out": _COUNT,

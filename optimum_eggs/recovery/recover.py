@@ -75,6 +75,8 @@ class RecoverySettings:
         evaluations: Times that they are judged during training; the best of these states is the one kept.
         patience: Judgements without improvement after which training ends.
         top_k: The teacher's most likely tokens that are kept.
+        kd_ratio: Share of the teacher in the loss; the rest is that of the text's own next tokens, which draws the
+            model to the text.
         block_matching: Weight in the loss of ‖S − T‖²/‖T‖², S and T the output of a block of the model and of the
             teacher, as a mean over the blocks. The teacher then runs beside the model at every step.
         gradient_checkpointing: Compute activations again in the backward pass, for less memory.
@@ -97,6 +99,7 @@ class RecoverySettings:
     evaluations: int = 8
     patience: int = 3
     top_k: int = 64
+    kd_ratio: float = 1.0
     block_matching: float = 0.0
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -116,6 +119,12 @@ class RecoverySettings:
             raise ConfigError(f"seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out} is no share; use a number between 0 and 1")
+        if not 0 < self.kd_ratio <= 1:
+            raise ConfigError(
+                f"kd_ratio={self.kd_ratio} is not above 0 and at most 1; to learn from the text alone, name no teacher"
+            )
+        if self.kd_ratio < 1 and self.teacher is None:
+            raise ConfigError(f"kd_ratio={self.kd_ratio} needs a teacher to weigh the text against; name one")
         if not 0 <= self.block_matching < math.inf:
             raise ConfigError(f"block_matching={self.block_matching} is no weight; use 0 (off) or more")
         if self.block_matching and self.teacher is None:
@@ -534,6 +543,7 @@ def _train(
         eval_dataset=TeacherWindows(held_out, part(slice(len(train), None))),
         callbacks=[EarlyStoppingCallback(settings.patience)],
         teacher=teacher,
+        kd_ratio=settings.kd_ratio,
         block_matching=settings.block_matching,
     )
     trainer.train(resume_from_checkpoint=start)

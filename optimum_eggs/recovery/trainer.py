@@ -31,16 +31,23 @@ class RecoveryTrainer(Trainer):
     Args:
         args: As for `Trainer`.
         teacher: Run beside the model to match the output of its blocks, if `block_matching` is not 0.
+        kd_ratio: Share of that divergence, the rest being the language-model loss (Hinton, Vinyals and Dean, arXiv
+            1503.02531).
         block_matching: Weight of the blocks' relative squared error in the loss.
         kwargs: As for `Trainer`.
     """
 
     def __init__(
-        self, *args: Any, teacher: nn.Module | None = None, block_matching: float = 0.0, **kwargs: Any
+        self,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        kd_ratio: float = 1.0,
+        block_matching: float = 0.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._teacher = None if teacher is None else teacher.to(self.args.device)
-        self._block_matching = block_matching
+        self._kd_ratio, self._block_matching = kd_ratio, block_matching
         for callback in (PrinterCallback, ProgressCallback):  # both write to stdout, which belongs to the command
             self.remove_callback(callback)
         self.add_callback(_Bar)
@@ -67,8 +74,11 @@ class RecoveryTrainer(Trainer):
             outputs = model(**inputs)
             loss: Tensor = outputs.loss
         else:
-            outputs = model(input_ids=inputs["input_ids"], output_hidden_states=matching)
+            labels = inputs["labels"] if self._kd_ratio < 1 else None
+            outputs = model(input_ids=inputs["input_ids"], labels=labels, output_hidden_states=matching)
             loss = divergence(outputs.logits.flatten(0, 1), ids.flatten(0, 1), log_probs.flatten(0, 1))
+            if labels is not None:
+                loss = self._kd_ratio * loss + (1 - self._kd_ratio) * outputs.loss
         if matching:
             assert self._teacher is not None
             with torch.no_grad():

@@ -169,6 +169,7 @@ def _texts(report: dict[str, Any], config: dict[str, Any], repository: str, fold
             f"{recovered['steps']} steps of `{settings['method']}` on {recovered['windows']} windows of "
             f"{settings['seq_len']} tokens"
             + (", towards the dense model's probabilities" if settings.get("teacher") else "")
+            + (" and the text's own next tokens" if settings.get("kd_ratio", 1) < 1 else "")
         )
         method.append(
             f"Training it afterwards under the mask ({done}) raised the perplexity on the windows held out, so the "

@@ -56,6 +56,8 @@ def test_a_number_that_counts_something_is_not_zero(command, flag, capsys):
         ("recover", "--lr", "nan"),
         ("recover", "--lr", "inf"),
         ("recover", "--block-matching", "-0.5"),
+        ("recover", "--kd-ratio", "0"),
+        ("recover", "--kd-ratio", "1.5"),
         ("evaluate", "--num-fewshot", "-1"),
         ("evaluate", "--num-windows", "1.5"),
     ],

@@ -169,6 +169,20 @@ def test_weights_decay_as_the_arguments_say(decay, packed_folder, tmp_path):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [decay] * len(optimizer.param_groups)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 0.25])
+def test_the_loss_is_the_share_of_the_teacher_and_the_rest_of_the_text(ratio, packed_folder, dense_folder, tmp_path):
+    model, teacher = map(AutoModelForCausalLM.from_pretrained, (packed_folder, dense_folder))
+    ids = torch.arange(48).view(3, 16) % model.config.vocab_size
+    taught = teacher_tokens(teacher, ids, top_k=8, progress=False)
+    with torch.no_grad():
+        logits = model(ids).logits
+    text = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    apart = divergence(logits.flatten(0, 1), taught.ids.flatten(0, 1), taught.log_probs.flatten(0, 1))
+    trainer = RecoveryTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), kd_ratio=ratio)
+    inputs = {"input_ids": ids, "labels": ids, "teacher_ids": taught.ids, "teacher_log_probs": taught.log_probs}
+    torch.testing.assert_close(trainer.compute_loss(model, inputs), ratio * apart + (1 - ratio) * text)
+
+
 @pytest.mark.slow
 def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
     out = tmp_path / "out"
@@ -291,6 +305,9 @@ def test_what_was_measured_before_is_not_said_of_the_recovered_model(packed_fold
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
         ({"block_matching": -1.0}, "block_matching=-1.0"),
         ({"block_matching": 1.0}, "needs a teacher"),
+        ({"kd_ratio": 0.0, "teacher": "dense"}, "kd_ratio=0.0"),
+        ({"kd_ratio": 1.5, "teacher": "dense"}, "kd_ratio=1.5"),
+        ({"kd_ratio": 0.5}, "kd_ratio=0.5 needs a teacher"),
     ],
 )
 def test_settings_out_of_range(values, message, text_file):

@@ -112,7 +112,10 @@ def test_recovery_and_speed_are_stated(folder):
     edit(folder, recovery=recovery, benchmark=speed)
     text = model_card(folder).text
     assert "| perplexity after recovery | 32 windows held out | 31.50 (before: 44.00) | |" in text
-    assert "200 steps of `lora`" in text
+    assert "200 steps of `lora` on 700 windows of 512 tokens, towards the dense model's probabilities." in text
+    recovery["settings"]["kd_ratio"] = 0.5
+    edit(folder, recovery=recovery)
+    assert "towards the dense model's probabilities and the text's own next tokens." in model_card(folder).text
     assert "| decode, tokens/s | A processor, 2 threads | 43.2 | 26.1 |" in text
     speed["models"][0]["compiled"] = True
     edit(folder, benchmark=speed)

@@ -4,8 +4,8 @@ Each row is a preset and a number of steps of `recover --method values` with the
 model as it is. Seconds are those of pruning, from disk to disk, and of training, loading and the teacher's pass
 included; judging is not counted. What is trained on is the text that was calibrated on, all of it or, with
 `--windows`, the first so many windows: in draw 0, those that pruning takes first. With `--development` in place of
-`--text`, the calibration text's first three quarters calibrate and train, and its last quarter judges; KL is that of
-the dense model to the one at hand, nats a token.
+`--text`, the calibration text's first three quarters calibrate and train, and its last quarter judges; `--other-text`
+judges on a text of another kind too. KL is that of the dense model to the one at hand, nats a token.
 
 Every run is a process of its own. Pruned models stay in `--from-disk`, and a preset is pruned once. Rows are added to
 the JSON as they come, and a row that is there already is not run again.
@@ -29,9 +29,6 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from optimum_eggs.evaluation.paired import compare
-    from optimum_eggs.evaluation.reading import read
-    from optimum_eggs.evaluation.windows import evaluation_windows
     from optimum_eggs.hf.loading import load_model
 
     row: dict[str, Any] = {"threads": torch.get_num_threads()}
@@ -43,10 +40,22 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
             packed, seconds = trained(packed, Path(work), tokenizer, args)
             row["seconds"] += seconds
         models = [load_model(folder, dtype="float32") for folder in (packed, args.model)]
-        windows = evaluation_windows(text_of(args)[1], tokenizer, args.test_seq_len, args.test_windows)
-        found = read(models, windows, progress=False)
-    row["perplexity"], row["perplexity_of_dense"] = (found.nats.sum(1) / found.tokens.sum()).exp().tolist()
-    return row | {"kl": compare(found).kl_divergence.value}
+        row |= judged(models, text_of(args)[1], tokenizer, args)
+    if args.other_text:
+        text = args.other_text.read_text(encoding="utf-8")
+        row |= {f"other_{key}": value for key, value in judged(models, [text], tokenizer, args).items()}
+    return row
+
+
+def judged(models: list[Any], text: list[str], tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Perplexity of a model and of the dense one, and how far the model is from it."""
+    from optimum_eggs.evaluation.paired import compare
+    from optimum_eggs.evaluation.reading import read
+    from optimum_eggs.evaluation.windows import evaluation_windows
+
+    found = read(models, evaluation_windows(text, tokenizer, args.test_seq_len, args.test_windows), progress=False)
+    ours, dense = (found.nats.sum(1) / found.tokens.sum()).exp().tolist()
+    return {"perplexity": ours, "perplexity_of_dense": dense, "kl": compare(found).kl_divergence.value}
 
 
 def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) -> tuple[Path, float]:
@@ -76,6 +85,8 @@ def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) 
 def wanted_row(preset: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """What makes two rows the same."""
     pruned = identity(preset, args.pattern, args.draw, args)
+    if args.other_text:
+        pruned["other_text"] = args.other_text.name
     names = ("batch_size", "windows", "learning_rate", "kd_ratio")
     return pruned | {"steps": steps, "training": {name: getattr(args, name) for name in names} if steps else {}}
 
@@ -83,8 +94,8 @@ def wanted_row(preset: str, steps: int, args: argparse.Namespace) -> dict[str, A
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     columns = ["model", "preset", "steps", "windows a step", "trained on", "rate", "teacher's share", "seconds"]
-    columns += ["of them pruning", "perplexity", "of dense", "KL"]
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|"]
+    columns += ["of them pruning", "perplexity", "of dense", "KL", "on the other text", "of dense", "KL"]
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|---:|---:|---|" + 10 * "---:|"]
     for row in sorted(rows, key=lambda row: row["seconds"]):
         training = row["training"]
         windows = training.get("windows")
@@ -93,9 +104,15 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['model']} | {row['method']} | {row['steps']} | {training.get('batch_size', '')} | {text} "
             f"| {training.get('learning_rate', '')} | {training.get('kd_ratio', '')} "
             f"| {row['seconds']:.0f} | {row['seconds_of_pruning']:.0f} "
-            f"| {row['perplexity']:.2f} | {row['perplexity'] / row['perplexity_of_dense']:.3f} | {row['kl']:.4f} |"
+            f"| {quality(row)} | {quality(row, 'other_') if 'other_text' in row else ' | | '} |"
         )
     return "\n".join(lines)
+
+
+def quality(row: dict[str, Any], kind: str = "") -> str:
+    """Three cells of a row."""
+    perplexity, dense, kl = (row[f"{kind}{key}"] for key in ("perplexity", "perplexity_of_dense", "kl"))
+    return f"{perplexity:.2f} | {perplexity / dense:.3f} | {kl:.4f}"
 
 
 def main() -> None:
@@ -112,6 +129,7 @@ def main() -> None:
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--other-text", type=Path, help="text file to judge on as well (default: none)")
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--test-seq-len", type=int, default=1024)
     parser.add_argument("--draw", type=int, default=0, help="draw of calibration windows, and seed (default: 0)")

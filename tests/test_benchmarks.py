@@ -183,6 +183,15 @@ def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text
     done = run("frontier.py", *command, *text, "--steps", 0, 2)
     assert "steps" not in done.stderr
     assert f"| {rows[1]['perplexity']:.2f} |" in done.stdout
+    assert all("other_text" not in row for row in rows)
+    run("frontier.py", *command, *text, "--steps", 0, "--other-text", text_file)
+    (other,) = (row for row in json.loads(result.read_text())["rows"] if row not in rows)
+    assert [other[f"other_{key}"] for key in ("text", "perplexity", "kl")] == [
+        text_file.name,
+        rows[0]["perplexity"],
+        rows[0]["kl"],
+    ]
+    kept = result.read_bytes()
     missing = ["--calibration", tmp_path / "no.txt", "--text", text_file, "--steps", 0]
     failed = forks.run(SCRIPTS / "frontier.py", *command, *missing)
     assert failed.returncode

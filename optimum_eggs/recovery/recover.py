@@ -70,8 +70,8 @@ class RecoverySettings:
             mean square of the weights that are changed. Default: 5e-3 for `"lora"`, 5e-4 for `"values"`.
         seq_len: Tokens in a window. Default: 512, or the model's context where that is shorter.
         batch_size: Windows in a step of each process.
-        held_out: Share of the windows that training does not see, at least two windows and at most 16: the end of each
-            text.
+        held_out: Windows that training does not see, as a share of those that it does, at least two and at most 16: the
+            end of each text.
         evaluations: Times that they are judged during training; the best of these states is the one kept.
         patience: Judgements without improvement after which training ends.
         top_k: The teacher's most likely tokens that are kept.
@@ -357,7 +357,7 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
             f"train={list(settings.train)}: {total} windows of {settings.seq_len} tokens are in it, and "
             "training needs four; give more text, or a smaller seq_len"
         )
-    count = min(_MOST_HELD_OUT, total // 2, max(2, round(settings.held_out * total)))
+    count = min(_MOST_HELD_OUT, total // 2, max(2, round(settings.held_out * min(total, most))))
     dealt = [count * windows // total for windows in accumulate(map(len, rows), initial=0)]  # to each text its share
     ends = [len(row) - (after - before) for row, (before, after) in zip(rows, pairwise(dealt), strict=True)]
     windows = torch.cat([row[:end] for row, end in zip(rows, ends, strict=True)])

@@ -362,6 +362,13 @@ def test_the_end_of_each_text_is_held_out_of_training(tokenizer, here):
     assert trained != sorted(trained)
 
 
+def test_short_training_holds_out_less_of_a_long_text(tokenizer, here):
+    write("a.jsonl", lines({"input_ids": list(range(8 * 100))}))
+    train, held_out = training_windows(RecoverySettings(["a.jsonl"], seq_len=8, steps=40, batch_size=1), tokenizer)
+    assert len(train) == 40
+    assert held_out[:, 0].tolist() == [8 * 98, 8 * 99]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_text_that_is_too_short_for_a_window_is_named(way, tokenizer, here):
     write("a.txt", "abc")

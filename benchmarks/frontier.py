@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quality import add_texts, identity, kept_or_run, output_of, pruned_on_disk, text_of
+from quality import add_texts, digest, identity, kept_or_run, output_of, pruned_on_disk, text_of
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +87,7 @@ def wanted_row(preset: str, steps: int, args: argparse.Namespace) -> dict[str, A
     pruned = identity(preset, args.pattern, args.draw, args)
     if args.other_text:
         pruned["other_text"] = args.other_text.name
+        pruned["other_text_sha256"] = digest([args.other_text.read_text(encoding="utf-8")])
     names = ("batch_size", "windows", "learning_rate", "kd_ratio")
     return pruned | {"steps": steps, "training": {name: getattr(args, name) for name in names} if steps else {}}
 

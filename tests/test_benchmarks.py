@@ -196,6 +196,10 @@ def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text
     failed = forks.run(SCRIPTS / "frontier.py", *command, *missing)
     assert failed.returncode
     assert "no.txt" in failed.stderr
+    other = [*text, "--steps", 3, "--other-text", tmp_path / "none.txt"]
+    failed = forks.run(SCRIPTS / "frontier.py", *command, *other)
+    assert "none.txt" in failed.stderr
+    assert "3 steps" not in failed.stderr  # before the work
     assert result.read_bytes() == kept
 
 

@@ -141,8 +141,12 @@ def windows_digest(windows: Tensor) -> str:
     return hashlib.sha256(windows.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def shares(weights: Mapping[Any, float], total: int) -> list[int]:
+def shares(
+    weights: Mapping[Any, float], total: int, argument: str = "calibration", more: str = "num_samples"
+) -> list[int]:
     """Split `total` in proportion to `weights`, by largest remainder.
+
+    `argument` and `more` are what an error names: the mapping, and what makes `total` greater.
 
     Raises:
         CalibrationError: a weight is not a positive number, or too small for one of them.
@@ -151,7 +155,7 @@ def shares(weights: Mapping[Any, float], total: int) -> list[int]:
     [22, 10]
     """
     for name, weight in weights.items():
-        check_share(name, weight)
+        check_share(name, weight, argument)
     _, exponent = math.frexp(max(weights.values()))
     relative = [math.ldexp(weight, -exponent) for weight in weights.values()]  # the same bits, and a finite sum
     exact = [total * weight / sum(relative) for weight in relative]
@@ -162,8 +166,8 @@ def shares(weights: Mapping[Any, float], total: int) -> list[int]:
     for name, count in zip(weights, counts, strict=True):
         if not count:
             raise CalibrationError(
-                f"calibration: the share {weights[name]!r} of {shorten(name)} is too small for one of {total} windows; "
-                "give it more, raise num_samples, or leave it out"
+                f"{argument}: the share {weights[name]!r} of {shorten(name)} is too small for one of {total} windows; "
+                f"give it more, raise {more}, or leave it out"
             )
     return counts
 
@@ -187,7 +191,7 @@ def check_calibration(source: Any) -> None:
         check_name(name, "calibration")
 
 
-def check_share(name: Any, share: Any) -> None:
+def check_share(name: Any, share: Any, argument: str = "calibration") -> None:
     """Raise unless the share of a source is a positive number.
 
     Raises:
@@ -196,7 +200,7 @@ def check_share(name: Any, share: Any) -> None:
     known = isinstance(share, int | float) and not isinstance(share, bool)
     if not known or not 0 < share <= sys.float_info.max:
         raise CalibrationError(
-            f"calibration: the share {shorten(share)} of {shorten(name)} is not a positive number; shares are "
+            f"{argument}: the share {shorten(share)} of {shorten(name)} is not a positive number; shares are "
             "relative, as in {'c4': 3, 'wikitext2': 1}"
         )
 

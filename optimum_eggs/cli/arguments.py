@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,33 @@ if TYPE_CHECKING:
     import torch
 
 _MOST = 2**31 - 1  # what counts something is handed to code that takes no more
+
+
+def parse_shares(given: Sequence[str], argument: str) -> dict[str, float | None]:
+    """Texts and the shares behind their names, None where none is.
+
+    Raises:
+        ConfigError: a text is named twice.
+        CalibrationError: a share is not a positive number.
+
+    >>> parse_shares(["a.txt=3", "c4"], "train")
+    {'a.txt': 3.0, 'c4': None}
+    """
+    from ..calibration.documents import refuse_twice
+    from ..calibration.windows import check_share
+
+    found: list[tuple[str, float | None]] = []
+    for item in given:
+        name, share = item, None
+        head, equals, tail = item.rpartition("=")
+        if equals and not Path(item).exists():
+            with suppress(ValueError):  # an equals sign within a name
+                name, share = head, float(tail)
+        if share is not None:
+            check_share(name, share, argument)
+        found.append((name, share))
+    refuse_twice([name for name, _ in found], argument)
+    return dict(found)
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import strict_json
 from ..errors import ConfigError, more
 from ..validation import TORCH_SEEDS
-from .arguments import add_device, add_shard_size, add_trust, check_source, chosen_device, integer, rare, size
+from .arguments import (
+    add_device,
+    add_shard_size,
+    add_trust,
+    check_source,
+    chosen_device,
+    integer,
+    parse_shares,
+    rare,
+    size,
+)
 from .printing import others_on_stderr
 from .settings import add_set, make_config
 
@@ -265,18 +274,5 @@ def parse_sources(given: list[str]) -> str | dict[str, float] | None:
     >>> parse_sources(["a.txt=3", "c4"])
     {'a.txt': 3.0, 'c4': 1.0}
     """
-    from ..calibration.documents import refuse_twice
-    from ..calibration.windows import check_share
-
-    pairs: list[tuple[str, float]] = []
-    for item in given:
-        name, share = item, 1.0
-        head, equals, tail = item.rpartition("=")
-        if equals and not Path(item).exists():
-            with suppress(ValueError):  # an equals sign within a name
-                name, share = head, float(tail)
-        check_share(name, share)
-        pairs.append((name, share))
-    refuse_twice([name for name, _ in pairs], "calibration")
-    sources = dict(pairs)
+    sources = {name: 1.0 if share is None else share for name, share in parse_shares(given, "calibration").items()}
     return next(iter(sources)) if len(sources) == 1 else sources or None

@@ -7,7 +7,7 @@ import argparse
 from .. import strict_json
 from ..folders import check_folder
 from ..validation import NUMPY_SEEDS
-from .arguments import add_device, add_trust, check_source, chosen_device, integer, number
+from .arguments import add_device, add_trust, check_source, chosen_device, integer, number, parse_shares
 from .printing import others_on_stderr
 
 
@@ -19,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train",
         required=True,
         action="append",
-        metavar="FILE|NAME",
-        help="text to train on: a file or a data set, such as wikitext2; several are mixed (required)",
+        metavar="TEXT[=SHARE]",
+        help="text to train on: a file, a data set such as wikitext2, or sample, the text shipped here; several are "
+        "mixed, by their shares if they are given, such as a.txt=3 (required)",
     )
     parser.add_argument(
         "--text-column", help="column of a data set or of a file of rows (default: input_ids if it has one, else text)"
@@ -82,8 +83,10 @@ def run(args: argparse.Namespace) -> int:
     from ..recovery.recover import RecoverySettings, recover
 
     keep_freed_memory()  # here, since it changes the whole process
+    shares = parse_shares(args.train, "train")
+    shared = any(share is not None for share in shares.values())
     settings = RecoverySettings(
-        args.train,
+        {name: 1.0 if share is None else share for name, share in shares.items()} if shared else list(shares),
         teacher=args.teacher,
         method=args.method,
         rank=args.rank,

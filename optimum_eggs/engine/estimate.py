@@ -86,7 +86,7 @@ def turning_seconds(of_block: float, sample: BlockSample, size: int, blocks: int
 
 def turning_announcement(seconds: float) -> str:
     """What is done before anything is pruned, and how long it will take."""
-    return f"choosing a rotation first (a pass through the dense model, {STEPS} steps): about {_duration(seconds)}"
+    return f"choosing a rotation first (a pass through the dense model, {STEPS} steps): about {duration(seconds)}"
 
 
 def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -> float:
@@ -112,15 +112,23 @@ def announcement(
     """What is about to be done, how long it will take, and how to make it shorter; `hidden` are states of a batch."""
     count, length = windows.shape
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    device, dtype = hidden.device, str(hidden.dtype).removeprefix("torch.")
-    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     how = config.preset or config.solver
     return (
-        f"{type(model).__name__}, {_size(parameters)} parameters, on {where}, in {dtype}: "
+        f"{type(model).__name__}, {_size(parameters)} parameters, {where_and_how(hidden.device, hidden.dtype)}: "
         f"{len(plan.names)} layers to {config.pattern} ({how}), calibrated on {count} x {length} tokens\n"
-        f"about {_duration(found.seconds)}, and {found.bytes / 2**30:.1f} GiB beside the model; fewer or shorter "
+        f"about {duration(found.seconds)}, and {found.bytes / 2**30:.1f} GiB beside the model; fewer or shorter "
         "windows (num_samples, seq_len) take less"
     )
+
+
+def where_and_how(device: torch.device, dtype: torch.dtype) -> str:
+    """Of a line that says what is about to be done.
+
+    >>> where_and_how(torch.device("cuda", 1), torch.bfloat16)
+    'on cuda:1, in bfloat16'
+    """
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"on {device}{threads}, in {str(dtype).removeprefix('torch.')}"
 
 
 def _size(parameters: int) -> str:
@@ -132,10 +140,10 @@ def _size(parameters: int) -> str:
     return f"{parameters / 1e6:.3g}M" if parameters < 999.5e6 else f"{parameters / 1e9:.3g}B"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Rounded as far as an estimate is good for.
 
-    >>> _duration(0.3), _duration(95), _duration(1500), _duration(80000)
+    >>> duration(0.3), duration(95), duration(1500), duration(80000)
     ('1 s', '2 min', '25 min', '22 h')
     """
     if seconds < 60:

@@ -5,29 +5,31 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .. import strict_json
 from .. import validation as check
 from ..calibration.context import check_context, check_vocabulary, context_length
-from ..calibration.documents import columns_of, described, documents, refuse_twice, shown
-from ..calibration.windows import token_stream, windows_digest
+from ..calibration.documents import described, refuse_twice
+from ..calibration.windows import check_share, windows_digest
 from ..config import QUANT_METHOD
 from ..devices import choose_device
 from ..engine.precision import has_bfloat16_products
 from ..engine.report import read_report, used_texts, without_measurements
-from ..errors import CalibrationError, ConfigError, ModelError
+from ..errors import ConfigError, ModelError
 from ..evaluation.perplexity import perplexity
 from ..files import REPORT_NAME, likeness
 from ..folders import check_output, claimed, put_in_place, written
@@ -43,6 +45,8 @@ from ..presets import SEQ_LEN
 from ..ranks import Ranks, join_ranks
 from ..runs import open_run, run_folder
 from .distill import TeacherTokens, TeacherWindows, teacher_tokens
+from .estimate import announcement, passes
+from .windows import training_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +56,6 @@ if TYPE_CHECKING:
 METHODS = ("lora", "values")
 _LEARNING_RATES = {"lora": 5e-3, "values": 5e-4}  # as shares of the root mean square of what is changed
 _TAUGHT, _MADE = "teacher.safetensors", "made"
-_MOST_HELD_OUT = 16  # windows: judging more of them took time from training
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class RecoverySettings:
     """How a packed model is trained.
 
     Args:
-        train: Text files, files of rows or data sets, mixed: their windows are shuffled together.
+        train: Text files, files of rows or data sets, mixed: their windows are shuffled together. With a mapping of
+            them to shares each gives its share of the windows that the steps take, or all that it has if they are
+            fewer.
         teacher: Folder or id of the dense model whose next-token probabilities are matched; without one, the text's own
             next tokens are.
         method: `"lora"` trains a masked LoRA on every packed layer and merges it; `"values"` trains the packed values.
@@ -85,9 +90,10 @@ class RecoverySettings:
 
     Raises:
         ConfigError: a value is out of range, or a text is given twice.
+        CalibrationError: a share is not a positive number.
     """
 
-    train: Sequence[str]
+    train: Sequence[str] | Mapping[str, float]
     teacher: str | None = None
     method: str = "lora"
     rank: int = 16
@@ -105,12 +111,20 @@ class RecoverySettings:
     seed: int = 0
     text_column: str | None = None
 
+    @property
+    def eval_steps(self) -> int:
+        """Steps from one judgement of the windows held out to the next."""
+        return max(1, self.steps // self.evaluations)
+
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is unknown; use one of {list(METHODS)}")
         if not self.train:
             raise ConfigError("train=[]: name at least one text file or data set")
         refuse_twice(self.train, "train")
+        if isinstance(self.train, Mapping):
+            for name, share in self.train.items():
+                check_share(name, share, "train")
         for name in ("rank", "steps", "batch_size", "evaluations", "patience", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
@@ -237,6 +251,17 @@ def recover(
             } | asdict(settings)
             needs = _bytes_to_write(model, settings, windows, stored)
             work, folder = _claim(stack, ranks, path, run, overwrite, needs)
+            with meter.stage("judging"):
+                began = time.perf_counter()
+                before = perplexity(model, held_out).perplexity
+                of_window = (time.perf_counter() - began) / len(held_out)
+            start = _last_checkpoint(folder, ranks)
+            done = _step_of(start) if start else 0
+            if ranks.first:
+                left = passes(settings, len(windows), len(held_out), done, (folder / _TAUGHT).is_file())
+                dtype = torch.bfloat16 if _in_bfloat16(where) else torch.float32
+                told = announcement(model, settings, dtype, ranks.size, done, left * of_window)
+                tqdm.write(told, file=sys.stderr)
             taught = teacher = None
             if settings.teacher is not None:
                 with ranks.together():
@@ -246,12 +271,9 @@ def recover(
                     taught = _taught(folder / _TAUGHT, teacher, windows, settings.top_k, ranks)
                 if not settings.block_matching:
                     teacher = None
-            with meter.stage("judging"):
-                before = perplexity(model, held_out).perplexity
             round_while_training(model)
             _quantizer_of(model).rounds_in_training = True
             with meter.stage("training"):
-                start = _last_checkpoint(folder, ranks)
                 trained, losses, steps = _train(model, train, held_out, teacher, taught, settings, folder, start)
             store_rounded(trained)
             _quantizer_of(trained).rounds_in_training = False
@@ -260,7 +282,9 @@ def recover(
             worse = after > before
             if worse:
                 trained = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
-        public = {"train": public_names(settings.train), "teacher": public_name(settings.teacher)}
+        shared = isinstance(settings.train, Mapping)
+        trained_on = public_name(settings.train) if shared else public_names(list(settings.train))
+        public = {"train": trained_on, "teacher": public_name(settings.teacher)}
         report = RecoveryReport(
             asdict(settings) | public, steps, before, after, losses, len(train), len(held_out), digest, meter.summary()
         )
@@ -328,41 +352,6 @@ def _with_seq_len(settings: RecoverySettings, config: Any) -> RecoverySettings:
         return replace(settings, seq_len=min(SEQ_LEN, context_length(config) or SEQ_LEN))
     check_context(config, settings.seq_len)
     return settings
-
-
-def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int = 1) -> tuple[Tensor, Tensor]:
-    """Windows to train on, shuffled with the seed, and windows held out, (windows, seq_len) each. A `seq_len` is given.
-
-    Of every text as much is read as all steps of all processes together need. Those held out are its end: windows from
-    between those that are trained on are of the same articles, and look better than a text that is not known.
-
-    Raises:
-        CalibrationError: a text holds not one window, or the texts together fewer than four.
-    """
-    assert settings.seq_len is not None
-    most = settings.steps * settings.batch_size * processes
-    needed = most * settings.seq_len * 2
-    rows = []
-    for source, column in zip(settings.train, columns_of(settings.train, settings.text_column), strict=True):
-        ids = token_stream(documents(source, "train", column, argument="train"), tokenizer, needed)
-        if len(ids) < settings.seq_len:
-            raise CalibrationError(
-                f"train={shown(source)} has {len(ids)} tokens, and one window of seq_len={settings.seq_len} needs "
-                f"{settings.seq_len}; give more text, a smaller seq_len, or leave it out"
-            )
-        rows.append(ids[: len(ids) // settings.seq_len * settings.seq_len].view(-1, settings.seq_len))
-    total = sum(map(len, rows))
-    if total < 4:
-        raise CalibrationError(
-            f"train={list(settings.train)}: {total} windows of {settings.seq_len} tokens are in it, and "
-            "training needs four; give more text, or a smaller seq_len"
-        )
-    count = min(_MOST_HELD_OUT, total // 2, max(2, round(settings.held_out * min(total, most))))
-    dealt = [count * windows // total for windows in accumulate(map(len, rows), initial=0)]  # to each text its share
-    ends = [len(row) - (after - before) for row, (before, after) in zip(rows, pairwise(dealt), strict=True)]
-    windows = torch.cat([row[:end] for row, end in zip(rows, ends, strict=True)])
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
-    return windows[order][:most], torch.cat([row[end:] for row, end in zip(rows, ends, strict=True)])
 
 
 def _check_same_basis(settings: RecoverySettings, config: Any, report: Mapping[str, Any]) -> None:
@@ -464,7 +453,11 @@ def _last_checkpoint(folder: Path, ranks: Ranks) -> str | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: str | Path) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def _train(
@@ -506,7 +499,6 @@ def _train(
             if isinstance(layer, RoundedLinear):
                 layer.weight_scale.requires_grad_(True)
     device = next(model.parameters()).device
-    every = max(1, settings.steps // settings.evaluations)
     names_of_it = ("activation_checkpointing", "gradient_checkpointing")  # newer versions of transformers, and older
     known = {each.name for each in fields(TrainingArguments)}
     saving_memory: dict[str, Any] = {
@@ -521,9 +513,9 @@ def _train(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, settings.steps // 20),
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=settings.eval_steps,
         save_strategy="steps",
-        save_steps=every,
+        save_steps=settings.eval_steps,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="loss",
@@ -534,7 +526,7 @@ def _train(
         use_cpu=device.type == "cpu",
         seed=settings.seed,
         report_to=[],
-        logging_steps=max(1, every // 4),
+        logging_steps=max(1, settings.eval_steps // 4),
     )
     trainer = RecoveryTrainer(
         model=wrapped,

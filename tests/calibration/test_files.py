@@ -18,7 +18,8 @@ from optimum_eggs.calibration import token_windows
 from optimum_eggs.calibration.documents import documents
 from optimum_eggs.errors import CalibrationError
 from optimum_eggs.evaluation.windows import evaluation_windows
-from optimum_eggs.recovery.recover import RecoverySettings, training_windows
+from optimum_eggs.recovery.recover import RecoverySettings
+from optimum_eggs.recovery.windows import training_windows
 
 TEXT = tiny.make_text(400)
 PACKED = gzip.compress(TEXT.encode(), mtime=0)
@@ -367,6 +368,25 @@ def test_short_training_holds_out_less_of_a_long_text(tokenizer, here):
     train, held_out = training_windows(RecoverySettings(["a.jsonl"], seq_len=8, steps=40, batch_size=1), tokenizer)
     assert len(train) == 40
     assert held_out[:, 0].tolist() == [8 * 98, 8 * 99]
+
+
+def test_training_takes_its_share_of_each_text(tokenizer, here):
+    for start, (name, windows) in zip((1000, 2000, 3000), {"a": 90, "b": 90, "c": 2}.items(), strict=True):
+        write(f"{name}.jsonl", lines({"input_ids": list(range(start, start + 8 * windows))}))
+    options = {"seq_len": 8, "steps": 40, "batch_size": 1}
+    train, held_out = training_windows(RecoverySettings({"a.jsonl": 3, "b.jsonl": 1}, **options), tokenizer)
+    kinds = [first // 1000 for first in train[:, 0].tolist()]
+    assert (kinds.count(1), kinds.count(2)) == (30, 10)
+    assert kinds != sorted(kinds)
+    assert held_out[:, 0].tolist() == [1000 + 8 * 89, 2000 + 8 * 89]
+    _, held_out = training_windows(RecoverySettings({"a.jsonl": 3, "b.jsonl": 1}, held_out=0.2, **options), tokenizer)
+    assert [first // 1000 for first in held_out[:, 0].tolist()] == [1] * 6 + [2] * 2
+    train, _ = training_windows(RecoverySettings({"a.jsonl": 1, "c.jsonl": 1}, **options), tokenizer)
+    assert [first // 1000 for first in sorted(train[:, 0].tolist())] == [1] * 20 + [3]  # all but what is held out
+    with pytest.raises(CalibrationError, match=r"train: the share 0.01 of 'b.jsonl' is too small .*, raise steps, or"):
+        training_windows(RecoverySettings({"a.jsonl": 1, "b.jsonl": 0.01}, **options), tokenizer)
+    with pytest.raises(CalibrationError, match=r"train: the share -1 of 'b.jsonl' is not a positive number"):
+        RecoverySettings({"a.jsonl": 1, "b.jsonl": -1})
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import torch
 from oracles import gaussian
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
 from optimum_eggs import folders
 from optimum_eggs.cli.main import main
@@ -37,6 +38,7 @@ from optimum_eggs.evaluation import Perplexity
 from optimum_eggs.folders import claimed
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.nn import packed_layers
+from optimum_eggs.recovery import estimate
 from optimum_eggs.recovery.distill import block_error, divergence, teacher_tokens
 from optimum_eggs.recovery.recover import RecoverySettings, recover
 from optimum_eggs.recovery.trainer import RecoveryTrainer
@@ -219,7 +221,7 @@ def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "values"])
 def test_an_interrupted_run_does_the_steps_that_are_left_and_ends_the_same(
-    method, packed_folder, text_file, tmp_path, monkeypatch
+    method, packed_folder, text_file, tmp_path, monkeypatch, capsys
 ):
     chosen = settings(text_file, method=method, steps=8, evaluations=4)
     recover(packed_folder, tmp_path / "whole", chosen)
@@ -238,7 +240,9 @@ def test_an_interrupted_run_does_the_steps_that_are_left_and_ends_the_same(
     (run,) = (tmp_path / ".cut.unfinished").glob("run-*")
     (run / "checkpoint-6").mkdir()  # as a kill in the middle of writing leaves it
     done.append(None)
+    capsys.readouterr()
     report = recover(packed_folder, tmp_path / "cut", chosen)
+    assert "8 steps of 2 x 16 tokens, 4 of them done\nabout" in capsys.readouterr().err
     assert done == [0, 1, 2, 3, 4, None, 4, 5, 6, 7]  # the last checkpoint was that of step 4
     assert report.steps == 8
     whole, cut = (packed_layers(AutoModelForCausalLM.from_pretrained(tmp_path / name)) for name in ("whole", "cut"))
@@ -481,7 +485,43 @@ def test_the_command(packed_folder, text_file, tmp_path, capsys):
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
-    assert "perplexity on the" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "perplexity on the" in said.out
+    assert re.search(r"the packed values of 14 layers, 2 steps of 2 x 16 tokens\nabout 1 s; fewer", said.err)
+
+
+def test_texts_are_mixed_by_their_shares(packed_folder, text_file, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text(tiny.make_text(4000, seed=1))
+    command = ["recover", str(packed_folder), str(tmp_path / "out"), "--steps", "4", "--seq-len", "16", "--rank", "2"]
+    assert main([*command, "--train", f"{text_file}=3", "--train", str(other), "--batch-size", "1", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["settings"]["train"] == {"text.txt": 3.0, "other.txt": 1.0}
+    assert done["windows"] == 4
+    assert [text["name"] for text in done["texts"]] == ["text.txt", "other.txt"]
+    assert main([*command, "--overwrite", "--train", f"{text_file}=0"]) == 2
+    assert "train: the share 0.0 of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [{}, {"method": "values", "block_matching": 0.5, "steps": 6}])
+def test_the_passes_to_come_are_counted(values, dense_folder, packed_folder, text_file, tmp_path, monkeypatch):
+    foretold, read = [], []
+
+    def passes(*given):
+        foretold.append(estimate.passes(*given))
+        read.clear()
+        return foretold[-1]
+
+    plain = LlamaModel.forward
+    monkeypatch.setattr(estimate, "_STEP", 1)
+    monkeypatch.setattr(RECOVER, "passes", passes)
+    monkeypatch.setattr(
+        LlamaModel,
+        "forward",
+        lambda self, input_ids, **given: read.append(len(input_ids)) or plain(self, input_ids, **given),
+    )
+    recover(packed_folder, tmp_path / "out", settings(text_file, teacher=str(dense_folder), patience=9, **values))
+    assert foretold == [sum(read)]
 
 
 def test_the_error_of_blocks():

@@ -32,8 +32,8 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     """
     assert settings.seq_len is not None
     most = settings.steps * settings.batch_size * processes
-    shared = isinstance(settings.train, Mapping)
-    wanted = shares(settings.train, most, "train", "steps") if shared else [most] * len(settings.train)
+    shared = shares(settings.train, most, "train", "steps") if isinstance(settings.train, Mapping) else None
+    wanted = shared or [most] * len(settings.train)
     columns = columns_of(settings.train, settings.text_column)
     rows = [
         _windows(source, column, tokenizer, 2 * each, settings.seq_len)

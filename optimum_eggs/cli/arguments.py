@@ -21,28 +21,27 @@ if TYPE_CHECKING:
 _MOST = 2**31 - 1  # what counts something is handed to code that takes no more
 
 
-def parse_shares(given: Sequence[str], argument: str) -> dict[str, float | None]:
-    """Texts and the shares behind their names, None where none is.
+def parse_shares(given: Sequence[str], argument: str) -> dict[str, float]:
+    """Texts and the shares behind their names, 1 where none is.
 
     Raises:
         ConfigError: a text is named twice.
         CalibrationError: a share is not a positive number.
 
     >>> parse_shares(["a.txt=3", "c4"], "train")
-    {'a.txt': 3.0, 'c4': None}
+    {'a.txt': 3.0, 'c4': 1.0}
     """
     from ..calibration.documents import refuse_twice
     from ..calibration.windows import check_share
 
-    found: list[tuple[str, float | None]] = []
+    found: list[tuple[str, float]] = []
     for item in given:
-        name, share = item, None
+        name, share = item, 1.0
         head, equals, tail = item.rpartition("=")
         if equals and not Path(item).exists():
             with suppress(ValueError):  # an equals sign within a name
                 name, share = head, float(tail)
-        if share is not None:
-            check_share(name, share, argument)
+        check_share(name, share, argument)
         found.append((name, share))
     refuse_twice([name for name, _ in found], argument)
     return dict(found)

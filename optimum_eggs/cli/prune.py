@@ -274,5 +274,5 @@ def parse_sources(given: list[str]) -> str | dict[str, float] | None:
     >>> parse_sources(["a.txt=3", "c4"])
     {'a.txt': 3.0, 'c4': 1.0}
     """
-    sources = {name: 1.0 if share is None else share for name, share in parse_shares(given, "calibration").items()}
+    sources = parse_shares(given, "calibration")
     return next(iter(sources)) if len(sources) == 1 else sources or None

@@ -84,9 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
     keep_freed_memory()  # here, since it changes the whole process
     shares = parse_shares(args.train, "train")
-    shared = any(share is not None for share in shares.values())
     settings = RecoverySettings(
-        {name: 1.0 if share is None else share for name, share in shares.items()} if shared else list(shares),
+        args.train if list(shares) == args.train else shares,  # names as they were given have no share behind them
         teacher=args.teacher,
         method=args.method,
         rank=args.rank,

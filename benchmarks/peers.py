@@ -149,11 +149,12 @@ def in_llama_cpp(args: argparse.Namespace, windows: list[list[int]]) -> dict[str
 
 
 def make_gguf(source: str, folder: Path, python: str, formats: list[str]) -> dict[str, Path]:
-    """The files of all formats, made once."""
+    """The files of all formats, made once for each source: another file of the same name is another model."""
     folder.mkdir(parents=True, exist_ok=True)
+    there = Path(source).resolve().stat()
+    of_source = f"{Path(source).stem}-{there.st_size}-{there.st_mtime_ns}"
     files = {
-        name: folder / f"{Path(source).stem}-{name}.gguf"
-        for name in ["BF16", *(name for name in formats if name != "BF16")]
+        name: folder / f"{of_source}-{name}.gguf" for name in ["BF16", *(name for name in formats if name != "BF16")]
     }
     for name in files:
         if not files[name].exists():

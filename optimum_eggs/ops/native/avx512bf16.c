@@ -15,7 +15,7 @@ enum {
     ROWS = 4,
     FEW = 2,       // rows of up to two tokens
     TOKENS = 6,
-    MOST = 26,     // tokens; beyond, tiles are faster
+    MOST = 24,     // tokens; beyond, tiles are faster
     SPARE = 6,     // tokens beyond full tiles that are faster by themselves
 };
 

@@ -150,9 +150,10 @@ def in_llama_cpp(args: argparse.Namespace, windows: list[list[int]]) -> dict[str
 
 def make_gguf(source: str, folder: Path, python: str, formats: list[str]) -> dict[str, Path]:
     """The files of all formats, made once for each source: another file of the same name is another model."""
+    from quality import digest
+
     folder.mkdir(parents=True, exist_ok=True)
-    there = Path(source).resolve().stat()
-    of_source = f"{Path(source).stem}-{there.st_size}-{there.st_mtime_ns}"
+    of_source = f"{Path(source).stem}-{digest([str(Path(source).resolve())])[:8]}"
     files = {
         name: folder / f"{of_source}-{name}.gguf" for name in ["BF16", *(name for name in formats if name != "BF16")]
     }

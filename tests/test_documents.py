@@ -29,7 +29,7 @@ SMALLER = {  # the last of two equal options counts
     "-m optimum_eggs prune": "--num-samples 4 --seq-len 32",
     "optimum-cli eggs evaluate": "--num-windows 2 --seq-len 32",
     "optimum-cli eggs benchmark": "--repeats 1 --layer-repeats 1 --prompt 8 --new-tokens 2",
-    "optimum-cli eggs recover": "--steps 4 --seq-len 16",
+    "optimum-cli eggs recover": "--steps 8 --seq-len 16",
     "python benchmarks/layers.py": "--shapes 64x64 --tokens 1 --repeats 1",
     "python benchmarks/streaming.py": "--layers 2 --hidden 128 --vocabulary 500 --num-samples 4 --seq-len 32",
     "python benchmarks/ranks.py": "--num-samples 8 --seq-len 16 --num-windows 2 --test-seq-len 32",

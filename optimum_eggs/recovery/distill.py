@@ -49,7 +49,8 @@ def teacher_tokens(
         run = partial(teacher, input_ids=window[None].to(device), use_cache=False)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             logits = run().logits[0].float()
-            if not bool(torch.isfinite(logits.logsumexp(-1)).all()):
+            total = logits.logsumexp(-1, keepdim=True)
+            if not bool(torch.isfinite(total).all()):
                 layer = first_not_finite(teacher, run)
                 raise NumericalError(
                     f"the teacher's predictions are NaN or infinite, and the first such output is that of {layer}; "
@@ -57,7 +58,7 @@ def teacher_tokens(
                 )
         best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         ids.append(best.indices.to("cpu", torch.int32))
-        log_probs.append((best.values - logits.logsumexp(-1, keepdim=True)).to("cpu", torch.float16))
+        log_probs.append((best.values - total).to("cpu", torch.float16))
     return TeacherTokens(torch.stack(ids), torch.stack(log_probs))
 
 

@@ -258,8 +258,8 @@ def recover(
             start = _last_checkpoint(folder, ranks)
             done = _step_of(start) if start else 0
             if ranks.first:
-                left = passes(settings, len(windows), len(held_out), done, (folder / _TAUGHT).is_file())
                 dtype = torch.bfloat16 if _in_bfloat16(where) else torch.float32
+                left = passes(settings, len(windows), len(held_out), dtype, done, (folder / _TAUGHT).is_file())
                 told = announcement(model, settings, dtype, ranks.size, done, left * of_window)
                 tqdm.write(told, file=sys.stderr)
             taught = teacher = None

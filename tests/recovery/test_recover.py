@@ -524,6 +524,12 @@ def test_the_passes_to_come_are_counted(values, dense_folder, packed_folder, tex
     assert foretold == [sum(read)]
 
 
+def test_steps_in_bfloat16_are_foretold_as_shorter(text_file):
+    asked = settings(text_file, steps=10)
+    whole, half = (estimate.passes(asked, 8, 2, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert whole - half == pytest.approx(1.6 * 10 * asked.batch_size)
+
+
 def test_the_error_of_blocks():
     teacher = [gaussian(2, 3, 8), gaussian(2, 3, 8, seed=1)]
     student = [teacher[0] + 0.5 * gaussian(2, 3, 8, seed=2), teacher[1]]

@@ -174,7 +174,7 @@ def make_gguf(source: str, folder: Path, python: str, formats: list[str]) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the dense model")
+    parser.add_argument("model", nargs="?", help="folder of the dense model")
     parser.add_argument("--ours", nargs="*", default=[], metavar="NAME=FOLDER", help="packed models of it")
     parser.add_argument(
         "--compiled", nargs="*", default=[], metavar="NAME=FOLDER", help="and such that decode compiled"
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=HF, choices=HF, help="other programs (default: all)")
     parser.add_argument("--llama", nargs="*", default=list(LLAMA), choices=list(LLAMA), help="formats of llama.cpp")
     parser.add_argument("--python", nargs="*", default=[], metavar="NAME=PATH", help="a program's own Python")
-    parser.add_argument("--text", required=True, help="text file to judge on")
+    parser.add_argument("--text", help="text file to judge on")
     parser.add_argument("--windows", type=int, default=8, help="windows to judge on (default: 8)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in each (default: 512)")
     parser.add_argument("--prompt", type=int, default=256)
@@ -199,6 +199,8 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ids", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not args.table and (args.model is None or args.text is None):
+        parser.error("MODEL and --text say what is measured; --table alone prints what was")
     if args.worker:
         windows = json.loads(Path(args.ids).read_text())
         run = in_llama_cpp if args.worker[0].startswith("llama") else in_transformers

@@ -249,7 +249,7 @@ def test_programs_are_measured_in_turn_and_what_is_missing_is_skipped(
     assert len(rows["dense"]["decode"]) == 4
     assert rows["ours 2:4"]["bytes"] < rows["dense"]["bytes"]
     assert f"| dense \\* | {8 * rows['dense']['bytes'] / found['parameters']:.2f} |" in done.stdout
-    again = run("peers.py", dense_folder, "--text", text_file, "--table", result).stdout
+    again = run("peers.py", "--table", result).stdout
     assert again.splitlines()[-2:] == done.stdout.splitlines()[-2:]
     run("draw_peers.py", result, tmp_path / "out.svg")
     drawn = [text.text for text in ElementTree.parse(tmp_path / "out.svg").iter("{http://www.w3.org/2000/svg}text")]

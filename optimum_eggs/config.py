@@ -88,10 +88,11 @@ class EGGSConfig(QuantizationConfigMixin):
             be: `"Salesforce/wikitext:wikitext-2-raw-v1@main"`. `"sample"` is a text of mixed kinds that is shipped with
             this package, for a first try; a file of that name is written `"./sample"`. Data itself is never stored in
             the configuration.
-        split, text_column: Where to find the text in a data set. Default: `"train"`; `"input_ids"` where there is such
-            a column, else `"text"`.
-        dataset_config_name, dataset_revision: Configuration, and branch, tag or commit, of a data set from the Hub
-            whose name in `calibration` says none.
+        split: Of a data set. Default: `"train"`.
+        text_column: Where to find the text in a data set. Default: `"input_ids"` where there is such a column, else
+            `"text"`.
+        dataset_config_name: Configuration of a data set from the Hub whose name in `calibration` says none.
+        dataset_revision: Branch, tag or commit, likewise.
         num_samples: Number of calibration windows.
         seq_len: Tokens in each. Default: 512, or the model's context where that is shorter.
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.

@@ -73,8 +73,8 @@ def led_by(error: BaseException) -> Iterator[BaseException]:
 
     >>> error = ValueError("later")
     >>> error.__cause__ = error.__context__ = KeyError("earlier")
-    >>> [str(each) for each in led_by(error)]
-    ['later', "'earlier'"]
+    >>> print(*led_by(error))
+    later 'earlier'
     """
     found: dict[int, BaseException] = {}
     waiting: list[BaseException | None] = [error]

@@ -27,7 +27,7 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
     one.
 
     Args:
-        model: A packed model on the CPU. Of the types that [`KNOWN`][optimum_eggs.hf.attention.KNOWN] lists it gets the
+        model: A packed model on the CPU. Of the types that `optimum_eggs.hf.attention.KNOWN` lists it gets the
             attention `eggs`; others keep theirs.
 
     Raises:

@@ -21,9 +21,12 @@ class CodedEmbedding(nn.Embedding):
     gradient.
 
     Args:
-        num_embeddings, embedding_dim, padding_idx, device, dtype: As for `nn.Embedding`; the dtype is that of what it
-            gives.
+        num_embeddings: As for `nn.Embedding`.
+        embedding_dim: Likewise.
+        padding_idx: Likewise.
         coding: Of the values.
+        device: As for `nn.Embedding`.
+        dtype: Of what it gives.
 
     Attributes:
         weight: The codes (num_embeddings, embedding_dim), int8, a parameter without gradient.

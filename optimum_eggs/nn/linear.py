@@ -33,9 +33,13 @@ class NMLinear(NonDynamicallyQuantizableLinear):
     changes of `weight.data` in place, nor those by other means than its operations: call [`NMLinear.forget`] after one.
 
     Args:
-        in_features, out_features, bias, device, dtype: As for `nn.Linear`.
+        in_features: As for `nn.Linear`.
+        out_features: Likewise.
+        bias: Likewise.
         pattern: n kept of every m inputs.
         fan_in_fan_out: The layer replaced stored its weight as (in, out) (`Conv1D`), as in PEFT.
+        device: As for `nn.Linear`.
+        dtype: Likewise.
 
     Attributes:
         weight: The values kept (out, in·n/m), a parameter. Its gradient is of these alone, so training fills no zero.

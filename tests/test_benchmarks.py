@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from optimum_eggs.cli.main import main
 from optimum_eggs.masks import expander_mask, shortfall, topn_mask
 from optimum_eggs.masks.certificate import certify
 from optimum_eggs.packing import pack
@@ -135,6 +136,19 @@ def test_training_is_timed_packed_and_dense(run, packed_folder, dense_folder):
     printed = run("training.py", packed_folder, "--against", dense_folder, *sizes).stdout
     for kind in ("dense-lora", "lora", "values"):
         assert f"| {kind} |" in printed
+
+
+def test_a_merge_is_judged_beside_its_adapter(run, packed_folder, text_file, tmp_path):
+    integers = tmp_path / "int8"
+    assert main(["quantize", str(packed_folder), str(integers), "--values", "int8"]) == 0
+    sizes = ["--steps", 2, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32, "--learning-rate", 0.1]
+    printed = run("merging.py", packed_folder, integers, "--train", text_file, "--text", text_file, *sizes).stdout
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == [packed_folder.name, "int8"]
+    for _, before, adapted, merged in rows:
+        assert float(before) != float(adapted)
+        assert float(merged) == pytest.approx(float(adapted), rel=0.01)
+    assert rows[0][2] == rows[0][3]  # what is floats loses nothing
 
 
 @pytest.mark.slow

@@ -36,13 +36,14 @@ SMALLER = {  # the last of two equal options counts
     "python benchmarks/cost_model.py": "--num-samples 4 --seq-len 16 --hidden 128 --intermediate 256",
     "python tests/fuzz/fuzz_checkpoints.py": "--runs 10",
     "python benchmarks/gpu.py": "--device cpu --tests",
+    "python benchmarks/merging.py": "--seq-len 16 --batch-size 1 --steps 1 --test-windows 1 --test-seq-len 16",
     "python benchmarks/training.py": "--batch-size 1 --seq-len 16 --steps 1 --warm-up 1",
     "python benchmarks/peers.py": "--prompt 8 --new-tokens 2 --seq-len 16 --rounds 1 --repeats 1 --compiled --llama",
     "python benchmarks/quality.py": "--num-samples 4 --seq-len 16 --test-windows 2 --test-seq-len 32",
     "python benchmarks/frontier.py": "--num-samples 4 --seq-len 16 --test-windows 2 --test-seq-len 32 --steps 2",
     "pip install": "--dry-run --no-deps --no-build-isolation --quiet",
 }
-PACKED = ["out", "best", "values", "lora", "twin/packed", "l1b/packed"]
+PACKED = ["out", "best", "values", "lora", "p24", "p24-int8", "p24-int4", "twin/packed", "l1b/packed"]
 SPARSE = ["sparse"]  # dense, with zeros
 DENSE = ["path/or/id", "path/or/dense", "dense", "sm2", "qwen", "qwen05", "qwen15", "twin/dense", "l1b/dense"]
 TEXTS = [
@@ -118,7 +119,7 @@ def world(tmp_path, models, text_file):
         for name in SPARSE:
             shutil.copytree(models / "sparse", tmp_path / name)
         for name in PACKED:
-            if not re.search(rf"eggs (prune|pack|recover) \S+ {name}\s|save_pretrained\(\"{name}\"", code):
+            if not re.search(rf"eggs (prune|pack|quantize|recover) \S+ {name}\s|save_pretrained\(\"{name}\"", code):
                 shutil.copytree(models / "packed", tmp_path / name)
         for name in TEXTS:
             shutil.copy(text_file if name != "calibration.txt" else models / name, tmp_path / name)

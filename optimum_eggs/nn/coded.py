@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import ShapeError
 from ..ops.coded_linear import coded_linear, values_of
 from ..packing import meta_width, packed_width, unpack, unpack_mask
-from ..packing.codes import Coding, decode, nearest_codes, store_codes, whole_range
+from ..packing.codes import Coding, decode, drawn_codes, in_steps, store_codes, whole_range
 from ..pattern import NMPattern
 from .dense import as_conv1d
 from .linear import TWO_OF_FOUR, NMLinear
@@ -30,10 +30,14 @@ class CodedLinear(NonDynamicallyQuantizableLinear):
     weight of integers has no gradient: [`CodedLinear.to_packed`] makes a layer that trains.
 
     Args:
-        in_features, out_features, bias, device, dtype: As for `nn.Linear`; the dtype is that of the bias.
+        in_features: As for `nn.Linear`.
+        out_features: Likewise.
+        bias: Likewise.
         pattern: n kept of every m inputs, or None where all are.
         coding: Of the values.
         fan_in_fan_out: As of [`NMLinear`].
+        device: As for `nn.Linear`.
+        dtype: Of the bias.
 
     Attributes:
         weight: The codes as they are stored (out, ⌈in·n/m · bits/8⌉): int8, or uint8 of two codes each. A parameter
@@ -147,16 +151,20 @@ class CodedLinear(NonDynamicallyQuantizableLinear):
 
     @torch.no_grad()
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor, float]:
-        """The codes as they are stored and the scales that are nearest to values (out, values), and their distance.
+        """The codes as they are stored, and the scales, that stand for other values (out, values); and their distance.
 
-        A scale is such that the largest value of its group is the highest code. The distance is ‖Ŵ − W‖/‖W‖.
+        A group keeps its scale if its values fit; otherwise the largest is the highest code. Codes are drawn, so that a
+        small change of many values is not rounded away. The distance is ‖Ŵ − W‖/‖W‖.
         """
-        per_scale = self.coding.per_scale(self.pattern)
-        values = values.to(torch.float32)
-        scale = whole_range(values, self.coding, per_scale)
-        codes = nearest_codes(values, scale.to(torch.float32), self.coding, per_scale)
-        stored = store_codes(codes, self.coding)
-        found = decode(stored, scale, self.values, self.coding, per_scale, torch.float32)
+        coding, per_scale = self.coding, self.coding.per_scale(self.pattern)
+        values, own = values.to(torch.float32), self._scale()
+        steps = in_steps(values, own.to(torch.float32), per_scale)
+        outside = (steps < coding.lowest - 0.5) | (steps > -coding.lowest - 0.5)
+        padded = torch.nn.functional.pad(outside, (0, -values.shape[1] % per_scale))
+        fits = ~padded.unflatten(1, (-1, per_scale)).any(2) & (own != 0)
+        scale = torch.where(fits, own, whole_range(values, coding, per_scale))
+        stored = store_codes(drawn_codes(values, scale.to(torch.float32), coding, per_scale), coding)
+        found = decode(stored, scale, self.values, coding, per_scale, torch.float32)
         return stored, scale, float((found - values).norm() / values.norm().clamp_min(1e-30))
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

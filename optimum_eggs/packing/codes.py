@@ -162,9 +162,34 @@ def nearest_codes(values: Tensor, scale: Tensor, coding: Coding, per_scale: int)
     >>> nearest_codes(torch.tensor([[0.9, -0.2]]), torch.tensor([[0.5]]), Coding("int8"), 64)
     tensor([[2, 0]], dtype=torch.int8)
     """
+    return _stored_range(in_steps(values, scale, per_scale).round_(), coding)
+
+
+def drawn_codes(values: Tensor, scale: Tensor, coding: Coding, per_scale: int) -> Tensor:
+    """Codes (out, columns), int8, each the one below or above its value, by a draw with the odds of how near it is.
+
+    On average that is the value, so that changes smaller than half a step are not lost, as they are by the nearest
+    codes (stochastic rounding; Gupta et al. 2015, arXiv 1502.02551). What is a code already stays. The draw is the
+    same each time.
+
+    >>> 20 < drawn_codes(torch.full((1, 400), 0.1), torch.tensor([[1.0]]), Coding("int8"), 400).sum() < 60
+    tensor(True)
+    """
+    generator = torch.Generator(device=values.device).manual_seed(0)
+    draw = torch.rand(values.shape, generator=generator, device=values.device)
+    steps = in_steps(values, scale, per_scale)
+    below = steps.floor()
+    return _stored_range(below + (draw < steps - below), coding)
+
+
+def in_steps(values: Tensor, scale: Tensor, per_scale: int) -> Tensor:
+    """Values (out, columns) in multiples of scales (out, scales); zeros where a scale is zero."""
     spaced = scale.repeat_interleave(per_scale, 1)[:, : values.shape[1]]
-    codes = (values / torch.where(spaced == 0, 1, spaced)).round_().clamp_(coding.lowest, -(coding.lowest + 1))
-    return codes.mul_(spaced != 0).to(torch.int8)
+    return torch.where(spaced == 0, 0, values / spaced)
+
+
+def _stored_range(codes: Tensor, coding: Coding) -> Tensor:
+    return codes.clamp_(coding.lowest, -(coding.lowest + 1)).to(torch.int8)
 
 
 def whole_range(values: Tensor, coding: Coding, per_scale: int) -> Tensor:

@@ -25,8 +25,9 @@ class MaskedLoraLinear(LoraLinear):
     """PEFT's LoRA layer for a packed layer: y = x (W + s · mask∘(BA))ᵀ + b, s the scaling.
 
     Made by PEFT for every packed layer that a `LoraConfig` names. Merging adds s · mask∘(BA) to the packed values, in
-    the dtype of the layer; the mask and the shape stay as they are. Values that are integers are rounded again: the
-    layer's `merge_error` says how far they are from the sum.
+    the dtype of the layer; the mask and the shape stay as they are. Values that are integers are rounded again,
+    up or down by a draw, so that what is smaller than half a step is there on average: the layer's `merge_error` says
+    how far they are from the sum.
 
     Raises:
         ConfigError: the configuration asks for a variant or an initialisation that does not keep the mask.

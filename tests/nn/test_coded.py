@@ -90,13 +90,67 @@ def test_what_it_says_of_itself():
     assert not is_packed(CodedLinear(128, 24, pattern=None))
 
 
-def test_values_are_encoded_with_the_distance_that_is_stated():
-    layer, coded = packed("int4")
-    codes, scale, distance = coded.encode(layer.weight.detach())
-    assert torch.equal(codes, coded.weight)
-    assert torch.equal(scale, coded.weight_scale)
+def steps_of(coded):
+    """Of every value, how far it is to the next."""
+    return coded.weight_scale.float().repeat_interleave(coded.coding.per_scale(TWO_OF_FOUR), 1)
+
+
+def encoded(coded, values):
+    """A copy of the layer with these values, and their distance."""
+    other = copy.deepcopy(coded)
+    other.weight.data, other.weight_scale, distance = coded.encode(values)
+    return other, distance
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_values_that_codes_stand_for_are_encoded_as_they_are(kind):
+    _, coded = packed(kind)
+    other, distance = encoded(coded, coded.kept_values())
+    assert torch.equal(other.weight, coded.weight)
+    assert torch.equal(other.weight_scale, coded.weight_scale)
+    assert distance == 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_values_are_encoded_with_the_distance_that_is_stated_and_the_same_each_time(kind):
+    layer, coded = packed(kind)
     values = layer.weight.detach()
-    assert distance == pytest.approx(float((coded.kept_values() - values).norm() / values.norm()))
+    other, distance = encoded(coded, values)
+    assert (other.kept_values() - values).abs().le(steps_of(coded) * 1.01).all()
+    assert distance == pytest.approx(float((other.kept_values() - values).norm() / values.norm()))
+    assert torch.equal(other.weight, coded.encode(values)[0])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("part", [0.02, 0.4])
+def test_changes_smaller_than_half_a_step_are_there_on_average(kind, part):
+    _, coded = packed(kind, rows=768)
+    change = steps_of(coded) * part * torch.randn(768, 64, generator=torch.Generator().manual_seed(1)).sign()
+    other, _ = encoded(coded, coded.kept_values() + change)
+    found = other.kept_values() - coded.kept_values()
+    share = float((found / steps_of(coded) * change.sign()).mean()) / part
+    assert 0.8 < share < 1.2
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_group_takes_another_scale_only_where_its_values_do_not_fit(kind):
+    _, coded = packed(kind)
+    values = coded.kept_values()
+    values[0] *= 3  # both groups of the row
+    other, _ = encoded(coded, values)
+    torch.testing.assert_close(other.weight_scale[0], 3 * coded.weight_scale[0], rtol=0.2, atol=0)
+    assert torch.equal(other.weight_scale[1:], coded.weight_scale[1:])
+    assert torch.equal(other.weight[1:], coded.weight[1:])
+    assert float((other.kept_values()[0] - values[0]).norm() / values[0].norm()) < (0.02 if kind == "int8" else 0.25)
+
+
+def test_a_group_of_zeros_takes_a_scale_that_its_values_need():
+    _, coded = packed()
+    coded.weight.data[0], coded.weight_scale[0] = 0, 0
+    values = coded.kept_values()
+    assert not encoded(coded, values)[0].weight_scale[0].any()
+    values[0] = 1
+    torch.testing.assert_close(encoded(coded, values)[0].kept_values()[0], values[0], rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -78,7 +78,7 @@ class RecoverySettings:
         held_out: Windows that training does not see, as a share of those that it does, at least two and at most 16: the
             end of each text.
         evaluations: Times that they are judged during training; the best of these states is the one kept.
-        patience: Judgements without improvement after which training ends.
+        patience: Judgements in a row, each no better than the one before, after which training ends.
         top_k: The teacher's most likely tokens that are kept.
         kd_ratio: Share of the teacher in the loss; the rest is that of the text's own next tokens, which draws the
             model to the text.
@@ -471,9 +471,9 @@ def _train(
     start: str | None,
 ) -> tuple[PreTrainedModel, list[float], int]:
     """The trained model (merged, packed), the losses on the windows held out, and the steps done."""
-    from transformers import EarlyStoppingCallback, TrainingArguments
+    from transformers import TrainingArguments
 
-    from .trainer import RecoveryTrainer
+    from .trainer import RecoveryTrainer, StopWhenWorse
 
     def part(rows: slice) -> TeacherTokens | None:
         return None if taught is None else TeacherTokens(taught.ids[rows], taught.log_probs[rows])
@@ -533,7 +533,7 @@ def _train(
         args=arguments,
         train_dataset=TeacherWindows(train, part(slice(0, len(train)))),
         eval_dataset=TeacherWindows(held_out, part(slice(len(train), None))),
-        callbacks=[EarlyStoppingCallback(settings.patience)],
+        callbacks=[StopWhenWorse(settings.patience)],
         teacher=teacher,
         kd_ratio=settings.kd_ratio,
         block_matching=settings.block_matching,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from ..engine.rates import sizes
@@ -23,6 +24,23 @@ class _Bar(ProgressCallback):
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the losses are in the report."""
+
+
+class StopWhenWorse(TrainerCallback):
+    """Ends training when the loss on what is held out was no lower than the one before, so many times in a row.
+
+    Not when the best is long ago: with a rate that rises first and then falls to zero, the loss may rise at the highest
+    rates, above that of the first steps, and be far lower at the end.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look at the losses so far, those of an interrupted run included."""
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry][-self.patience - 1 :]
+        if len(losses) > self.patience and all(after >= before for before, after in pairwise(losses)):
+            control.should_training_stop = True
 
 
 class RecoveryTrainer(Trainer):

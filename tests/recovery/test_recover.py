@@ -524,6 +524,30 @@ def test_the_passes_to_come_are_counted(values, dense_folder, packed_folder, tex
     assert foretold == [sum(read)]
 
 
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ([5, 7, 6, 5.5, 5.2, 4, 3, 2], 8),  # worse than at first for long, and far better at the end
+        ([5, 6, 4, 4, 4, 5, 3, 2], 8 - 2),
+        ([5, 5, 5, 5, 1, 1, 1, 1], 4),
+    ],
+)
+def test_training_ends_when_what_is_held_out_got_no_better_three_times_in_a_row(
+    losses, steps, packed_folder, text_file, tmp_path, monkeypatch
+):
+    judged, plain = iter(losses), RecoveryTrainer.evaluation_loop
+
+    def judge(self, *args, **given):
+        found = plain(self, *args, **given)
+        found.metrics["eval_loss"] = float(next(judged))
+        return found
+
+    monkeypatch.setattr(RecoveryTrainer, "evaluation_loop", judge)
+    report = recover(packed_folder, tmp_path / "out", settings(text_file, steps=8, evaluations=8, patience=3))
+    assert report.steps == steps
+    assert report.held_out_loss == losses[:steps]
+
+
 def test_steps_in_bfloat16_are_foretold_as_shorter(text_file):
     asked = settings(text_file, steps=10)
     whole, half = (estimate.passes(asked, 8, 2, dtype) for dtype in (torch.float32, torch.bfloat16))

@@ -72,9 +72,6 @@ class EGGSConfig(QuantizationConfigMixin):
             norms, so that its output comes near the dense model's; each on `batch_size` windows. 0 for none.
         tuning_lr: Peak learning rate of block tuning, as a share of the root mean square of what is not zero in each
             tensor.
-        reselection: Steps of block tuning from one choice of the masks to the next, within the first three fifths of
-            them: pruned weights go on moving there, and one that grows beyond a kept one takes its place, under the
-            floor. 0 to keep the solver's masks.
         values: How the values that stay are stored: `"int8"` or `"int4"`, integers with a scale for every
             `value_group` inputs of a row; or None, as floats. A layer with an odd number of values in a row has
             `"int8"` in place of `"int4"`.
@@ -156,7 +153,6 @@ class EGGSConfig(QuantizationConfigMixin):
         error_correction: float | None = None,
         block_tuning: int | None = None,
         tuning_lr: float | None = None,
-        reselection: int | None = None,
         values: str | None = None,
         value_group: int | None = None,
         rounding: str | None = None,
@@ -255,7 +251,6 @@ class EGGSConfig(QuantizationConfigMixin):
         self.error_correction = check.number("error_correction", value["error_correction"], least=0, most=1)
         self.block_tuning = check.integer("block_tuning", value["block_tuning"], least=0)
         self.tuning_lr = check.number("tuning_lr", value["tuning_lr"], least=0)
-        self.reselection = check.integer("reselection", _reselection(given, base, self.block_tuning), least=0)
         if not stored:
             _check_combination(self)
 
@@ -356,7 +351,6 @@ class EGGSConfig(QuantizationConfigMixin):
         by_default = {
             "min_degree": _min_degree(None, _preset_values(self.preset)["min_degree"], self.selection, self.pattern),
             "band": _band(None, self.min_degree, self.selection, self.pattern),
-            "reselection": _reselection({}, _preset_values(self.preset), self.block_tuning),
             "batch_size": _batch_size(self.block_tuning or self.rounding_tuning),
             "value_group": GROUP,
             "rounding": "gptq" if self.values == "int4" else "nearest",
@@ -510,11 +504,6 @@ def _check_combination(config: EGGSConfig) -> None:
         )
     if config.block_tuning and not config.tuning_lr:
         raise ConfigError(f"tuning_lr={config.tuning_lr} with block_tuning={config.block_tuning} would tune nothing")
-    if config.reselection and not config.block_tuning:
-        raise ConfigError(
-            f"reselection={config.reselection} with block_tuning=0: masks are chosen again while a block is tuned; use "
-            "reselection=0, or block_tuning=200"
-        )
 
 
 def _preset_values(name: str | None) -> dict[str, Any]:
@@ -554,10 +543,6 @@ def _band(given: int | None, min_degree: int, selection: str, pattern: NMPattern
             f"group and the floor takes {min_degree * pattern.m}; use a band of {need} or more, or a smaller min_degree"
         )
     return band
-
-
-def _reselection(given: Mapping[str, Any], of_preset: Mapping[str, Any], block_tuning: int) -> Any:
-    return given.get("reselection", of_preset["reselection"] if block_tuning else 0)
 
 
 def _rounding_tuning(values: str | None, block_tuning: int) -> int:

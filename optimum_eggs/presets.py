@@ -27,7 +27,6 @@ METHOD: dict[str, Any] = {
     "error_correction": 0.0,
     "block_tuning": 0,
     "tuning_lr": 0.01,
-    "reselection": 0,
 }
 """Every value that makes a method, as it is where a preset says nothing else."""
 

@@ -95,12 +95,6 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
         ({"rotation": "yes"}, r"rotation='yes' must be True, False or 'auto'"),
         ({"block_tuning": -1}, r"block_tuning=-1 must be an integer of at least 0"),
         ({"block_tuning": 10, "tuning_lr": 0}, r"tuning_lr=0.0 with block_tuning=10 would tune nothing"),
-        ({"reselection": -1}, r"reselection=-1 must be an integer of at least 0"),
-        (
-            {"reselection": 5},
-            r"reselection=5 with block_tuning=0: masks are chosen again while a block is tuned; use reselection=0, or "
-            r"block_tuning=200",
-        ),
         ({"refit_steps": 0}, r"refit_steps=0 must be an integer of at least 1"),
         ({"refit_steps": 1.5}, r"refit_steps=1.5 must be an integer"),
         ({"num_samples": 0}, r"num_samples=0 must be an integer of at least 1"),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from ..masks.certificate import Certificate, certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
 from ..nn.experts import SplitExperts
-from ..packing import pack_mask
 from ..ranks import ALONE, Ranks
 from ..update import Problem
 from .inputs import LayersAlike, layers_with_inputs
@@ -25,9 +23,8 @@ from .layer import SolvedLayer, prune_layer
 from .permute import permute
 from .plan import PrunePlan
 from .report import DenseLayer, LayerReport
-from .reselect import Reselection
 from .rounding import RoundedLayer, check_runs, code_layer, round_block
-from .solve import choose_mask, own_rows
+from .solve import own_rows
 from .tune import BlockTuning, tune_block
 
 logger = logging.getLogger(__name__)
@@ -98,10 +95,7 @@ def prune_block(
         with meter.stage("tuning"):
             masks = {todo[layer.name]: layer.mask() for layer in solved}
             steps, rate = config.block_tuning, config.tuning_lr
-            moving = _reselection(walk, block, index, masks, config)
-            tuning = tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed, reselection=moving)
-            for layer in solved if moving is not None else ():
-                layer.mask_bits = pack_mask(masks[todo[layer.name]]).cpu()
+            tuning = tune_block(walk, block, index, masks, stream.hidden, steps, rate, config.seed)
     rounded: dict[str, RoundedLayer] = {}
     rounding = None
     if config.values:
@@ -125,21 +119,6 @@ def prune_block(
         if isinstance(module, SplitExperts):
             module.own_memory()
     return BlockResult(layers, tuning, left_dense, rounding)
-
-
-def _reselection(
-    walk: Walk, block: nn.Module, index: int, layers: Iterable[nn.Module], config: EGGSConfig
-) -> Reselection | None:
-    """How the masks of these layers are chosen again while block `index` is tuned; None if they stay."""
-    if not config.reselection:
-        return None
-    modules = {str(place): module for place, module in enumerate(layers)}
-    norms = walk.input_norms(block, index, modules)
-    return Reselection(
-        config.reselection,
-        partial(choose_mask, config=config),
-        {module: norms[place] for place, module in modules.items()},
-    )
 
 
 def _prune_wave(

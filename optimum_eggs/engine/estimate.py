@@ -71,8 +71,7 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
     if config.error_correction:
         held += sum(parameter.nbytes for parameter in block.parameters())
     if steps:
-        copies = _BLOCK_COPIES + bool(config.reselection)
-        held += 4 * copies * sum(parameter.numel() for parameter in block.parameters())
+        held += 4 * _BLOCK_COPIES * sum(parameter.numel() for parameter in block.parameters())
     return Estimate(seconds * blocks, held)
 
 
@@ -94,8 +93,8 @@ def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -
     """Passes of a block over all batches.
 
     Layers that read the same tensor take half of one on average, since the pass ends with them; a wave of experts takes
-    one, what leaves the block one, tuning, choosing masks again and permutation one each; to correct errors the dense
-    block takes as many as the statistics, and one. Rounding that passes its errors on takes the statistics again.
+    one, what leaves the block one, tuning and permutation one each; to correct errors the dense block takes as many as
+    the statistics, and one. Rounding that passes its errors on takes the statistics again.
 
     Args:
         readers: What each layer reads: the module it is in, and its width; `""` for the module of experts.
@@ -103,7 +102,7 @@ def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -
         config: What is done.
     """
     stages = len({reads for reads in readers if reads[0]}) + 1
-    found = 1 + stages / 2 + waves + bool(config.permutation) + bool(config.follows_dense) + bool(config.reselection)
+    found = 1 + stages / 2 + waves + bool(config.permutation) + bool(config.follows_dense)
     return found + (bool(config.error_correction) + (config.rounding == "gptq")) * (stages - 1) / 2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,13 +100,6 @@ def own_rows(rows: int, config: EGGSConfig, ranks: Ranks) -> list[slice]:
     return ranks.rows(rows, together)
 
 
-def choose_mask(score: Tensor, config: EGGSConfig) -> Tensor:
-    """The mask (out, in) of the largest score (out, in) that the configuration's floor allows."""
-    if config.selection == "diagonal":
-        return diagonal_mask(score, config.pattern, config.min_degree)
-    return expander_mask(score, config.pattern, config.min_degree, config.band)
-
-
 def _solve(
     weight: Tensor, target: Tensor, problem: Problem, config: EGGSConfig, meter: Meter, own: slice, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
@@ -115,7 +107,13 @@ def _solve(
 
     Scores are those of the weight (out, in), whose sums go over all rows.
     """
-    pattern, allowed = config.pattern, partial(choose_mask, config=config)
+    pattern = config.pattern
+
+    def allowed(score: Tensor) -> Tensor:
+        if config.selection == "diagonal":
+            return diagonal_mask(score, pattern, config.min_degree)
+        return expander_mask(score, pattern, config.min_degree, config.band)
+
     if config.solver == "score":
         with meter.stage("mask"):
             score = importance_score(config.importance, weight, problem.gram.diagonal().sqrt(), config.exponent)

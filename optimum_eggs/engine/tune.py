@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ..calibration import Walk
 from ..errors import ModelError
-from ..nn.dense import dense_weight, is_conv1d, is_dense_linear
+from ..nn.dense import is_conv1d, is_dense_linear
 from ..ranks import Ranks
 from .error import token_error
 from .precision import bfloat16_products, in_float32
 from .rates import sizes
-from .reselect import MovingMasks, Reselection
 from .rounding import RoundedLayer, rounding_in_the_loop
 
 _WARM_UP = 4  # steps over which the learning rate rises
@@ -71,7 +70,6 @@ def tune_block(
     learning_rate: float,
     seed: int,
     rounded: Mapping[nn.Module, RoundedLayer] | None = None,
-    reselection: Reselection | None = None,
 ) -> BlockTuning:
     """Tune block `index` in place: pruned weights where the mask keeps them, biases and norms.
 
@@ -86,21 +84,20 @@ def tune_block(
 
     The rate of every tensor is relative to its size.
 
-    Memory: five float32 copies of the block (weights, gradients, two moments, weights before), one more where masks are
-    chosen again, half of one for weights in bfloat16, and one batch's activations.
+    Memory: five float32 copies of the block (weights, gradients, two moments, weights before), half of one for weights
+    in bfloat16, and one batch's activations.
 
     Args:
         walk: Where the hidden states before the block come from.
         block: The block, dense weights with zeros in place.
         index: Its index.
-        masks: Pruned layer -> mask (out, in). What is chosen again is written into it.
+        masks: Pruned layer -> mask (out, in).
         targets: What the block should give, batch by batch.
         steps: Adam steps.
         learning_rate: The largest, as a share of the root mean square of a tensor's kept entries.
         seed: Seed of the order of the batches.
         rounded: Pruned layers whose values are to be codes times scales: they are throughout, and their scales are
             tuned too.
-        reselection: When masks are chosen again, and by what; not of rounded layers.
 
     Returns:
         The errors before and after.
@@ -121,14 +118,11 @@ def tune_block(
             walk.ranks.add(total)
         return float(total) / len(judged) / walk.ranks.size
 
-    current = {module: mask.to(dense_weight(module).device, copy=True) for module, mask in masks.items()}
-    with _trainable(block, current) as (parameters, entries), rounding_in_the_loop(rounded or {}) as scales:
+    with _trainable(block, masks) as (parameters, entries), rounding_in_the_loop(rounded or {}) as scales:
         parameters, entries = [*parameters, *scales], [*entries, *[None] * len(scales)]
         of_size = sizes(parameters)
         before, values = mean_error(), [parameter.detach().clone() for parameter in parameters]
-        moving = None if reselection is None else MovingMasks(current, reselection, steps)
-        moved = parameters if moving is None else [moving.weight(parameter) for parameter in parameters]
-        optimizer = torch.optim.Adam([{"params": [tensor]} for tensor in moved], fused=True)
+        optimizer = torch.optim.Adam([{"params": [p]} for p in parameters], fused=True)
         order: list[int] = []
         for step in range(steps):
             order = order or torch.randperm(len(targets), generator=generator).tolist()
@@ -139,25 +133,18 @@ def tune_block(
                 own = torch.autograd.grad(error(order.pop()), parameters, allow_unused=True)
             with walk.exchange():
                 gradients = _mean_over(walk.ranks, own, parameters)
-            free = moving is not None and moving.open(step)
-            for tensor, gradient, mask in zip(moved, gradients, entries, strict=True):
-                if gradient is not None and gradient.stride() != tensor.stride():  # fused Adam goes by memory
-                    gradient = torch.empty_like(tensor).copy_(gradient)
+            for parameter, gradient, mask in zip(parameters, gradients, entries, strict=True):
+                if gradient is not None and gradient.stride() != parameter.stride():  # fused Adam goes by memory
+                    gradient = torch.empty_like(parameter).copy_(gradient)
                 # Adam leaves alone what never had a gradient, so what is pruned stays zero.
-                tensor.grad = gradient if gradient is None or mask is None or free else gradient.mul_(mask)
+                parameter.grad = gradient if gradient is None or mask is None else gradient.mul_(mask)
             optimizer.step()
-            if moving is not None:
-                moving.apply(step)
         after = mean_error()
         kept = after < before
         for parameter, value in zip(parameters, values, strict=True):
             if not kept:
                 parameter.data.copy_(value)
             walk.ranks.copy_from(0, parameter.data)  # processors of several kinds round otherwise
-        if moving is not None and kept:
-            for module, mask in current.items():
-                walk.ranks.copy_from(0, mask.view(torch.uint8))
-                masks[module].copy_(mask)
     return BlockTuning(index, before, after if kept else before, steps, kept)
 
 
@@ -193,7 +180,7 @@ def _trainable(
     for module in filter(is_dense_linear, block.modules()):
         if module in masks:
             mask = masks[module].t() if is_conv1d(module) else masks[module]
-            shaped[id(module.weight)] = mask
+            shaped[id(module.weight)] = mask.to(module.get_parameter("weight").device)
         else:
             left_alone |= {id(parameter) for parameter in module.parameters()}
     asked = [(parameter, parameter.requires_grad) for parameter in block.parameters()]

@@ -8,10 +8,9 @@ from optimum_eggs import EGGSConfig, NMLinear
 from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list
 from optimum_eggs.engine import precision, prune_model
 from optimum_eggs.engine.prune import check_run
-from optimum_eggs.engine.reselect import MovingMasks, Reselection
 from optimum_eggs.engine.tune import token_error, tune_block
 from optimum_eggs.errors import ModelError
-from optimum_eggs.masks import expander_mask, topn_mask
+from optimum_eggs.masks import topn_mask
 from optimum_eggs.measure import Meter
 from optimum_eggs.nn import dense_weight, is_dense_linear
 from optimum_eggs.pattern import NMPattern
@@ -26,8 +25,8 @@ def meter():
         yield meter
 
 
-def prepared(meter, name="llama", dtype=torch.float32, score=torch.abs):
-    """A walk before block 0, that block with masks by a score applied, the masks, and what it gave when dense."""
+def prepared(meter, name="llama", dtype=torch.float32):
+    """A walk before block 0, that block with magnitude masks applied, the masks, and what it gave when dense."""
     model = tiny.make_model(name, dtype=dtype)
     model.config.use_cache = False  # or every run of a block would add to one cache
     walk = Walk(InMemoryBlocks(model, find_block_list(model)), WINDOWS, 2, meter)
@@ -38,7 +37,7 @@ def prepared(meter, name="llama", dtype=torch.float32, score=torch.abs):
         for module in block.modules():
             if is_dense_linear(module):
                 weight = dense_weight(module)
-                masks[module] = topn_mask(score(weight.float()), NMPattern(2, 4))
+                masks[module] = topn_mask(weight.float().abs(), NMPattern(2, 4))
                 weight.mul_(masks[module])
     return model, walk, block, masks, targets
 
@@ -69,85 +68,6 @@ def test_tuning_lowers_the_error_and_keeps_every_zero(name, dtype, meter):
             assert torch.equal(value, matrices[key]) == (id(value) not in pruned)
     if dtype == torch.float32:
         assert judged(walk, block, targets) == pytest.approx(found.error_after, rel=1e-4)
-
-
-def reselection_of(walk, block, masks, every):
-    """Masks chosen again under a floor of one output per four rows, and a list that grows with every choice."""
-    calls = []
-
-    def choose(score):
-        calls.append(score)
-        return expander_mask(score, NMPattern(2, 4), 1, 4)
-
-    names = {str(place): module for place, module in enumerate(masks)}
-    norms = walk.input_norms(block, 0, names)
-    return Reselection(every, choose, {module: norms[name] for name, module in names.items()}), calls
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masks_that_are_chosen_again_keep_the_floor_and_win_back_what_was_pruned_wrongly(name, dtype, meter):
-    errors = []
-    for every in (0, 4):
-        _, walk, block, masks, targets = prepared(meter, name, dtype, score=lambda weight: -weight.abs())
-        before = {module: mask.clone() for module, mask in masks.items()}
-        how = reselection_of(walk, block, masks, every)[0] if every else None
-        found = tune_block(walk, block, 0, masks, targets, 4 * STEPS, 0.03, seed=0, reselection=how)
-        assert found.kept
-        errors.append(found.error_after)
-        changed = sum(int((mask != before[module]).sum()) for module, mask in masks.items())
-        assert (changed > 0) == (every > 0)
-        for module, mask in masks.items():
-            assert not dense_weight(module)[~mask].any()
-            if every:
-                assert mask.unflatten(1, (-1, 4)).sum(-1).eq(2).all()
-                assert mask.unflatten(0, (-1, 4)).any(1).all()
-    assert errors[1] < 0.8 * errors[0]
-
-
-def test_masks_are_chosen_again_in_the_first_three_fifths_of_the_steps(meter):
-    _, walk, block, masks, targets = prepared(meter)
-    how, calls = reselection_of(walk, block, masks, 3)
-    tune_block(walk, block, 0, masks, targets, 20, 0.03, seed=0, reselection=how)
-    assert len(calls) == 4 * len(masks)  # after the steps 3, 6, 9 and 12
-
-
-@pytest.mark.parametrize("rate", [100.0, 1e38])
-def test_the_masks_stay_where_tuning_is_undone(rate, meter):
-    _, walk, block, masks, targets = prepared(meter)
-    before = {module: (dense_weight(module).clone(), mask.clone()) for module, mask in masks.items()}
-    how, calls = reselection_of(walk, block, masks, 2)
-    assert not tune_block(walk, block, 0, masks, targets, STEPS, rate, seed=0, reselection=how).kept
-    assert calls
-    for module, (weight, mask) in before.items():
-        assert torch.equal(dense_weight(module), weight)
-        assert torch.equal(masks[module], mask)
-
-
-@pytest.mark.parametrize("seen", [0, 5])
-def test_a_mask_stays_where_nothing_has_moved_whatever_inputs_were_seen(seen):
-    layer = torch.nn.Linear(8, 16)
-    first = topn_mask(layer.weight.detach().abs(), NMPattern(2, 4))
-    norms = torch.tensor([1.0, 0, 3, 0, 0, 0, 0, 2]) if seen else torch.zeros(8)
-    layer.weight.data *= first
-    masks = {layer: first.clone()}
-    how = Reselection(1, lambda score: topn_mask(score, NMPattern(2, 4)), {layer: norms})
-    MovingMasks(masks, how, 10).apply(0)
-    assert torch.equal(masks[layer], first)
-
-
-def test_what_is_packed_are_the_masks_that_were_chosen_again():
-    masks = []
-    for every in (0, 2):
-        model = tiny.make_model("llama")
-        values = {"block_tuning": STEPS, "tuning_lr": 0.03, "reselection": every, "band": 4}
-        report = prune_model(model, EGGSConfig("2:4", preset="best", **values), WINDOWS)
-        assert all(block.kept for block in report.tuning)
-        assert all(layer.certificate.legal and layer.certificate.floors[4] >= 1 for layer in report.layers)
-        layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
-        assert all(layer.weight.all() for layer in layers)  # another mask would lose values, and pack zeros
-        masks.append(torch.cat([layer.mask().flatten() for layer in layers]))
-    assert not torch.equal(*masks)
 
 
 def test_the_error_is_relative_for_each_token():

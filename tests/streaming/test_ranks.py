@@ -31,7 +31,6 @@ SIZE = {"num_samples": 16, "seq_len": 32, "band": 8, "batch_size": 4}
 KINDS = {
     "fast": {},
     "best": {"preset": "best", "block_tuning": 6},
-    "chosen again": {"preset": "best", "block_tuning": 6, "reselection": 1},
     "untuned": {"preset": "best", "block_tuning": 0},
     "corrected": {"preset": "best", "block_tuning": 4, "error_correction": 0.5},
     "permuted": {"preset": "ria", "permutation": True},

@@ -30,7 +30,6 @@ SIZE = {"num_samples": 8, "seq_len": 16, "band": 8, "batch_size": 2}
 KINDS = {
     "fast": {},
     "best": {"preset": "best", "block_tuning": 4},
-    "chosen again": {"preset": "best", "block_tuning": 4, "reselection": 1},
     "corrected": {"preset": "best", "block_tuning": 4, "error_correction": 0.5},
     "alone": {"error_correction": 0.0},
     "int8": {"values": "int8", "head": "int8", "ignored": "int8", "ignore": ["lm_head", "v_proj"]},
@@ -43,7 +42,6 @@ KINDS = {
 STORES = {
     "fast": lambda blocks: 1 + blocks,  # behind the last one nothing runs
     "best": lambda blocks: 2 + blocks,
-    "chosen again": lambda blocks: 2 + blocks,
     "corrected": lambda blocks: 2 + blocks,
     "alone": lambda blocks: 1,
     "int8": lambda blocks: 1 + blocks,

@@ -220,19 +220,28 @@ def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text
 
 def test_quality_against_time_is_drawn(run, tmp_path):
     pytest.importorskip("matplotlib")
-    dense, share = {"model": "tiny", "perplexity_of_dense": 10.0}, {"windows": None, "kd_ratio": 0.5}
+    dense = {"model": "tiny", "perplexity_of_dense": 10.0, "pattern": "2:4", "threads": 3}
+    share = {"windows": None, "kd_ratio": 0.5}
     rows = [
         dense | {"method": "fast", "steps": 0, "training": {}, "seconds": 300, "perplexity": 22.0},
         dense | {"method": "fast", "steps": 9, "training": share, "seconds": 900, "perplexity": 16.0},
         dense | {"method": "best", "steps": 0, "training": {}, "seconds": 600, "perplexity": 18.0},
         dense | {"method": "best", "steps": 9, "training": share | {"windows": 8}, "seconds": 900, "perplexity": 12.0},
     ]
-    (tmp_path / "result.json").write_text(json.dumps({"rows": rows}))
-    run("draw_frontier.py", tmp_path / "result.json", "tiny", tmp_path / "out.svg")
-    drawn = [text.text for text in ElementTree.parse(tmp_path / "out.svg").iter("{http://www.w3.org/2000/svg}text")]
-    assert "fast, then trained by teacher (50%) and text" in drawn
+    drawn = drawn_of(rows, run, tmp_path)
+    assert {"fast, trained by teacher (50%) and text", "tiny at 2:4, 3 threads"} <= set(drawn)
     assert {"1.6", "2.2"} <= set(drawn)
     assert "1.2" not in drawn  # that of a part of the text
+
+    other = [row | {"other_text": "novel", "other_perplexity": 31.0, "other_perplexity_of_dense": 10.0} for row in rows]
+    assert {"on novel", "1.6", "3.1"} <= set(drawn_of(other, run, tmp_path))
+    assert "on novel" not in drawn_of([*other[:1], *rows[1:]], run, tmp_path)  # of which not all rows tell
+
+
+def drawn_of(rows, run, folder):
+    (folder / "result.json").write_text(json.dumps({"rows": rows}))
+    run("draw_frontier.py", folder / "result.json", "tiny", folder / "out.svg")
+    return [text.text for text in ElementTree.parse(folder / "out.svg").iter("{http://www.w3.org/2000/svg}text")]
 
 
 def test_programs_are_measured_in_turn_and_what_is_missing_is_skipped(

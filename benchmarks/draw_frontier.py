@@ -59,7 +59,8 @@ def draw(rows: list[dict[str, Any]], model: str) -> Any:
         axes.set_xticks(TICKS, list(map(str, TICKS)))
         ratios = [ratio(row, prefix) for row in drawn]
         ticks = [tick / 10 for tick in range(10, 60) if min(ratios) * 0.97 <= tick / 10 <= max(ratios) * 1.03]
-        axes.set_yticks(ticks[:: 1 + len(ticks) // 15], [f"{tick:.1f}" for tick in ticks[:: 1 + len(ticks) // 15]])
+        ticks = ticks[:: 1 + len(ticks) // 15]  # as many as are legible
+        axes.set_yticks(ticks, [f"{tick:.1f}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(linewidth=0.4)
     figure.axes[0].set_ylabel("perplexity, of the dense model's")
@@ -72,6 +73,8 @@ def draw(rows: list[dict[str, Any]], model: str) -> Any:
 def main() -> None:
     result, model, output = sys.argv[1:]
     rows = [row for row in json.loads(Path(result).read_text())["rows"] if row["model"] == model]
+    if not lines(rows):
+        sys.exit(f"{result} has no row of {model} that was trained on all of the text; frontier.py --steps adds one")
     ink: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(ink | {"grid.color": INK, "svg.fonttype": "none", "svg.hashsalt": model}):
         draw(rows, model).savefig(output, transparent=True, metadata={"Date": None})

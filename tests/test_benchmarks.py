@@ -218,7 +218,7 @@ def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text
     assert result.read_bytes() == kept
 
 
-def test_quality_against_time_is_drawn(run, tmp_path):
+def test_quality_against_time_is_drawn(run, forks, tmp_path):
     pytest.importorskip("matplotlib")
     dense = {"model": "tiny", "perplexity_of_dense": 10.0, "pattern": "2:4", "threads": 3}
     share = {"windows": None, "kd_ratio": 0.5}
@@ -236,6 +236,11 @@ def test_quality_against_time_is_drawn(run, tmp_path):
     other = [row | {"other_text": "novel", "other_perplexity": 31.0, "other_perplexity_of_dense": 10.0} for row in rows]
     assert {"on novel", "1.6", "3.1"} <= set(drawn_of(other, run, tmp_path))
     assert "on novel" not in drawn_of([*other[:1], *rows[1:]], run, tmp_path)  # of which not all rows tell
+
+    failed = forks.run(SCRIPTS / "draw_frontier.py", tmp_path / "result.json", "other", tmp_path / "none.svg")
+    assert failed.returncode == 1
+    assert "no row of other that was trained" in failed.stderr
+    assert not (tmp_path / "none.svg").exists()
 
 
 def drawn_of(rows, run, folder):

@@ -29,7 +29,7 @@ def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, 
     """The rows by preset and share of the teacher, each line beginning with the pruned model."""
     found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["steps"] and row["training"]["windows"] is None:
+        if row["steps"] and not row["training"]["same_windows"]:
             found[row["method"], row["training"]["kd_ratio"]].append(row)
     for (method, _), line in found.items():
         line += [row for row in rows if row["method"] == method and not row["steps"]]

@@ -3,7 +3,7 @@
 Each row is a preset and a number of steps of `recover --method values` with the dense model as teacher; 0 is the pruned
 model as it is. Seconds are those of pruning, from disk to disk, and of training, loading and the teacher's pass
 included; judging is not counted. What is trained on is the text that was calibrated on, all of it or, with
-`--windows`, the first so many windows: in draw 0, those that pruning takes first. With `--development` in place of
+`--same-windows`, the very windows that were, of which none is held out to stop by. With `--development` in place of
 `--text`, the calibration text's first three quarters calibrate and train, and its last quarter judges; `--other-text`
 judges on a text of another kind too. KL is that of the dense model to the one at hand, nats a token.
 
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quality import add_texts, digest, identity, kept_or_run, output_of, pruned_on_disk, text_of
+from quality import add_texts, configuration, digest, identity, kept_or_run, output_of, pruned_on_disk, text_of
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,12 +60,18 @@ def judged(models: list[Any], text: list[str], tokenizer: Any, args: argparse.Na
 
 def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) -> tuple[Path, float]:
     """Train the packed model into a folder in `work`; the folder, and the seconds that it took."""
+    from optimum_eggs.calibration.windows import token_windows
     from optimum_eggs.recovery.recover import RecoverySettings, recover
 
     (text,) = text_of(args)[0]
-    ids = tokenizer(text)["input_ids"]
+    if args.same_windows:
+        config = configuration(args.worker, args.pattern, args.draw, args)
+        how = {key: getattr(config, key) for key in ("num_samples", "seq_len", "sampling", "seed")}
+        ids = token_windows([text], tokenizer, **how).ids.flatten().tolist()
+    else:
+        ids = tokenizer(text)["input_ids"]
     rows = work / "train.jsonl"
-    rows.write_text(json.dumps({"input_ids": ids[: args.windows * args.seq_len] if args.windows else ids}) + "\n")
+    rows.write_text(json.dumps({"input_ids": ids}) + "\n")
     settings = RecoverySettings(
         [str(rows)],
         teacher=str(args.model),
@@ -76,6 +82,7 @@ def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) 
         learning_rate=args.learning_rate,
         kd_ratio=args.kd_ratio,
         seed=args.draw,
+        held_out=0 if args.same_windows else RecoverySettings.held_out,
     )
     began = time.perf_counter()
     recover(packed, work / "out", settings)
@@ -88,7 +95,7 @@ def wanted_row(preset: str, steps: int, args: argparse.Namespace) -> dict[str, A
     if args.other_text:
         pruned["other_text"] = args.other_text.name
         pruned["other_text_sha256"] = digest([args.other_text.read_text(encoding="utf-8")])
-    names = ("batch_size", "windows", "learning_rate", "kd_ratio")
+    names = ("batch_size", "same_windows", "learning_rate", "kd_ratio")
     return pruned | {"steps": steps, "training": {name: getattr(args, name) for name in names} if steps else {}}
 
 
@@ -99,8 +106,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---|---|---:|---:|---|" + 10 * "---:|"]
     for row in sorted(rows, key=lambda row: row["seconds"]):
         training = row["training"]
-        windows = training.get("windows")
-        text = "" if not row["steps"] else f"{windows} windows" if windows else "all of the text"
+        text = "" if not row["steps"] else "the same windows" if training["same_windows"] else "all of the text"
         lines.append(
             f"| {row['model']} | {row['method']} | {row['steps']} | {training.get('batch_size', '')} | {text} "
             f"| {training.get('learning_rate', '')} | {training.get('kd_ratio', '')} "
@@ -123,7 +129,7 @@ def main() -> None:
     parser.add_argument("--from-disk", type=Path, required=True, metavar="FOLDER", help="where pruned models stay")
     parser.add_argument("--presets", nargs="+", default=["fast", "alps", "best"], metavar="PRESET[:KEY=VALUE,...]")
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 60, 240, 960], help="of training; 0 for none")
-    parser.add_argument("--windows", type=int, help="train on the first of the calibration text (default: all)")
+    parser.add_argument("--same-windows", action="store_true", help="train on what calibrated, and no other text")
     parser.add_argument("--batch-size", type=int, default=1, help="windows in a step (default: 1)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of training (default: 5e-4, as `recover`'s)")
     parser.add_argument("--kd-ratio", type=float, default=1.0, help="share of the teacher in the loss (default: 1)")

@@ -185,8 +185,7 @@ def test_values_are_judged_and_kept_as_they_come(run, packed_folder, text_file, 
 
 def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text_file, tmp_path):
     result = tmp_path / "result.json"
-    small = ["--num-samples", 8, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32, "--windows", 8]
-    small += ["--kd-ratio", 0.5]
+    small = ["--num-samples", 8, "--seq-len", 16, "--test-windows", 2, "--test-seq-len", 32, "--kd-ratio", 0.5]
     command = [dense_folder, "--from-disk", tmp_path / "pruned", "--json", result, "--presets", "fast", *small]
     text = ["--calibration", text_file, "--text", text_file]
     assert "fast, 2 steps" in run("frontier.py", *command, *text, "--steps", 0, 2).stderr
@@ -206,6 +205,9 @@ def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text
         rows[0]["perplexity"],
         rows[0]["kl"],
     ]
+    for draw in (0, 1):
+        alone = run("frontier.py", *command, *text, "--steps", 2, "--same-windows", "--draw", draw)
+        assert "| the same windows |" in alone.stdout
     kept = result.read_bytes()
     missing = ["--calibration", tmp_path / "no.txt", "--text", text_file, "--steps", 0]
     failed = forks.run(SCRIPTS / "frontier.py", *command, *missing)
@@ -221,12 +223,19 @@ def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text
 def test_quality_against_time_is_drawn(run, forks, tmp_path):
     pytest.importorskip("matplotlib")
     dense = {"model": "tiny", "perplexity_of_dense": 10.0, "pattern": "2:4", "threads": 3}
-    share = {"windows": None, "kd_ratio": 0.5}
+    share = {"same_windows": False, "kd_ratio": 0.5}
     rows = [
         dense | {"method": "fast", "steps": 0, "training": {}, "seconds": 300, "perplexity": 22.0},
         dense | {"method": "fast", "steps": 9, "training": share, "seconds": 900, "perplexity": 16.0},
         dense | {"method": "best", "steps": 0, "training": {}, "seconds": 600, "perplexity": 18.0},
-        dense | {"method": "best", "steps": 9, "training": share | {"windows": 8}, "seconds": 900, "perplexity": 12.0},
+        dense
+        | {
+            "method": "best",
+            "steps": 9,
+            "training": share | {"same_windows": True},
+            "seconds": 900,
+            "perplexity": 12.0,
+        },
     ]
     drawn = drawn_of(rows, run, tmp_path)
     assert {"fast, trained by teacher (50%) and text", "tiny at 2:4, 3 threads"} <= set(drawn)

@@ -62,9 +62,12 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def number(
-    above: float | None = None, least: float | None = None, most: float = float("inf")
+    above: float | None = None,
+    least: float | None = None,
+    most: float = float("inf"),
+    below: float = float("inf"),
 ) -> Callable[[str], float]:
-    """The `type` of an option that takes a finite number, `above` one or of `least` one, and of `most` one."""
+    """The `type` of an option for a finite number: `above` one or of `least` one, and of `most` or `below` one."""
 
     def parse(text: str) -> float:
         try:
@@ -72,9 +75,10 @@ def number(
         except ValueError:
             value = float("nan")
         fits = value > above if above is not None else least is None or value >= least
-        if not fits or value == float("inf") or value > most:
+        if not fits or value >= below or value > most:
             allowed = f"above {above:g}" if above is not None else f"of at least {least:g}"
             allowed += f" and at most {most:g}" if most < float("inf") else ""
+            allowed += f" and below {below:g}" if below < float("inf") else ""
             raise argparse.ArgumentTypeError(f"{text!r} must be a finite number {allowed}")
         return value
 

@@ -56,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="match the output of the teacher's blocks too, with this weight (default: 0, off)",
     )
     parser.add_argument(
+        "--held-out",
+        type=number(least=0, below=1),
+        default=0.05,
+        metavar="SHARE",
+        help="windows kept from training to judge it by, as a share of those trained on; 0: none, and the last state "
+        "stays, for a text that the model was calibrated on (default: 0.05)",
+    )
+    parser.add_argument(
         "--seed", type=integer(0, NUMPY_SEEDS), default=0, metavar="N", help="of the order of the windows (default: 0)"
     )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time (default: off)")
@@ -95,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         kd_ratio=args.kd_ratio,
         block_matching=args.block_matching,
+        held_out=args.held_out,
         seed=args.seed,
         gradient_checkpointing=args.gradient_checkpointing,
         text_column=args.text_column,
@@ -118,8 +127,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     took = report.measurements
     print(f"{report.steps} steps on {report.windows} windows in {took['seconds']:.0f} s")
-    change = f"{report.perplexity_before:.2f} -> {report.perplexity_after:.2f}"
-    print(f"perplexity on the {report.windows_held_out} windows held out {change}")
+    if report.windows_held_out:
+        change = f"{report.perplexity_before:.2f} -> {report.perplexity_after:.2f}"
+        print(f"perplexity on the {report.windows_held_out} windows held out {change}")
+    else:
+        print("no window was held out, so nothing was judged")
     if report.kept == "before":
         print("training made it worse: the values of before were kept; more text or a smaller --lr may help")
     print(f"saved to {args.output}")

@@ -207,8 +207,8 @@ _RECOVERY = _object(
         "steps": _COUNT,
         "windows": _COUNT,
         "windows_held_out": _COUNT,
-        "perplexity_before": _NUMBER,
-        "perplexity_after": _NUMBER,
+        "perplexity_before": _maybe(_NUMBER),
+        "perplexity_after": _maybe(_NUMBER),
     },
     {
         "kept": _TEXT,

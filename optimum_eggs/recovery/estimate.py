@@ -24,7 +24,7 @@ def passes(
 ) -> float:
     """Forward passes of a window that are still to come in a process.
 
-    The teacher reads each window once; those held out are judged at every evaluation and at the end. With
+    The teacher reads each window once; those held out, if any, are judged at every evaluation and at the end. With
     `block_matching` the teacher runs beside the model, but for the last judgement. In a step a window takes one pass
     more where activations are computed again.
 

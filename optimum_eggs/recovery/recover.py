@@ -76,8 +76,10 @@ class RecoverySettings:
         seq_len: Tokens in a window. Default: 512, or the model's context where that is shorter.
         batch_size: Windows in a step of each process.
         held_out: Windows that training does not see, as a share of those that it does, at least two and at most 16: the
-            end of each text.
-        evaluations: Times that they are judged during training; the best of these states is the one kept.
+            end of each text. 0 holds none out: nothing is judged, all steps are taken, and the last state is kept. That
+            is for a text that the model was calibrated on, since pruning has fitted it.
+        evaluations: Times that they are judged during training; the best of these states is the one kept. So often
+            checkpoints are written, too.
         patience: Judgements in a row, each no better than the one before, after which training ends.
         top_k: The teacher's most likely tokens that are kept.
         kd_ratio: Share of the teacher in the loss; the rest is that of the text's own next tokens, which draws the
@@ -131,8 +133,8 @@ class RecoverySettings:
         check.integer("seed", self.seed, least=0, most=check.NUMPY_SEEDS)
         if self.seq_len is not None and self.seq_len < 2:
             raise ConfigError(f"seq_len={self.seq_len} leaves nothing to predict; use 2 or more")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out={self.held_out} is no share; use a number between 0 and 1")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out={self.held_out} is no share; use a number below 1, or 0 to hold none out")
         if not 0 < self.kd_ratio <= 1:
             raise ConfigError(
                 f"kd_ratio={self.kd_ratio} is not above 0 and at most 1; to learn from the text alone, name no teacher"
@@ -151,14 +153,15 @@ class RecoverySettings:
 class RecoveryReport:
     """What recovery did. Perplexities are on the windows held out; `held_out_loss` is what was minimised, there.
 
+    Where none was held out, the perplexities are None.
     `kept` is `"after"`, or `"before"` where training made the perplexity worse: the values are then those of before.
     `texts` are what the values kept were trained on, in this recovery and in earlier ones, as `described`.
     """
 
     settings: dict[str, Any]
     steps: int
-    perplexity_before: float
-    perplexity_after: float
+    perplexity_before: float | None
+    perplexity_after: float | None
     held_out_loss: list[float]
     windows: int
     windows_held_out: int
@@ -253,8 +256,10 @@ def recover(
             work, folder = _claim(stack, ranks, path, run, overwrite, needs)
             with meter.stage("judging"):
                 began = time.perf_counter()
-                before = perplexity(model, held_out).perplexity
-                of_window = (time.perf_counter() - began) / len(held_out)
+                judged = held_out if len(held_out) else train[:1]
+                found = perplexity(model, judged).perplexity
+                of_window = (time.perf_counter() - began) / len(judged)
+                before = found if len(held_out) else None
             start = _last_checkpoint(folder, ranks)
             done = _step_of(start) if start else 0
             if ranks.first:
@@ -278,8 +283,8 @@ def recover(
             store_rounded(trained)
             _quantizer_of(trained).rounds_in_training = False
             with meter.stage("judging"):
-                after = perplexity(trained, held_out).perplexity
-            worse = after > before
+                after = perplexity(trained, held_out).perplexity if len(held_out) else None
+            worse = before is not None and after is not None and after > before
             if worse:
                 trained = load_model(model_id, dtype="float32", trust_remote_code=trust_remote_code)
         shared = isinstance(settings.train, Mapping)
@@ -512,12 +517,12 @@ def _train(
         learning_rate=settings.learning_rate or _LEARNING_RATES[settings.method],
         lr_scheduler_type="cosine",
         warmup_steps=max(1, settings.steps // 20),
-        eval_strategy="steps",
+        eval_strategy="steps" if len(held_out) else "no",
         eval_steps=settings.eval_steps,
         save_strategy="steps",
         save_steps=settings.eval_steps,
         save_total_limit=2,
-        load_best_model_at_end=True,
+        load_best_model_at_end=len(held_out) > 0,
         metric_for_best_model="loss",
         prediction_loss_only=True,
         remove_unused_columns=False,

@@ -23,12 +23,12 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
     """Windows to train on, shuffled with the seed, and windows held out, (windows, seq_len) each. A `seq_len` is given.
 
     Of every text twice as much is read as all steps of all processes together need, or as its share of them. Those held
-    out are its end: windows from between those that are trained on are of the same articles, and look better than a
-    text that is not known.
+    out, unless `held_out` is 0, are its end: windows from between those that are trained on are of the same articles,
+    and look better than a text that is not known.
 
     Raises:
-        CalibrationError: a text holds not one window, the texts together fewer than four, or a share is too small for
-            one.
+        CalibrationError: a text holds not one window, the texts together fewer than four of which some are to be held
+            out, or a share is too small for one.
     """
     assert settings.seq_len is not None
     most = settings.steps * settings.batch_size * processes
@@ -40,12 +40,13 @@ def training_windows(settings: RecoverySettings, tokenizer: Any, processes: int 
         for source, column, each in zip(settings.train, columns, wanted, strict=True)
     ]
     total = sum(map(len, rows))
-    if total < 4:
+    if total < 4 and settings.held_out:
         raise CalibrationError(
             f"train={list(settings.train)}: {total} windows of {settings.seq_len} tokens are in it, and "
-            "training needs four; give more text, or a smaller seq_len"
+            "training needs four; give more text, a smaller seq_len, or held_out=0"
         )
-    count = min(_MOST_HELD_OUT, total // 2, max(2, round(settings.held_out * min(total, most))))
+    wished = max(2, round(settings.held_out * min(total, most))) if settings.held_out else 0
+    count = min(_MOST_HELD_OUT, total // 2, wished)
     sizes = [min(each, len(row)) if shared else len(row) for row, each in zip(rows, wanted, strict=True)]
     dealt = [count * windows // sum(sizes) for windows in accumulate(sizes, initial=0)]  # to each text its share
     ends = [max(0, len(row) - (after - before)) for row, (before, after) in zip(rows, pairwise(dealt), strict=True)]

@@ -154,7 +154,7 @@ def perplexities(report: Report) -> Figure | None:
                 bars.append((f"{text}: dense", entry["dense"]["perplexity"], COLOURS[6]))
             bars.append((f"{text}: this model", entry["metrics"]["perplexity"], COLOURS[0]))
     recovered = report.get("recovery")
-    if recovered:
+    if recovered and None not in (recovered["perplexity_before"], recovered["perplexity_after"]):
         bars.append(("held out: before recovery", recovered["perplexity_before"], COLOURS[1]))
         dropped = ", not kept" if recovered.get("kept") == "before" else ""
         bars.append((f"held out: after recovery{dropped}", recovered["perplexity_after"], COLOURS[0]))

@@ -300,7 +300,8 @@ def _measured(report: dict[str, Any]) -> str:
             theirs = entry.get("dense", {}).get(metric)
             lines.append(f"| {metric} | {where} | {_score(score)} | {'' if theirs is None else _score(theirs)} |")
     recovered = report.get("recovery")
-    if recovered and recovered.get("kept") != "before":
+    judged = recovered and None not in (recovered["perplexity_before"], recovered["perplexity_after"])
+    if recovered and judged and recovered.get("kept") != "before":
         change = f"{recovered['perplexity_after']:.2f} (before: {recovered['perplexity_before']:.2f})"
         lines.append(f"| perplexity after recovery | {recovered['windows_held_out']} windows held out | {change} | |")
     speed = report.get("benchmark")

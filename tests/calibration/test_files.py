@@ -363,6 +363,15 @@ def test_the_end_of_each_text_is_held_out_of_training(tokenizer, here):
     assert trained != sorted(trained)
 
 
+def test_no_window_is_held_out_where_none_is_asked_for(tokenizer, here):
+    write("a.jsonl", lines({"input_ids": list(range(8 * 30))}))
+    write("b.jsonl", lines({"input_ids": list(range(1000, 1000 + 8))}))
+    for names in (["a.jsonl", "b.jsonl"], ["b.jsonl"]):
+        train, held_out = training_windows(RecoverySettings(names, seq_len=8, steps=50, held_out=0), tokenizer)
+        assert held_out.shape == (0, 8)
+        assert sorted(train[:, 0].tolist()) == sorted([8 * i for i in range(30)] * (len(names) - 1) + [1000])
+
+
 def test_short_training_holds_out_less_of_a_long_text(tokenizer, here):
     write("a.jsonl", lines({"input_ids": list(range(8 * 100))}))
     train, held_out = training_windows(RecoverySettings(["a.jsonl"], seq_len=8, steps=40, batch_size=1), tokenizer)

@@ -42,6 +42,7 @@ from optimum_eggs.recovery import estimate
 from optimum_eggs.recovery.distill import block_error, divergence, teacher_tokens
 from optimum_eggs.recovery.recover import RecoverySettings, recover
 from optimum_eggs.recovery.trainer import RecoveryTrainer
+from optimum_eggs.report import report_page
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -220,10 +221,11 @@ def test_the_same_call_goes_on_after_a_kill(packed_folder, text_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "values"])
+@pytest.mark.parametrize("held_out", [0, 0.05])
 def test_an_interrupted_run_does_the_steps_that_are_left_and_ends_the_same(
-    method, packed_folder, text_file, tmp_path, monkeypatch, capsys
+    held_out, method, packed_folder, text_file, tmp_path, monkeypatch, capsys
 ):
-    chosen = settings(text_file, method=method, steps=8, evaluations=4)
+    chosen = settings(text_file, method=method, steps=8, evaluations=4, held_out=held_out)
     recover(packed_folder, tmp_path / "whole", chosen)
     done, plain = [], RecoveryTrainer.training_step
 
@@ -306,6 +308,7 @@ def test_what_was_measured_before_is_not_said_of_the_recovered_model(packed_fold
         ({"steps": 0}, "steps=0"),
         ({"seq_len": 1}, "seq_len=1"),
         ({"held_out": 1.0}, "held_out=1.0"),
+        ({"held_out": -0.1}, "held_out=-0.1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
         ({"block_matching": -1.0}, "block_matching=-1.0"),
         ({"block_matching": 1.0}, "needs a teacher"),
@@ -546,6 +549,45 @@ def test_training_ends_when_what_is_held_out_got_no_better_three_times_in_a_row(
     report = recover(packed_folder, tmp_path / "out", settings(text_file, steps=8, evaluations=8, patience=3))
     assert report.steps == steps
     assert report.held_out_loss == losses[:steps]
+
+
+@pytest.mark.parametrize("method", ["lora", "values"])
+@pytest.mark.parametrize("taught", [True, False])
+def test_with_none_held_out_nothing_is_judged_and_the_last_state_stays(
+    method, taught, packed_folder, dense_folder, text_file, tmp_path, monkeypatch, capsys
+):
+    judged, plain = [], RECOVER.perplexity
+    monkeypatch.setattr(RECOVER, "perplexity", lambda model, ids: judged.append(ids) or plain(model, ids))
+    monkeypatch.setattr(RecoveryTrainer, "evaluation_loop", None)
+    given = {"method": method, "teacher": str(dense_folder) if taught else None, "learning_rate": 3.0}  # of harm
+    report = recover(packed_folder, tmp_path / "out", settings(text_file, held_out=0, **given))
+    assert (report.steps, report.windows, report.windows_held_out, report.kept) == (4, 8, 0, "after")
+    assert [len(ids) for ids in judged] == [1]  # to tell how long it will take
+    assert "about" in capsys.readouterr().err
+    assert (report.perplexity_before, report.perplexity_after, report.held_out_loss) == (None, None, [])
+    before, after = (
+        packed_layers(AutoModelForCausalLM.from_pretrained(folder)) for folder in (packed_folder, tmp_path / "out")
+    )
+    assert all(torch.equal(before[name].weight_meta, layer.weight_meta) for name, layer in after.items())
+    assert all(not torch.equal(before[name].weight, layer.weight) for name, layer in after.items())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Recovered afterwards under the mask: 4 steps of `{method}` on 8 windows" in card
+    assert "perplexity after recovery" not in card
+    assert "held out: before recovery" not in report_page(tmp_path / "out")
+
+
+def test_a_short_text_is_trained_on_as_a_whole(packed_folder, tokenizer, text_file, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text(text_file.read_text()[:200])
+    few = len(tokenizer((tmp_path / "short.txt").read_text())["input_ids"]) // 16
+    assert 1 <= few < 4
+    command = ["recover", str(packed_folder), str(tmp_path / "out"), "--train", str(tmp_path / "short.txt")]
+    command += ["--steps", "3", "--seq-len", "16", "--batch-size", "2", "--method", "values"]
+    assert main(command) == 2
+    assert "training needs four; give more text, a smaller seq_len, or held_out=0" in capsys.readouterr().err
+    assert main([*command, "--held-out", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"3 steps on {few} windows in " in said
+    assert "no window was held out, so nothing was judged" in said
 
 
 def test_steps_in_bfloat16_are_foretold_as_shorter(text_file):

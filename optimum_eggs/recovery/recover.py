@@ -153,7 +153,8 @@ class RecoverySettings:
 class RecoveryReport:
     """What recovery did. Perplexities are on the windows held out; `held_out_loss` is what was minimised, there.
 
-    Where none was held out, the perplexities are None.
+    Where no window was held out, both perplexities are None.
+
     `kept` is `"after"`, or `"before"` where training made the perplexity worse: the values are then those of before.
     `texts` are what the values kept were trained on, in this recovery and in earlier ones, as `described`.
     """
@@ -256,7 +257,7 @@ def recover(
             work, folder = _claim(stack, ranks, path, run, overwrite, needs)
             with meter.stage("judging"):
                 began = time.perf_counter()
-                judged = held_out if len(held_out) else train[:1]
+                judged = held_out if len(held_out) else train[:2]
                 found = perplexity(model, judged).perplexity
                 of_window = (time.perf_counter() - began) / len(judged)
                 before = found if len(held_out) else None

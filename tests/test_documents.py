@@ -43,7 +43,7 @@ SMALLER = {  # the last of two equal options counts
     "python benchmarks/frontier.py": "--num-samples 4 --seq-len 16 --test-windows 2 --test-seq-len 32 --steps 2",
     "pip install": "--dry-run --no-deps --no-build-isolation --quiet",
 }
-PACKED = ["out", "best", "values", "lora", "p24", "p24-int8", "p24-int4", "twin/packed", "l1b/packed"]
+PACKED = ["out", "best", "values", "lora", "p24", "r24", "p24-int8", "p24-int4", "twin/packed", "l1b/packed"]
 SPARSE = ["sparse"]  # dense, with zeros
 DENSE = ["path/or/id", "path/or/dense", "dense", "sm2", "qwen", "qwen05", "qwen15", "twin/dense", "l1b/dense"]
 TEXTS = [
@@ -87,7 +87,7 @@ def smaller(line):
         return f"(cd {ROOT.name}; {line} {SMALLER['pip install']})"
     for command, options in SMALLER.items():
         if command in line:
-            line += f" {options}"
+            line += " --limit 2" if "--tasks" in line else f" {options}"
     line = line.replace("make_packed.py llama-1b", "make_packed.py dense")
     return line.replace("python tests/", f"python {ROOT}/tests/")
 

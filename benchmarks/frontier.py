@@ -60,18 +60,10 @@ def judged(models: list[Any], text: list[str], tokenizer: Any, args: argparse.Na
 
 def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) -> tuple[Path, float]:
     """Train the packed model into a folder in `work`; the folder, and the seconds that it took."""
-    from optimum_eggs.calibration.windows import token_windows
     from optimum_eggs.recovery.recover import RecoverySettings, recover
 
-    (text,) = text_of(args)[0]
-    if args.same_windows:
-        config = configuration(args.worker, args.pattern, args.draw, args)
-        how = {key: getattr(config, key) for key in ("num_samples", "seq_len", "sampling", "seed")}
-        ids = token_windows([text], tokenizer, **how).ids.flatten().tolist()
-    else:
-        ids = tokenizer(text)["input_ids"]
     rows = work / "train.jsonl"
-    rows.write_text(json.dumps({"input_ids": ids}) + "\n")
+    rows.write_text(json.dumps({"input_ids": training_ids(tokenizer, args)}) + "\n")
     settings = RecoverySettings(
         [str(rows)],
         teacher=str(args.model),
@@ -87,6 +79,18 @@ def trained(packed: Path, work: Path, tokenizer: Any, args: argparse.Namespace) 
     began = time.perf_counter()
     recover(packed, work / "out", settings)
     return work / "out", time.perf_counter() - began
+
+
+def training_ids(tokenizer: Any, args: argparse.Namespace) -> list[int]:
+    """The tokens to train on: those of the windows that calibrated, one after the other, or all of that text."""
+    from optimum_eggs.calibration.windows import token_windows
+
+    (text,) = text_of(args)[0]
+    if not args.same_windows:
+        return tokenizer(text)["input_ids"]
+    config = configuration(args.worker, args.pattern, args.draw, args)
+    how = {key: getattr(config, key) for key in ("num_samples", "seq_len", "sampling", "seed")}
+    return token_windows([text], tokenizer, **how).ids.flatten().tolist()
 
 
 def wanted_row(preset: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:

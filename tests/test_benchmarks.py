@@ -1,3 +1,4 @@
+import argparse
 import importlib.util
 import json
 import shutil
@@ -11,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from optimum_eggs import EGGSPruner
+from optimum_eggs.calibration.windows import windows_digest
 from optimum_eggs.cli.main import main
 from optimum_eggs.masks import expander_mask, shortfall, topn_mask
 from optimum_eggs.masks.certificate import certify
@@ -218,6 +221,19 @@ def test_quality_against_time_is_kept_as_it_comes(run, forks, dense_folder, text
     assert "none.txt" in failed.stderr
     assert "3 steps" not in failed.stderr  # before the work
     assert result.read_bytes() == kept
+
+
+@pytest.mark.parametrize("draw", [0, 1])
+def test_the_same_windows_are_those_that_calibrated(draw, script, dense_folder, tokenizer, text_file):
+    sizes = {"num_samples": 8, "seq_len": 16, "blocks": None, "development": False}
+    texts = {"calibration": str(text_file), "text": str(text_file)}
+    args = argparse.Namespace(**sizes, **texts, worker="magnitude", pattern="2:4", draw=draw, same_windows=True)
+    ids = script("frontier").training_ids(tokenizer, args)
+    pruner = EGGSPruner.from_pretrained(dense_folder)
+    report = pruner.prune(script("quality").configuration("fast", "2:4", draw, args))
+    assert windows_digest(torch.tensor(ids).view(8, 16)) == report.calibration["sha256"]
+    args.same_windows = False
+    assert len(script("frontier").training_ids(tokenizer, args)) > 8 * 16
 
 
 def test_quality_against_time_is_drawn(run, forks, tmp_path):

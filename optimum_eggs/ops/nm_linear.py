@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -168,6 +169,9 @@ def _op(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: 
 
 @_op.register_fake
 def _fake(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    inductor = sys.modules.get("torch._inductor.lowering")
+    if inductor is not None:  # a list of its own, too slow to import for; where CI is set, it takes a decomposition
+        inductor.FALLBACK_ALLOW_LIST.add("optimum_eggs::nm_linear")  # that it does not use for a mistake
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -132,6 +132,18 @@ def test_a_compiled_layer_computes_the_same(backend):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
+def test_inductor_keeps_the_operation_whole_where_ci_is_set(monkeypatch):
+    from torch._inductor import config, lowering
+
+    monkeypatch.setenv("CI", "true")  # there it refuses what has a decomposition that it does not use
+    monkeypatch.delitem(lowering.lowerings, torch.ops.optimum_eggs.nm_linear.default, raising=False)
+    made, x = layer(), gaussian(5, 32, seed=1).requires_grad_()
+    with config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        (found,) = torch.autograd.grad(torch.compile(made, fullgraph=True)(x).sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(made(x).sum(), x)[0])
+
+
 def test_an_exported_layer_holds_the_operation(monkeypatch):
     def apart(*arguments):
         raise AssertionError("the operation was taken apart to learn its shape")

@@ -169,9 +169,10 @@ def _op(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: 
 
 @_op.register_fake
 def _fake(x: Tensor, weight: Tensor, weight_meta: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    inductor = sys.modules.get("torch._inductor.lowering")
-    if inductor is not None:  # a list of its own, too slow to import for; where CI is set, it takes a decomposition
-        inductor.FALLBACK_ALLOW_LIST.add("optimum_eggs::nm_linear")  # that it does not use for a mistake
+    # Where CI is set, inductor refuses what has a decomposition that it does not use, unless it is on this list.
+    inductor = sys.modules.get("torch._inductor.lowering")  # slow to import, and there by now if it compiles this
+    if inductor is not None:
+        inductor.FALLBACK_ALLOW_LIST.add("optimum_eggs::nm_linear")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

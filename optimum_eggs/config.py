@@ -95,6 +95,8 @@ class EGGSConfig(QuantizationConfigMixin):
         dataset_revision: Branch, tag or commit, likewise.
         num_samples: Number of calibration windows.
         seq_len: Tokens in each. Default: 512, or the model's context where that is shorter.
+        generated_samples: Windows that the dense model writes besides: half of them behind 32 tokens from random places
+            in the windows of the text, half behind one. Default: 0.
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.
         seed: Seed of everything random.
         batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block
@@ -165,6 +167,7 @@ class EGGSConfig(QuantizationConfigMixin):
         dataset_config_name: str | None = None,
         dataset_revision: str | None = None,
         num_samples: int = NUM_SAMPLES,
+        generated_samples: int = 0,
         seq_len: int | None = None,
         sampling: str = "random",
         seed: int = 0,
@@ -208,6 +211,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.dataset_config_name = check.text("dataset_config_name", dataset_config_name)
         self.dataset_revision = check.text("dataset_revision", dataset_revision)
         self.num_samples = check.integer("num_samples", num_samples, least=1)
+        self.generated_samples = check.integer("generated_samples", generated_samples, least=0)
         self.seq_len = None if seq_len is None else check.integer("seq_len", seq_len, least=2)
         self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
         self.seed = check.integer("seed", seed, least=0, most=check.TORCH_SEEDS)

@@ -48,6 +48,7 @@ def full(packed_folder, dense_folder, text_file, tmp_path_factory):
     report["layers"] = report["layers"][-1:]
     report["recovery"]["texts"] = copy.deepcopy(report["calibration"]["texts"])
     report["tuning"] = [{"block": 0, "error_before": 0.5, "error_after": 0.25, "steps": 4, "kept": True}]
+    report["calibration"]["generated"] = 2
     report["rounding"] = copy.deepcopy(report["tuning"])
     report["rotation"] = {"lost_before": 0.112, "lost_after": 0.091}
     report["quantization"] = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .blocks import BlockList
@@ -31,11 +32,14 @@ class BlockProvider(Protocol):
     def run(self, window: Tensor) -> None:
         """Run the whole model on windows (batch, tokens); the walk replaces what its blocks do."""
 
+    def generate(self, prompts: Tensor, **options: Any) -> Tensor:
+        """What transformers' `generate` makes of prompts (batch, tokens), with all of the model."""
+
 
 class InMemoryBlocks:
     """The blocks of a model that is in memory as a whole."""
 
-    def __init__(self, model: nn.Module, block_list: BlockList) -> None:
+    def __init__(self, model: Any, block_list: BlockList) -> None:
         self.model, self.blocks = model, block_list.blocks
         self.device = next(model.parameters()).device
 
@@ -59,3 +63,8 @@ class InMemoryBlocks:
     def run(self, window: Tensor) -> None:
         """Run the model on windows (batch, tokens)."""
         self.model(**text_inputs(self.model, window.to(self.device)))
+
+    def generate(self, prompts: Tensor, **options: Any) -> Tensor:
+        """What transformers' `generate` makes of prompts (batch, tokens)."""
+        ids = prompts.to(self.device)
+        return self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)

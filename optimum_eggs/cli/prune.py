@@ -36,6 +36,7 @@ _FLAGS = (
     "split",
     "text_column",
     "num_samples",
+    "generated_samples",
     "seq_len",
     "sampling",
     "seed",
@@ -114,6 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-column",
         metavar="NAME",
         help="column of a data set or a file of rows (default: input_ids if it has one, else text)",
+    )
+    add_rare(
+        "--generated-samples",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="windows that the dense model writes besides (default: 0)",
     )
     add_rare(
         "--sampling", choices=["random", "sequential"], default="random", help="how windows are drawn (default: random)"

@@ -25,6 +25,7 @@ from ..nn.experts import join_experts
 from ..ranks import ALONE, Ranks
 from .block import BlockResult, DenseStream, prune_block
 from .estimate import announcement, estimate
+from .generate import check_generates, generated_windows
 from .left_dense import check_left_dense, chosen_modules, code_left_dense
 from .plan import PrunePlan, make_plan
 from .precision import check_float32
@@ -54,7 +55,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Args:
         model: A model in memory, on any device. Its dtype stays; the mathematics runs in float32.
         config: What to do. Its `calibration` is not read here.
-        windows: Token ids (windows, tokens), int64.
+        windows: Token ids (windows, tokens), int64, without those that the model is to write.
         progress: Write to stderr what is to be done and about how long it takes, and show a progress bar; or neither.
             Default: the bar only if stderr is a terminal.
 
@@ -74,6 +75,11 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
         turn: Turn | str | None = None
         with Meter(devices_of(model)) as meter:
             blocks = InMemoryBlocks(model, plan.block_list)
+            if config.generated_samples:
+                with evaluation_mode(model), meter.stage("generation"):
+                    count = config.generated_samples
+                    made = generated_windows(model, blocks, windows, count, config.seed, progress=progress)
+                windows = torch.cat([windows, made])
             if config.rotation:
                 with evaluation_mode(model):
                     turn = choose_turn(model, blocks, plan, config, windows, meter, states_in_memory, progress=progress)
@@ -109,7 +115,7 @@ class Keeper(Protocol):
 def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Ranks = ALONE) -> None:
     """Raise unless the windows fit the model and the processes, and its blocks run as the configuration needs."""
     check_reads_text(model)
-    ranks.check(len(windows), config.batch_size)
+    ranks.check(len(windows) + config.generated_samples, config.batch_size)
     _check_windows(windows, model)
     for steps in ("block_tuning", "rounding_tuning"):
         if getattr(config, steps):
@@ -119,6 +125,8 @@ def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Rank
         check_float32(model, "permutation=True")
     if config.rotation:
         check_float32(model, "rotation=True")
+    if config.generated_samples:
+        check_generates(model, f"generated_samples={config.generated_samples}")
     chosen_modules(model, config)
 
 
@@ -202,7 +210,12 @@ def make_report(
         config=config.to_dict() | listed | {"matrix_norms": turned.matrix_norms if turned else None},
         layers=layers,
         left_dense=left_dense,
-        calibration={"windows": len(windows), "seq_len": windows.shape[1], "sha256": windows_digest(windows)},
+        calibration={
+            "windows": len(windows),
+            "generated": config.generated_samples,
+            "seq_len": windows.shape[1],
+            "sha256": windows_digest(windows),
+        },
         tuning=[block.tuning for block in done if block.tuning is not None],
         rounding=[block.rounding for block in done if block.rounding is not None],
         measurements=meter.summary(),

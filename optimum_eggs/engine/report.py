@@ -86,8 +86,9 @@ class PruneReport:
         rotation: The share of the importance that a plain mask loses, as a mean over layers, `lost_before` and
             `lost_after`; or the `reason` why `rotation="auto"` left the model as it was. None if it was not asked for.
         left_dense: Every weight matrix of the blocks, embedding or head that was left dense, with the reason.
-        calibration: What the windows were: source, count, length, whether they overlap because the text was short, and
-            the SHA-256 of the token ids. Empty for a model that was packed as it was.
+        calibration: What the windows were: source, count, length, how many of them the dense model wrote (`generated`),
+            whether the others overlap because the text was short, and the SHA-256 of the token ids of all. Empty for a
+            model that was packed as it was.
         base_model: Id and revision of the dense model on the Hub; None for one from a folder.
         measurements: Seconds, CPU seconds and peak resident bytes, in all and by stage; of a run that went on where
             others were cut, theirs until their last finished block too.

@@ -236,7 +236,7 @@ _PARTS: dict[str, Check] = {
     "config": _object({}, {"calibration": _SOURCE, "preset": _maybe(_TEXT), "min_expert_tokens": _maybe(_COUNT)}),
     "layers": _list(_LAYER, least=1),
     "calibration": _or_empty(  # of a model that was packed as it was
-        _object({"windows": _COUNT, "seq_len": _COUNT, "sha256": _TEXT}, {"texts": _TEXTS})
+        _object({"windows": _COUNT, "seq_len": _COUNT, "sha256": _TEXT}, {"texts": _TEXTS, "generated": _COUNT})
     ),
 }
 """Those of every pruning."""

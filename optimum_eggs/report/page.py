@@ -160,6 +160,7 @@ def _summary(report: dict[str, Any]) -> str:
         lines.append(
             (f"Preset <code>{html.escape(preset)}</code>, c" if preset else "C")
             + f"alibrated on {calibration['windows']} {overlapping}windows of {calibration['seq_len']} tokens"
+            + (f", {calibration['generated']} of them by the dense model" if calibration.get("generated") else "")
             + (f", in {seconds:,.0f} s." if seconds else ".")
         )
     else:

@@ -220,7 +220,8 @@ def _pruned(report: dict[str, Any]) -> str:
         f"{summary['layers_pruned']} linear layers, {summary['parameters_pruned'] / 1e6:,.1f} M weights, were pruned "
         f"{'with the preset `' + preset + '`' if preset else 'with the configuration below'}, calibrated on "
         + _windows(report)
-        + (f" of `{source}`." if isinstance(source, str) and (hub_id(source) or dataset_id(source)) else ".")
+        + (f" of `{source}`" if isinstance(source, str) and (hub_id(source) or dataset_id(source)) else "")
+        + f"{_written(report)}."
     )
 
 
@@ -235,7 +236,13 @@ def _packed_as_it_was(summary: dict[str, Any]) -> str:
 
 def _windows(report: dict[str, Any]) -> str:
     found = report["calibration"]
-    return f"{found['windows']} {'overlapping ' * bool(found.get('overlapping'))}windows of {found['seq_len']} tokens"
+    of_text = found["windows"] - found.get("generated", 0)
+    return f"{of_text} {'overlapping ' * bool(found.get('overlapping'))}windows of {found['seq_len']} tokens"
+
+
+def _written(report: dict[str, Any]) -> str:
+    count = report["calibration"].get("generated")
+    return f", and {count} that the dense model wrote behind beginnings taken from them" if count else ""
 
 
 def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_it_was: bool) -> str:
@@ -259,7 +266,7 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
         rounded = report.get("quantization")
         if rounded:  # by a command of its own
             shown |= dict.fromkeys(("values", "value_group", "rounding", "head", "ignored")) | {"rounding_tuning": 0}
-        digest = f"{_windows(report)}; SHA-256 of the token ids {report['calibration']['sha256']}"
+        digest = f"{_windows(report)}{_written(report)}; SHA-256 of the token ids {report['calibration']['sha256']}"
         lines = [
             "from optimum_eggs import EGGSConfig, EGGSPruner",
             "",

@@ -19,6 +19,7 @@ from ..calibration.states import StatesOnDisk, states_in_memory
 from ..calibration.windows import check_calibration, windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
+from ..engine.generate import generated_windows
 from ..engine.left_dense import code_tensors, left_dense_codings
 from ..engine.plan import PrunePlan, make_plan
 from ..engine.prune import check_run, evaluation_mode, make_report, prune_blocks
@@ -43,6 +44,7 @@ from .journal import JOURNAL_NAME, Journal
 from .shards import JOINED, Shards
 from .source import DenseSource
 from .turned import read_turn, write_turn
+from .written import read_windows, write_windows
 
 _ASSEMBLED = "assembled"
 
@@ -76,7 +78,8 @@ def prune_checkpoint(
 
     Memory: the largest block or what is outside the blocks (without a head that is not tied), whichever is more; the
     buffers of its largest layer, as `prune_model` says; and the windows' hidden states, unless they are on disk. While
-    a rotation is chosen, what that is chosen by, of all blocks.
+    a rotation is chosen, what that is chosen by, of all blocks. While the model writes windows, what is outside the
+    blocks, up to 1 GiB of blocks (on a GPU a quarter of what is free), and keys and values of 32 windows.
 
     Args:
         model: A dense model in safetensors files: a folder, or an id on the Hub.
@@ -149,7 +152,7 @@ def prune_checkpoint(
             if config.rotation and found is None:
                 journal.forget()  # its blocks are in a basis that is not known any more
             keeper = _Keeper(journal, source, ranks, found)
-            stream = _stream_bytes(source, config, windows)
+            stream = _stream_bytes(source, config, *windows.shape)
             on_disk = budget is not None and stream > budget * ranks.size
             if ranks.first:
                 needs = _bytes_to_write(source, plan, config, len(keeper), cast) + (stream if on_disk else 0)
@@ -160,6 +163,7 @@ def prune_checkpoint(
         try:
             with Meter([source.device]) as meter:
                 keeper.meter, turn = meter, None
+                windows = _with_generated(source, config, windows, meter, keeper, ranks, progress)
                 states = (lambda size, device: StatesOnDisk(keeper.journal.folder)) if on_disk else states_in_memory
                 if config.rotation:
                     turn = _turn(source, plan, config, windows, meter, states, keeper, ranks, progress)
@@ -196,6 +200,29 @@ def prune_checkpoint(
             finished = f"{len(keeper)} of {len(source)} blocks are finished; the same command goes on behind them"
             raise KeyboardInterrupt(str(error) or finished) from None
     return report
+
+
+def _with_generated(
+    source: DenseSource,
+    config: EGGSConfig,
+    windows: Tensor,
+    meter: Meter,
+    keeper: _Keeper,
+    ranks: Ranks,
+    progress: bool | None,
+) -> Tensor:
+    """The windows, and those that the model writes: of an earlier run that was cut, or written now and kept."""
+    if not config.generated_samples:
+        return windows
+    (made, *_) = ranks.gather(read_windows(keeper.journal.folder))
+    if made is None:
+        with evaluation_mode(source.model), meter.stage("generation"):
+            count = config.generated_samples
+            made = generated_windows(source.model, source, windows, count, config.seed, ranks, progress)
+        with ranks.together():
+            if ranks.first:
+                write_windows(keeper.journal.folder, made)
+    return torch.cat([windows, made])
 
 
 def _turn(
@@ -349,15 +376,15 @@ def _same_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return runs[0]
 
 
-def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: Tensor) -> int:
-    """Bytes of the hidden states that a walk holds at the most."""
+def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: int, seq_len: int) -> int:
+    """Bytes of the hidden states that a walk holds at the most, on so many windows and those that the model writes."""
     # with tuning or correction, what the dense block gets and gives, beside what the pruned one gets
     copies = 3 if config.follows_dense else 1
     hidden = source.model.config.get_text_config().hidden_size
-    of_batch = config.batch_size * windows.shape[1] * hidden * source.dtype.itemsize
+    of_batch = config.batch_size * seq_len * hidden * source.dtype.itemsize
     if source.device.type == "cuda":  # what torch pins on the host, it rounds up to a power of two
         of_batch = 1 << (of_batch - 1).bit_length()
-    return copies * -(-len(windows) // config.batch_size) * of_batch
+    return copies * -(-(windows + config.generated_samples) // config.batch_size) * of_batch
 
 
 def _bytes_to_write(
@@ -387,7 +414,8 @@ def _bytes_to_write(
 
 
 def _remove_without_blocks(folder: Path) -> None:
-    if not (folder / JOURNAL_NAME).is_file() and read_turn(folder) is None:
+    kept = (folder / JOURNAL_NAME).is_file() or read_turn(folder) is not None or read_windows(folder) is not None
+    if not kept:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ from ..calibration import BlockList, find_block_list
 from ..calibration.context import text_inputs
 from ..config import QUANT_METHOD
 from ..devices import choose_device
+from ..engine.inputs import wave_bytes
 from ..engine.rotate import Turn
 from ..errors import CheckpointError, ModelError, NumericalError
 from ..hf.loading import model_class, parse_dtype, translated
@@ -85,6 +86,7 @@ class DenseSource:
             self.model.config._commit_hash = folder.name  # as the cache names its folders
         self.model.eval()
         self.turn: Turn | None = None
+        self._found_finite: set[int | None] = set()
         self._conversions = conversions_of(self.model)
         fill_buffers(self.model, self.device)
         self.block_list: BlockList = find_block_list(self.model, block_list)
@@ -136,6 +138,31 @@ class DenseSource:
             self._turn_entry()
         self.model(**text_inputs(self.model, window.to(self.device)))
 
+    def generate(self, prompts: Tensor, **options: Any) -> Tensor:
+        """What transformers' `generate` makes of prompts (batch, tokens), with the model as it is in its files.
+
+        The first blocks stay in memory meanwhile, as many as take no more than a wave of experts may; each of the rest
+        is loaded for every token anew.
+        """
+        assert self.turn is None
+        ids = prompts.to(self.device)
+        handles = []
+        left = wave_bytes(self.device)
+        for index, block in enumerate(self.block_list.blocks):
+            left -= sum(parameter.nbytes for parameter in block.parameters())
+            handles.append(block.register_forward_pre_hook(lambda *_, index=index: self._load_once(index)))
+            if left < 0:
+                handles.append(block.register_forward_hook(lambda *_, index=index: self.release(index)))
+        try:
+            self._load(None)
+            return self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for index in range(len(self)):  # one that was interrupted
+                self.release(index)
+            self.entered()
+
     def entered(self) -> None:
         """Let the weights outside the blocks go."""
         blocks = {id(module) for block in self.block_list.blocks for module in block.modules()}
@@ -182,6 +209,11 @@ class DenseSource:
         prefix = f"{self.block_list.block_name(index)}."
         return self.block_list.blocks[index].state_dict(prefix=prefix, keep_vars=True)
 
+    def _load_once(self, index: int) -> None:
+        """Load block `index`, if it is not loaded."""
+        if any(parameter.is_meta for parameter in self.block_list.blocks[index].parameters()):
+            self._load(index)
+
     def _load(self, index: int | None, only: set[str] | None = None) -> None:
         """Load block `index`, or what is outside the blocks, into the model, in memory of its own; or `only` these."""
         keys = {key: file for key, file in self._keys[index].items() if only is None or self._names[key] in only}
@@ -200,7 +232,9 @@ class DenseSource:
                         raise CheckpointError(f"{self.folder}: {name} is missing; download the model again")
                     if value.untyped_storage().nbytes() > value.nbytes:
                         value.data = value.data.clone()  # a part of what was stored
-                _check_finite(loaded)
+                if only is not None or index not in self._found_finite:
+                    _check_finite(loaded)
+                    self._found_finite |= {index} if only is None else set()
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder}: a weight file is damaged or cannot be read ({error}); download it again"

@@ -96,6 +96,15 @@ def test_windows_that_overlap_are_said_to(folder):
     assert "calibrated on 8 overlapping windows of 16 tokens" in model_card(folder, "me/tiny").text
 
 
+def test_windows_that_the_dense_model_wrote_are_said_to(folder):
+    report = json.loads((folder / "report.json").read_text())
+    assert "wrote" not in model_card(folder, "me/tiny").text
+    edit(folder, calibration=report["calibration"] | {"windows": 11, "generated": 3})
+    text = " ".join(model_card(folder, "me/tiny").text.split())
+    assert "calibrated on 8 windows of 16 tokens of `text.txt`, and 3 that the dense model wrote behind" in text
+    assert text.count(", and 3 that the dense model wrote") == 2
+
+
 def test_recovery_and_speed_are_stated(folder):
     recovery = {
         "settings": {"method": "lora", "seq_len": 512, "teacher": "org/dense"},

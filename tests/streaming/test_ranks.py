@@ -36,6 +36,7 @@ KINDS = {
     "permuted": {"preset": "ria", "permutation": True},
     "paper": {"preset": "paper", "band": 4},
     "turned": {"preset": "wanda", "rotation": True},
+    "written": {"preset": "wanda", "generated_samples": 40},
 }
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -24,7 +24,7 @@ from optimum_eggs.errors import CheckpointError, ConfigError, ModelError, Numeri
 from optimum_eggs.folders import claimed, new_folder
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.streaming import prune as streaming
-from optimum_eggs.streaming import prune_checkpoint
+from optimum_eggs.streaming import prune_checkpoint, source
 
 SIZE = {"num_samples": 8, "seq_len": 16, "band": 8, "batch_size": 2}
 KINDS = {
@@ -35,6 +35,7 @@ KINDS = {
     "int8": {"values": "int8", "head": "int8", "ignored": "int8", "ignore": ["lm_head", "v_proj"]},
     "int4": {"preset": "best", "block_tuning": 4, "values": "int4", "head": "int8"},
     "turned": {"preset": "best", "block_tuning": 4, "rotation": True},
+    "written": {"preset": "best", "block_tuning": 4, "generated_samples": 5},
 }
 
 
@@ -46,6 +47,7 @@ STORES = {
     "alone": lambda blocks: 1,
     "int8": lambda blocks: 1 + blocks,
     "int4": lambda blocks: 2 + blocks,
+    "written": lambda blocks: 2 + blocks,
     "turned": lambda blocks: 3 + blocks,  # of the dense model, that the rotation is chosen by
 }
 
@@ -214,6 +216,23 @@ def test_a_rotation_that_is_chosen_is_kept_before_a_block_is(deep, whole, text_f
     monkeypatch.setattr(streaming, "choose_turn", None)
     prune_checkpoint(deep, tmp_path / "out", config, progress=False)
     same_bits(tensors(tmp_path / "out"), tensors(whole / "turned"))
+
+
+def test_windows_that_were_written_are_kept_before_a_block_is(deep, whole, text_file, tmp_path, monkeypatch, caplog):
+    config = config_for(text_file, **KINDS["written"])
+    for _ in range(2):  # the second run writes them again
+        with monkeypatch.context() as patch:
+            cut_after(patch, 0, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+        (kept,) = tmp_path.rglob("generated.safetensors")
+        good = kept.read_bytes()
+        kept.write_bytes(good[:-100])
+    assert "generated.safetensors: cannot be read" in caplog.text
+    kept.write_bytes(good)
+    monkeypatch.setattr(streaming, "generated_windows", None)
+    prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    same_bits(tensors(tmp_path / "out"), tensors(whole / "written"))
 
 
 def test_blocks_of_a_rotation_that_is_lost_are_never_gone_on_from(
@@ -485,7 +504,8 @@ def test_bad_models_are_refused_before_anything_is_written(deep, packed_folder, 
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("generated", [0, 3])
+def test_only_a_block_is_in_memory(generated, deep, text_file, tmp_path, monkeypatch):
     seen = []
     load = streaming.DenseSource._load
 
@@ -494,12 +514,32 @@ def test_only_a_block_is_in_memory(deep, text_file, tmp_path, monkeypatch):
         seen.append(sum(value.nbytes for value in self.model.state_dict().values() if not value.is_meta))
 
     monkeypatch.setattr(streaming.DenseSource, "_load", watched)
-    prune_checkpoint(deep, tmp_path / "out", config_for(text_file), progress=False)
+    monkeypatch.setattr(source, "wave_bytes", lambda device: 0)
+    config = config_for(text_file, generated_samples=generated)
+    prune_checkpoint(deep, tmp_path / "out", config, progress=False)
     values = tensors(deep)
     block = sum(value.nbytes for name, value in values.items() if ".layers.0." in name)
     outside = sum(value.nbytes for name, value in values.items() if ".layers." not in name)
     assert max(seen) <= block + 2 * outside  # the head is tied, and listed twice
     assert sum(0 < size <= block for size in seen) >= 5
+
+
+def test_the_first_blocks_stay_while_windows_are_written(deep, monkeypatch):
+    dense = source.DenseSource(deep, device="cpu")
+    block = sum(value.numel() * 2 for value in dense.skeleton(0).parameters())
+    loaded, load = [], source.DenseSource._load
+    monkeypatch.setattr(source.DenseSource, "_load", lambda self, *which: loaded.append(which[0]) or load(self, *which))
+    ids = torch.arange(6).view(2, 3)
+    written, options = [], {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+    for limit, times in ((0, [3] * 5), (2 * block, [1, 1, 3, 3, 3]), (5 * block, [1] * 5)):
+        monkeypatch.setattr(source, "wave_bytes", lambda device, limit=limit: limit)
+        loaded.clear()
+        written.append(dense.generate(ids, **options))
+        assert [loaded.count(index) for index in range(5)] == times
+        assert all(value.is_meta for value in dense.model.parameters())
+    whole = AutoModelForCausalLM.from_pretrained(deep)
+    expected = whole.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert all(torch.equal(each, expected) for each in written)
 
 
 @pytest.fixture(scope="module")

@@ -95,8 +95,8 @@ class EGGSConfig(QuantizationConfigMixin):
         dataset_revision: Branch, tag or commit, likewise.
         num_samples: Number of calibration windows.
         seq_len: Tokens in each. Default: 512, or the model's context where that is shorter.
-        generated_samples: Windows that the dense model writes besides: half of them behind 32 tokens from random places
-            in the windows of the text, half behind one. Default: 0.
+        generated_samples: Windows that the dense model writes besides, for use on texts of other kinds than calibrate:
+            half of them behind 32 tokens from random places in the windows of the text, half behind one. Default: 0.
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.
         seed: Seed of everything random.
         batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..calibration import BlockProvider
-from ..errors import ModelError, first_line
+from ..errors import EGGSError, ModelError, first_line, is_out_of_memory
 from ..ranks import ALONE, Ranks
 from .estimate import duration
 
@@ -97,8 +97,8 @@ def _write(model: Any, blocks: BlockProvider, prompts: Tensor, length: int, tick
         written = blocks.generate(
             prompts, max_new_tokens=new, min_new_tokens=new, stopping_criteria=[tick], use_cache=True
         )
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, EGGSError) or is_out_of_memory(error):
             raise
         raise ModelError(
             f"generated_samples: {type(model).__name__} cannot write windows ({first_line(error)}); use "

@@ -10,7 +10,7 @@ from optimum_eggs.calibration import InMemoryBlocks, find_block_list
 from optimum_eggs.calibration.windows import windows_digest
 from optimum_eggs.engine import generate
 from optimum_eggs.engine.generate import generated_windows
-from optimum_eggs.errors import ConfigError, ModelError
+from optimum_eggs.errors import ConfigError, ModelError, NumericalError, OutOfMemoryError
 
 WINDOWS = tiny.make_windows(4, 80)
 
@@ -135,6 +135,27 @@ def test_what_goes_wrong_is_named_and_the_model_stays(text_file, tokenizer):
     assert all(torch.equal(value.nan_to_num(), now[name].nan_to_num()) for name, value in before.items())
     model.lm_head.weight.data[0] = 0
     assert pruner.prune(EGGSConfig("2:4", calibration=str(text_file), **settings), progress=False).layers
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (NumericalError("a weight is NaN"), NumericalError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), OutOfMemoryError),
+        (ValueError("its cache is unknown"), ModelError),
+    ],
+)
+def test_errors_of_other_kinds_stay_what_they_are(raised, seen, text_file, tokenizer, monkeypatch):
+    model = tiny.make_model("llama")
+
+    def fail(*args, **options):
+        raise raised
+
+    monkeypatch.setattr(InMemoryBlocks, "generate", fail)
+    config = EGGSConfig("2:4", calibration=str(text_file), num_samples=4, generated_samples=4, seq_len=16)
+    with pytest.raises(seen, match=str(raised)[-9:]) as caught:
+        EGGSPruner(model, tokenizer).prune(config, progress=False)
+    assert ("generated_samples=0" in str(caught.value)) is (seen is ModelError)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "8", True])

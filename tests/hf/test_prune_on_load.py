@@ -19,10 +19,13 @@ def config(**changes):
     return EGGSConfig("2:4", **({"num_samples": 8, "seq_len": 16, "band": 8, "seed": 5} | changes))
 
 
-def test_it_gives_the_weights_that_the_pruner_gives(dense_folder, text_file):
-    model = AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config(calibration=str(text_file)))
+@pytest.mark.parametrize("generated", [0, 5])
+def test_it_gives_the_weights_that_the_pruner_gives(generated, dense_folder, text_file):
+    wanted = config(generated_samples=generated)
+    given = wanted.replace(calibration=str(text_file))
+    model = AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=given)
     pruner = EGGSPruner.from_pretrained(dense_folder)
-    pruner.prune(config(), calibration=text_file)
+    pruner.prune(wanted, calibration=text_file)
     ours, theirs = packed(pruner.model), packed(model)
     assert ours.keys() == theirs.keys()
     for name, layer in ours.items():

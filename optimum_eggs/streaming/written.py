@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
-from ..files import sync
+from ..files import write_durably
 
 logger = logging.getLogger(__name__)
 
-_NAME = "generated.safetensors"
+_NAME = "generated.json"
 
 
 def write_windows(folder: Path, ids: Tensor) -> None:
     """Write token ids (windows, tokens) into a run's folder; they are there as a whole, or not at all."""
-    begun = folder / f"{_NAME}.partial"
-    save_file({"ids": ids.contiguous()}, begun)
-    sync(begun)
-    begun.replace(folder / _NAME)
-    sync(folder)
+    write_durably(folder / _NAME, json.dumps(ids.tolist()))
 
 
 def read_windows(folder: Path) -> Tensor | None:
@@ -30,7 +26,7 @@ def read_windows(folder: Path) -> Tensor | None:
     if not (folder / _NAME).is_file():
         return None
     try:
-        return load_file(folder / _NAME)["ids"]
-    except (SafetensorError, OSError, KeyError) as error:
+        return torch.tensor(json.loads((folder / _NAME).read_text("utf-8")), dtype=torch.int64)
+    except (OSError, ValueError, TypeError) as error:
         logger.warning("%s: cannot be read (%s), so the windows are written again", folder / _NAME, error)
         return None

@@ -225,14 +225,63 @@ def test_windows_that_were_written_are_kept_before_a_block_is(deep, whole, text_
             cut_after(patch, 0, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
                 prune_checkpoint(deep, tmp_path / "out", config, progress=False)
-        (kept,) = tmp_path.rglob("generated.safetensors")
+        (kept,) = tmp_path.rglob("generated.json")
         good = kept.read_bytes()
         kept.write_bytes(good[:-100])
-    assert "generated.safetensors: cannot be read" in caplog.text
+    assert "generated.json: cannot be read" in caplog.text
     kept.write_bytes(good)
     monkeypatch.setattr(streaming, "generated_windows", None)
     prune_checkpoint(deep, tmp_path / "out", config, progress=False)
     same_bits(tensors(tmp_path / "out"), tensors(whole / "written"))
+
+
+def test_an_interrupt_while_windows_are_written_leaves_nothing_half_done(deep, whole, text_file, tmp_path, monkeypatch):
+    config = config_for(text_file, **KINDS["written"])
+    pruner = EGGSPruner.from_pretrained(deep)
+    before = {name: value.clone() for name, value in pruner.model.state_dict().items()}
+    recommended = pruner.model.generation_config
+    steps = []
+
+    def tick(*args, **options):
+        steps.append(args)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return torch.zeros(len(args[1]), dtype=torch.bool)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_eggs.engine.generate._Teller.__call__", tick)
+        with pytest.raises(KeyboardInterrupt):
+            pruner.prune(config, progress=False)
+        steps.clear()
+        with pytest.raises(KeyboardInterrupt, match="0 of 5 blocks are finished"):
+            prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    assert not list(tmp_path.iterdir())
+    assert pruner.model.generation_config is recommended
+    same_bits(before, pruner.model.state_dict())
+    pruner.prune(config, progress=False)
+    pruner.save_pretrained(tmp_path / "memory")
+    prune_checkpoint(deep, tmp_path / "out", config, progress=False)
+    for name in ("memory", "out"):
+        same_bits(tensors(tmp_path / name), tensors(whole / "written"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda value: value.fill_(float("nan")), NumericalError, "layers.3.mlp.up_proj.weight"),
+        (lambda value: value[:, :-4].contiguous(), CheckpointError, "does not fit the model"),
+    ],
+)
+def test_a_bad_block_is_named_while_windows_are_written(change, error, message, deep, text_file, tmp_path):
+    shutil.copytree(deep, tmp_path / "dense")
+    values = tensors(deep)
+    name = "model.layers.3.mlp.up_proj.weight"
+    save_file(values | {name: change(values[name])}, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=message):
+        prune_checkpoint(
+            tmp_path / "dense", tmp_path / "out", config_for(text_file, **KINDS["written"]), progress=False
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_blocks_of_a_rotation_that_is_lost_are_never_gone_on_from(

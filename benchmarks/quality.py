@@ -73,7 +73,8 @@ def is_row(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether a row is of what is wanted.
 
     An option newer than the row had the value that is now the default, and what makes a method the one that leaves it
-    out; of one that is gone since, the method tells.
+    out; of one that is gone since, the method tells. Short windows came with tuning later, and rows of before stand for
+    the same method: the commit, which is printed, tells.
     """
     from optimum_eggs import EGGSConfig
     from optimum_eggs.presets import METHOD
@@ -81,6 +82,7 @@ def is_row(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
     asked, had = wanted.get("config", {}), row.get("config", {})
     had = {key: value for key, value in had.items() if key in asked}
     defaults = EGGSConfig().to_dict() | METHOD
+    defaults["short_share"] = asked.get("short_share")
     newer = {key: value for key, value in defaults.items() if key in asked and key not in had}
     return wanted.items() <= ({"from_disk": False} | row | ({"config": newer | had} if had else {})).items()
 

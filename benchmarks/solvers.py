@@ -49,7 +49,7 @@ def collect(args: argparse.Namespace) -> dict[str, tuple[Tensor, GramAccumulator
     found = {}
     with Meter() as meter, evaluation_mode(pruner.model):
         blocks = InMemoryBlocks(pruner.model, plan.block_list)
-        walk = Walk(blocks, windows, 4, meter)
+        walk = Walk(blocks, windows.split(4), meter)
         for index in range(max(args.blocks) + 1):
             block = blocks.materialise(index)
             if index in args.blocks:

@@ -97,6 +97,10 @@ class EGGSConfig(QuantizationConfigMixin):
         seq_len: Tokens in each. Default: 512, or the model's context where that is shorter.
         generated_samples: Windows that the dense model writes besides, for use on texts of other kinds than calibrate:
             half of them behind 32 tokens from random places in the windows of the text, half behind one. Default: 0.
+        short_share: Tokens in short windows, of 8 tokens each, that are cut from the others at random places and
+            calibrate besides, as a share of the others' tokens: a text's first tokens settle where attention rests, and
+            a window shows those of one text alone. Default: 0.125 with block tuning, which else unlearns what it is not
+            shown, and 0 without.
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.
         seed: Seed of everything random.
         batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block
@@ -169,6 +173,7 @@ class EGGSConfig(QuantizationConfigMixin):
         num_samples: int = NUM_SAMPLES,
         generated_samples: int = 0,
         seq_len: int | None = None,
+        short_share: float | None = None,
         sampling: str = "random",
         seed: int = 0,
         batch_size: int | None = None,
@@ -215,7 +220,10 @@ class EGGSConfig(QuantizationConfigMixin):
         self.seq_len = None if seq_len is None else check.integer("seq_len", seq_len, least=2)
         self.sampling = check.one_of("sampling", sampling, SAMPLINGS)
         self.seed = check.integer("seed", seed, least=0, most=check.TORCH_SEEDS)
-        size = _batch_size(self.block_tuning or self.rounding_tuning) if batch_size is None else batch_size
+        tuning = self.block_tuning or self.rounding_tuning
+        share = _short_share(tuning) if short_share is None else short_share
+        self.short_share = check.number("short_share", share, least=0)
+        size = _batch_size(tuning) if batch_size is None else batch_size
         self.batch_size = check.integer("batch_size", size, least=1)
         self.min_expert_tokens = check.integer("min_expert_tokens", min_expert_tokens, least=0)
 
@@ -337,8 +345,8 @@ class EGGSConfig(QuantizationConfigMixin):
     def replace(self, **changes: Any) -> EGGSConfig:
         """A configuration with other values; `copy.replace` of Python 3.13 does the same.
 
-        What follows from other values follows again: `min_degree`, `band` and `batch_size`, where they are what they
-        would be by default. A preset brings its own values for the whole method, `band` included.
+        What follows from other values follows again: `min_degree`, `band`, `short_share` and `batch_size`, where they
+        are what they would be by default. A preset brings its own values for the whole method, `band` included.
 
         Args:
             changes: As for a new configuration.
@@ -355,6 +363,7 @@ class EGGSConfig(QuantizationConfigMixin):
         by_default = {
             "min_degree": _min_degree(None, _preset_values(self.preset)["min_degree"], self.selection, self.pattern),
             "band": _band(None, self.min_degree, self.selection, self.pattern),
+            "short_share": _short_share(self.block_tuning or self.rounding_tuning),
             "batch_size": _batch_size(self.block_tuning or self.rounding_tuning),
             "value_group": GROUP,
             "rounding": "gptq" if self.values == "int4" else "nearest",
@@ -395,7 +404,8 @@ class EGGSConfig(QuantizationConfigMixin):
         changes, unused = _split_known(kwargs)
         if not return_unused_kwargs:
             _refuse_unknown(unused)
-        config = cls(**config_dict)
+        none_made = {} if config_dict.get("pruned_modules") is None else {"short_share": 0.0}  # by earlier releases
+        config = cls(**none_made | dict(config_dict))
         if changes:
             config = config.replace(**changes)
         return (config, unused) if return_unused_kwargs else config
@@ -551,6 +561,10 @@ def _band(given: int | None, min_degree: int, selection: str, pattern: NMPattern
 
 def _rounding_tuning(values: str | None, block_tuning: int) -> int:
     return block_tuning // 2 if values == "int4" else 0
+
+
+def _short_share(block_tuning: int) -> float:
+    return 0.125 if block_tuning else 0.0
 
 
 def _batch_size(block_tuning: int) -> int:

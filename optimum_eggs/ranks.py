@@ -68,14 +68,13 @@ class Ranks:
                     f"{name}={value} cannot be shared out evenly over {self.size} processes; use a multiple of them"
                 )
 
-    def share(self, windows: Tensor, batch_size: int) -> Tensor:
-        """This process's windows: an equal part of every batch, so that a step of block tuning sees the same batch.
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's windows of a batch (windows, tokens), which [`check`] found to be shared out evenly.
 
-        >>> Ranks(1, 2).share(torch.arange(12).view(6, 2), 4)[:, 0]
-        tensor([ 4,  6, 10])
+        >>> Ranks(1, 2).share(torch.arange(8).view(4, 2))[:, 0]
+        tensor([4, 6])
         """
-        parts = [batch.chunk(self.size)[self.rank] for batch in windows.split(batch_size)]
-        return torch.cat(parts)
+        return batch.chunk(self.size)[self.rank]
 
     def deal(self, costs: Mapping[str, int]) -> dict[str, int]:
         """Who does each of several pieces of work, so that no one has much more than the others.

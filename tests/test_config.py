@@ -235,7 +235,7 @@ OWN = EGGSConfig(
         (OWN, {"preset": "ria", "min_degree": None}, {"preset": "ria", "min_degree": 0}),
         (OWN, {"preset": "fast", "refit_steps": 7}, {"preset": None, "solver": "sparsegpt", "refit_steps": 7}),
         (OWN, {"refit_steps": 10}, {"preset": "best"}),
-        (OWN, {"block_tuning": 0}, {"batch_size": 4}),
+        (OWN, {"block_tuning": 0}, {"batch_size": 4, "short_share": 0.0}),
         (OWN, {"targets": None}, {"targets": None}),
         # What follows from other values follows again, and what was chosen stays.
         (EGGSConfig("1:8"), {"min_degree": 2}, {"band": 64}),
@@ -259,7 +259,7 @@ def test_replacing_values_keeps_the_others(config, changes, expected):
     assert config.to_dict() == before
     assert found.tokenizer is config.tokenizer
     assert found.calibration is config.calibration
-    method = set(METHOD) | {"n", "m", "band", "batch_size", "preset"}
+    method = set(METHOD) | {"n", "m", "band", "short_share", "batch_size", "preset"}
     untouched = before.keys() - method - changes.keys() - {"calibration"}
     assert {key: found.to_dict()[key] for key in untouched} == {key: before[key] for key in untouched}
 
@@ -372,6 +372,17 @@ def test_block_tuning_takes_one_window_a_step_unless_told_otherwise():
     assert EGGSConfig(preset="best").batch_size == EGGSConfig(block_tuning=5).batch_size == 1
     assert EGGSConfig(preset="best", batch_size=2).batch_size == 2
     assert EGGSConfig(preset="best", block_tuning=0).batch_size == 4
+
+
+def test_short_windows_go_with_tuning():
+    assert EGGSConfig().short_share == EGGSConfig(preset="best", block_tuning=0).short_share == 0
+    assert EGGSConfig(preset="best").short_share == EGGSConfig(values="int4", rounding_tuning=5).short_share == 0.125
+    assert EGGSConfig(preset="best", short_share=0).short_share == 0
+    assert EGGSConfig(short_share=0.5).replace(preset="best").short_share == 0.5
+    stored = EGGSConfig(preset="best", pruned_modules={"a": "2:4"}).to_dict()
+    assert EGGSConfig.from_dict(stored).replace(seed=1).short_share == 0.125
+    del stored["short_share"]
+    assert EGGSConfig.from_dict(stored).short_share == 0  # an earlier release made none
 
 
 def test_values_beside_the_stored_ones_are_checked_as_in_a_new_configuration():

@@ -1,5 +1,6 @@
 """Calibration: text to token windows, and the walk of those windows through a model, block by block."""
 
+from .batches import batches_of
 from .blocks import BlockList, find_block_list
 from .providers import BlockProvider, InMemoryBlocks
 from .statistics import GramAccumulator
@@ -14,6 +15,7 @@ __all__ = [
     "InMemoryBlocks",
     "Walk",
     "Windows",
+    "batches_of",
     "find_block_list",
     "token_windows",
 ]

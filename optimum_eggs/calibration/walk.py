@@ -40,8 +40,7 @@ class Walk:
 
     Args:
         provider: Where the blocks come from.
-        windows: Token ids (windows, tokens).
-        batch_size: Windows run at a time.
+        batches: Token ids (windows, tokens), batch by batch: windows that run at a time.
         meter: Counts the seconds of `"forward"` and `"statistics"`.
         store: Makes a list to hold hidden states in, of what they take in bytes and the device that computes them.
         ranks: The processes over which the windows of every batch are shared out. Statistics are summed over them, and
@@ -58,14 +57,14 @@ class Walk:
     def __init__(
         self,
         provider: BlockProvider,
-        windows: Tensor,
-        batch_size: int,
+        batches: Sequence[Tensor],
         meter: Meter,
         store: Callable[[int, torch.device], MutableSequence[Tensor]] = states_in_memory,
         ranks: Ranks = ALONE,
     ) -> None:
         self.provider, self.meter, self.ranks = provider, meter, ranks
-        batches = ranks.share(windows, batch_size).split(batch_size // ranks.size)
+        batches = [ranks.share(batch) for batch in batches]
+        tokens = sum(batch.numel() for batch in batches)
         self._calls: list[list[Call]] = []  # [batch][block]
         pool: dict[tuple, list[Tensor]] = {}
         with meter.stage("forward"), torch.no_grad():
@@ -74,7 +73,7 @@ class Walk:
             for batch in batches:
                 hidden, calls = record_calls(provider, first, batch, output)
                 if not self._calls:
-                    self.store = partial(store, hidden.nbytes * len(batches), hidden.device)
+                    self.store = partial(store, hidden.nbytes // batch.numel() * tokens, hidden.device)
                     self.hidden = self.store()
                 self.hidden.append(hidden)
                 self._calls.append([shared(call, pool) for call in calls])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..calibration import BlockProvider, InMemoryBlocks, Walk
+from ..calibration import BlockProvider, InMemoryBlocks, Walk, batches_of
 from ..calibration.context import check_context, check_reads_text, check_vocabulary, text_config
 from ..calibration.states import states_in_memory
 from ..calibration.windows import windows_digest
@@ -151,7 +151,8 @@ def prune_blocks(
     """
     done = list(keeper.results) if keeper is not None else []
     with evaluation_mode(model):
-        walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
+        batches = batches_of(windows, config.batch_size, config.short_share, config.seed)
+        walk = Walk(blocks, batches, meter, store, ranks)
         stream = DenseStream(walk) if config.follows_dense else None
         hide = ranks.hide_bar(progress)
         announced = progress is False or not ranks.first

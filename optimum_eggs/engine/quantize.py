@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..calibration import InMemoryBlocks, Walk
+from ..calibration import InMemoryBlocks, Walk, batches_of
 from ..calibration.blocks import find_block_list
 from ..config import EGGSConfig
 from ..errors import ConfigError, ModelError
@@ -90,7 +90,10 @@ def _round_blocks(
     codings: dict[str, str] = {}
     tuned: list[BlockTuning] = []
     with evaluation_mode(model):
-        walk = Walk(blocks, windows, config.batch_size, meter) if windows is not None and passes else None
+        walk = None
+        if windows is not None and passes:
+            batches = batches_of(windows, config.batch_size, config.short_share, config.seed)
+            walk = Walk(blocks, batches, meter)
         stream = DenseStream(walk) if walk is not None and config.rounding_tuning else None
         quiet = None if progress is None else not progress
         for index in tqdm(range(len(blocks)), desc=f"Rounding to {config.values}", unit="block", disable=quiet):

@@ -137,7 +137,7 @@ def _choose(
 
         handle = model.get_submodule(outside.embedding).register_forward_hook(note)
         try:
-            walk = Walk(blocks, windows, config.batch_size, meter, store, ranks)
+            walk = Walk(blocks, windows.split(config.batch_size), meter, store, ranks)
         finally:
             handle.remove()
         if not given:

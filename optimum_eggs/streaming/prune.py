@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import custom_object_save
 
 from .. import validation as check
+from ..calibration.batches import short_batch, short_count
 from ..calibration.states import StatesOnDisk, states_in_memory
 from ..calibration.windows import check_calibration, windows_digest
 from ..config import EGGSConfig
@@ -377,14 +378,18 @@ def _same_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: int, seq_len: int) -> int:
-    """Bytes of the hidden states that a walk holds at the most, on so many windows and those that the model writes."""
+    """Bytes of the hidden states that a walk holds at the most, on so many windows, and those that are made besides."""
     # with tuning or correction, what the dense block gets and gives, beside what the pruned one gets
     copies = 3 if config.follows_dense else 1
     hidden = source.model.config.get_text_config().hidden_size
     of_batch = config.batch_size * seq_len * hidden * source.dtype.itemsize
     if source.device.type == "cuda":  # what torch pins on the host, it rounds up to a power of two
         of_batch = 1 << (of_batch - 1).bit_length()
-    return copies * -(-(windows + config.generated_samples) // config.batch_size) * of_batch
+    count = windows + config.generated_samples
+    together, _ = short_batch(config.batch_size, seq_len)
+    short = short_count(count, seq_len, config.batch_size, config.short_share)
+    batches = -(-count // config.batch_size) + -(-short // together)
+    return copies * batches * of_batch
 
 
 def _bytes_to_write(

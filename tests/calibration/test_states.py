@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from optimum_eggs import EGGSConfig
-from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list, states
+from optimum_eggs.calibration import InMemoryBlocks, Walk, batches_of, find_block_list, states
 from optimum_eggs.calibration.states import StatesOnDisk, StatesOnHost, states_in_memory
 from optimum_eggs.engine import prune_model
 from optimum_eggs.measure import Meter
@@ -97,8 +97,7 @@ def test_a_list_is_asked_for_with_the_bytes_that_it_will_hold():
     with Meter() as meter:
         walk = Walk(
             InMemoryBlocks(model, find_block_list(model)),
-            WINDOWS,
-            2,
+            batches_of(WINDOWS, 2, short_share=0.5),
             meter,
             lambda size, device: asked.append((size, device)) or [],
         )

@@ -36,7 +36,7 @@ def test_the_walk_gives_the_hidden_states_of_the_whole_forward(name):
             model(input_ids=batch, use_cache=False)
     hook.remove()
     with Meter() as meter:
-        walk = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter)
+        walk = Walk(InMemoryBlocks(model, found), WINDOWS.split(2), meter)
         for index, block in enumerate(found.blocks):
             walk.advance(block, index)
     assert len(walk.hidden) == len(outputs) == 3
@@ -57,7 +57,7 @@ def test_halves_are_multiplied_in_float32_where_that_is_faster(faster, monkeypat
         each.config.use_cache = False
         found = find_block_list(each)
         with Meter() as meter, torch.no_grad():
-            walk = Walk(InMemoryBlocks(each, found), WINDOWS, 5, meter)
+            walk = Walk(InMemoryBlocks(each, found), WINDOWS.split(5), meter)
             linear = linears_of(each, found.block_name(0))["self_attn.o_proj"]
             walk.statistics(found.blocks[0], 0, linear)  # which leaves the block where the layer is called
             walk.advance(found.blocks[0], 0)
@@ -76,7 +76,7 @@ def test_statistics_beside_a_dense_twin_pair_the_same_tokens():
     linear = linears_of(model, found.block_name(0))["mlp.down_proj"]
     twin = copy.deepcopy(block)
     with Meter() as meter:
-        walk = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter)
+        walk = Walk(InMemoryBlocks(model, found), WINDOWS.split(2), meter)
         hidden = [states + 1 for states in walk.hidden]
         dense = DenseTwin(twin, hidden, twin.mlp.down_proj)
         statistics = walk.statistics(block, 0, linear, dense)
@@ -106,7 +106,7 @@ def test_statistics_are_the_gram_matrix_of_the_inputs(name):
     for hook in hooks:
         hook.remove()
     with Meter() as meter:
-        walk = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter)
+        walk = Walk(InMemoryBlocks(model, found), WINDOWS.split(2), meter)
         walk.advance(found.blocks[0], 0)
         for full, module in linears.items():
             statistics = walk.statistics(found.blocks[1], 1, module)
@@ -122,7 +122,7 @@ def test_stages_share_an_input_and_follow_the_order_of_execution():
     found = find_block_list(model)
     linears = linears_of(model, "model.layers.0")
     with Meter() as meter:
-        stages = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter).stages(found.blocks[0], 0, linears)
+        stages = Walk(InMemoryBlocks(model, found), WINDOWS.split(2), meter).stages(found.blocks[0], 0, linears)
     assert stages == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
@@ -135,7 +135,7 @@ def test_the_model_is_left_as_it_was_after_recording():
     model = tiny.make_model("llama")
     before = model(input_ids=WINDOWS).logits
     with Meter() as meter:
-        Walk(InMemoryBlocks(model, find_block_list(model)), WINDOWS, 2, meter)
+        Walk(InMemoryBlocks(model, find_block_list(model)), WINDOWS.split(2), meter)
     assert torch.equal(model(input_ids=WINDOWS).logits, before)
     assert not any("forward" in block.__dict__ for block in model.model.layers)
 
@@ -203,7 +203,7 @@ def test_a_model_that_skips_a_block_is_refused():
     found = find_block_list(model)
     found.blocks.append(nn.Linear(4, 4))
     with Meter() as meter, pytest.raises(ModelError, match="the model ran 3 of its 4 blocks"):
-        Walk(InMemoryBlocks(model, found), torch.zeros(2, 3, dtype=torch.int64), 2, meter)
+        Walk(InMemoryBlocks(model, found), [torch.zeros(2, 3, dtype=torch.int64)], meter)
 
 
 def test_input_norms_are_those_of_the_gram_matrix():
@@ -212,7 +212,7 @@ def test_input_norms_are_those_of_the_gram_matrix():
     found = find_block_list(model)
     linears = linears_of(model, found.block_name(0))
     with Meter() as meter:
-        walk = Walk(InMemoryBlocks(model, found), WINDOWS, 2, meter)
+        walk = Walk(InMemoryBlocks(model, found), WINDOWS.split(2), meter)
         norms = walk.input_norms(found.blocks[0], 0, linears)
         for name, linear in linears.items():
             statistics = walk.statistics(found.blocks[0], 0, linear)

@@ -154,7 +154,7 @@ def test_the_processes_agree_on_the_passes(monkeypatch):
     model = tiny.make_model("mixtral")
     plan = make_plan(model, EGGSConfig("2:4"))
     with Meter() as meter:
-        walk = Walk(InMemoryBlocks(model, plan.block_list), WINDOWS, 2, meter)
+        walk = Walk(InMemoryBlocks(model, plan.block_list), WINDOWS.split(2), meter)
         next(inputs.layers_with_inputs(walk, plan.block_list.blocks[0], 0, "model.layers.0.", plan.layers[0], 0))
     assert asked == [5_000]
 
@@ -167,7 +167,7 @@ def test_a_gpu_is_waited_for_once_a_batch_and_not_at_every_expert(monkeypatch):
     plan = make_plan(model, EGGSConfig("2:4"))
     experts = {name: module for name, module in plan.layers[0].items() if "experts" in name}
     with Meter() as meter:
-        walk = Walk(InMemoryBlocks(model, plan.block_list), WINDOWS, 2, meter)
+        walk = Walk(InMemoryBlocks(model, plan.block_list), WINDOWS.split(2), meter)
         entered.clear()
         walk.statistics_together(plan.block_list.blocks[0], 0, experts)
     assert entered.count("statistics") == len(walk.hidden)

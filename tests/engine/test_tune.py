@@ -29,7 +29,7 @@ def prepared(meter, name="llama", dtype=torch.float32):
     """A walk before block 0, that block with magnitude masks applied, the masks, and what it gave when dense."""
     model = tiny.make_model(name, dtype=dtype)
     model.config.use_cache = False  # or every run of a block would add to one cache
-    walk = Walk(InMemoryBlocks(model, find_block_list(model)), WINDOWS, 2, meter)
+    walk = Walk(InMemoryBlocks(model, find_block_list(model)), WINDOWS.split(2), meter)
     block = walk.provider.skeleton(0)
     targets = walk.outputs(block, 0)
     masks = {}

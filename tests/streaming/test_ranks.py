@@ -30,7 +30,7 @@ from optimum_eggs.streaming import prune_checkpoint
 SIZE = {"num_samples": 16, "seq_len": 32, "band": 8, "batch_size": 4}
 KINDS = {
     "fast": {},
-    "best": {"preset": "best", "block_tuning": 6},
+    "best": {"preset": "best", "block_tuning": 5},
     "untuned": {"preset": "best", "block_tuning": 0},
     "corrected": {"preset": "best", "block_tuning": 4, "error_correction": 0.5},
     "permuted": {"preset": "ria", "permutation": True},

@@ -222,7 +222,7 @@ class EGGSConfig(QuantizationConfigMixin):
         self.seed = check.integer("seed", seed, least=0, most=check.TORCH_SEEDS)
         tuning = self.block_tuning or self.rounding_tuning
         share = _short_share(tuning) if short_share is None else short_share
-        self.short_share = check.number("short_share", share, least=0)
+        self.short_share = check.number("short_share", share, least=0, most=1)
         size = _batch_size(tuning) if batch_size is None else batch_size
         self.batch_size = check.integer("batch_size", size, least=1)
         self.min_expert_tokens = check.integer("min_expert_tokens", min_expert_tokens, least=0)

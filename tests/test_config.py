@@ -101,6 +101,7 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
         ({"seq_len": 1}, r"seq_len=1 must be an integer of at least 2"),
         ({"seed": -1}, "seed=-1 must be an integer from 0 to 18446744073709551615"),
         ({"seed": 2**64}, "seed=18446744073709551616 must be an integer from 0 to 18446744073709551615"),
+        ({"short_share": 2}, r"short_share=2 must be a finite number between 0 and 1"),
         ({"batch_size": False}, r"batch_size=False must be an integer of at least 1"),
         ({"split": ""}, r"split='' must be a text that is not empty, or None"),
         ({"text_column": 3}, r"text_column=3 must be a text"),

@@ -73,7 +73,7 @@ class Walk:
             for batch in batches:
                 hidden, calls = record_calls(provider, first, batch, output)
                 if not self._calls:
-                    self.store = partial(store, hidden.nbytes // batch.numel() * tokens, hidden.device)
+                    self.store = partial(store, hidden.nbytes * tokens // batch.numel(), hidden.device)
                     self.hidden = self.store()
                 self.hidden.append(hidden)
                 self._calls.append([shared(call, pool) for call in calls])

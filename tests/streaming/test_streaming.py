@@ -145,6 +145,19 @@ def test_hidden_states_on_disk_make_no_difference(kind, deep, whole, text_file, 
     assert not made
 
 
+@pytest.mark.parametrize(("share", "held"), [(0, 8), (0.5, 12)])
+def test_short_windows_count_against_the_memory_budget(share, held, deep, text_file, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(streaming, "StatesOnDisk", lambda parent: made.append(parent) or [])
+    config = config_for(text_file, preset="wanda", short_share=share)
+    dense = AutoModelForCausalLM.from_pretrained(deep)
+    needed = held * SIZE["seq_len"] * dense.config.hidden_size * dense.dtype.itemsize
+    for name, budget in {"enough": needed, "less": needed - 1}.items():
+        assert not made
+        prune_checkpoint(deep, tmp_path / name, config, memory_budget=budget, progress=False)
+    assert made
+
+
 def test_dtypes_and_shards(deep, text_file, tmp_path):
     config = config_for(text_file)
     pruner = EGGSPruner.from_pretrained(deep, dtype="float32")

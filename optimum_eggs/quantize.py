@@ -28,7 +28,10 @@ KEYS = ("values", "value_group", "rounding", "rounding_tuning", "tuning_lr", "he
 
 _WITH_DEFAULTS = ("tuning_lr", "num_samples", "sampling", "seed", "min_expert_tokens", "batch_size")
 _TEXT = ("calibration", "split", "text_column", "dataset_config_name", "dataset_revision", "tokenizer", "token")
-_CALIBRATION = (*_TEXT, "num_samples", "seq_len", "sampling", "seed", "batch_size", "min_expert_tokens")
+_CALIBRATION = (
+    *_TEXT,
+    *("num_samples", "seq_len", "short_share", "sampling", "seed", "batch_size", "min_expert_tokens"),
+)
 
 
 def quantize(

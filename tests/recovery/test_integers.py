@@ -17,6 +17,7 @@ from optimum_eggs.engine.report import read_report
 from optimum_eggs.errors import ConfigError
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.nn import CodedLinear, RoundedLinear, packed_layers
+from optimum_eggs.quantize import quantize
 from optimum_eggs.recovery.recover import RecoverySettings, recover
 
 peft = pytest.importorskip("peft")
@@ -178,6 +179,21 @@ def test_quantize_from_the_command_line(packed_folder, text_file, tmp_path, caps
         assert main(["quantize", model, str(tmp_path / "wrong"), *flags]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_short_windows_follow_from_the_tuning_of_the_rounding(tokenizer, text_file, tmp_path):
+    pruner = EGGSPruner(tiny.make_model("llama"), tokenizer)
+    short = {"num_samples": 4, "seq_len": 16}
+    config = EGGSConfig("2:4", preset="best", block_tuning=2, short_share=0, **short)
+    pruner.prune(config, calibration=tiny.make_windows(4, 16))
+    pruner.save_pretrained(tmp_path / "packed")
+    settings = {"values": "int4", "calibration": str(text_file), "rounding_tuning": 3} | short
+    tuning = {
+        name: quantize(tmp_path / "packed", tmp_path / name, settings | share, device="cpu")["tuning"]
+        for name, share in (("default", {}), ("eighth", {"short_share": 0.125}), ("none", {"short_share": 0}))
+    }
+    assert tuning["default"] == tuning["eighth"] != tuning["none"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -254,7 +254,8 @@ def pruned(shape: Shape, preset: str, windows: int, seq_len: int, steps: int, de
     settings = EGGSConfig(PATTERN, preset=preset, num_samples=windows, seq_len=seq_len, **values)  # type: ignore[arg-type]
     batch = ids[: settings.batch_size].to(device)
     with torch.no_grad():
-        one_pass = seconds(lambda: model.model(input_ids=batch, use_cache=False), device, 3) * windows / len(batch)
+        one_pass = seconds(lambda: model.model(input_ids=batch, use_cache=False), device, 3)
+    one_pass *= windows * (1 + settings.short_share) / len(batch)
     with factorisations() as factorised:
         report = prune_model(model, settings, ids, progress=False)
     for layer in report.layers:

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from optimum_eggs.calibration.batches import short_batch, short_count
+from optimum_eggs.config import EGGSConfig
 from optimum_eggs.engine.rotation import STEPS
 from optimum_eggs.engine.tune import judged_batches
 from optimum_eggs.masks import channel_order, expander_mask
@@ -287,7 +289,10 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, **otherwis
     `otherwise` are values of the method, and `float32`.
     """
     float32 = otherwise.pop("float32", False)
-    found, values, tokens = counts(), PRESETS[preset] | otherwise, windows * seq_len
+    found, values = counts(), PRESETS[preset] | otherwise
+    share = EGGSConfig(PATTERN, preset=preset, block_tuning=values["block_tuning"]).short_share
+    short, (together, length) = short_count(windows, seq_len, 1, share), short_batch(1, seq_len)
+    tokens = windows * seq_len + short * length
     attention = 4 * seq_len * shape.hidden
     before, passes = 0, 0
     made: dict[str, Work] = {"forward": Work(), "statistics": Work()}
@@ -331,7 +336,7 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, **otherwis
         add("permutation", heads * order_work(found, shape.hidden * queries, head, 10))
     if values["block_tuning"]:
         # a step costs three passes of a window; what judges is in float32, as is attention
-        steps, judged = 3 * values["block_tuning"], 2 * len(judged_batches(windows))
+        steps, judged = 3 * values["block_tuning"], 2 * len(judged_batches(windows + -(-short // together)))
         add("tuning", product(2 * before * seq_len * steps))
         add("tuning", Work(float32=seq_len * (whole * judged + attention * steps)))
         add("tuning", Work(bandwidth=_ADAM * before * values["block_tuning"]))

@@ -94,7 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError):
         return True
-    words = ("can't allocate memory", "not enough memory", "out of memory")
+    words = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")  # cuBLAS, cuSOLVER
     return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
 
 

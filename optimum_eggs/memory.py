@@ -40,9 +40,10 @@ tried to allocate 8 bytes); give a smaller batch_size or seq_len
 
 
 def on_accelerator(error: BaseException) -> bool:
-    """Whether the memory that was out is that of an accelerator: torch has a type for it.
+    """Whether the memory that was out is that of an accelerator: torch has a type for it, and CUDA's libraries a word.
 
-    >>> on_accelerator(MemoryError())
-    False
+    >>> on_accelerator(MemoryError()), on_accelerator(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
+    (False, True)
     """
-    return type(error).__name__ == "OutOfMemoryError" and not isinstance(error, EGGSError)
+    of_torch = type(error).__name__ == "OutOfMemoryError" and not isinstance(error, EGGSError)
+    return of_torch or "STATUS_ALLOC_FAILED" in str(error)

@@ -71,6 +71,13 @@ def test_the_memory_of_the_machine_has_no_other_device(error):
     assert found.value.__cause__ is error
 
 
+@pytest.mark.parametrize("library", ["CUDA error: CUBLAS", "cusolver error: CUSOLVER"])
+def test_the_libraries_of_a_gpu_run_out_of_memory_too(library):
+    words = f"{library}_STATUS_ALLOC_FAILED when calling `create(handle)`"
+    with pytest.raises(OutOfMemoryError, match="smaller batch_size, or use device='cpu'"), enough_memory("batch_size"):
+        raise RuntimeError(words)
+
+
 def test_other_errors_stay_as_they_are():
     for error in (RuntimeError("mat1 and mat2"), EGGSError("out of memory"), KeyboardInterrupt()):
         with pytest.raises(type(error)) as found, enough_memory("batch_size"):

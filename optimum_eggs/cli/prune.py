@@ -164,10 +164,11 @@ def run(args: argparse.Namespace) -> int:
     """Prune, save, and print what was done."""
     from ..calibration.documents import SOURCES
     from ..calibration.windows import check_calibration
+    from ..devices import choose_device
     from ..folders import check_output
     from ..ranks import join_ranks
 
-    ranks = join_ranks()
+    ranks = join_ranks(cpu=choose_device(args.device).type == "cpu")
     # Everything that can be refused is refused before a model is loaded.
     check_output(args.output, args.overwrite, sources=[args.model])
     flags = {key: getattr(args, key) for key in _FLAGS}
@@ -233,7 +234,7 @@ def _from_disk(args: argparse.Namespace, config: EGGSConfig, ranks: Ranks) -> Pr
         config,
         dtype=args.dtype,
         save_dtype=None if args.save_dtype == "auto" else args.save_dtype,
-        device=ranks.device if ranks.size > 1 and args.device == "auto" else chosen_device(args),
+        device=chosen_device(args) if ranks.size == 1 else ranks.device,
         memory_budget=args.memory_budget,
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,

@@ -229,8 +229,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         for start in range(0, len(codes), height):
             rows = slice(start, start + height)
             values = values_of(codes[rows], scale[rows], ctx.in_features, n, m, kind, group, grad.dtype)
-            dense = values if weight_meta is None else spread(values, weight_meta[rows], NMPattern(n, m))
-            part = matmul(grad[..., rows], dense)
+            if weight_meta is not None:  # places, a byte each, would be more than the codes
+                values = spread(values, weight_meta, NMPattern(n, m), rows, hold=False)
+            part = matmul(grad[..., rows], values)
             grad_x = part if grad_x is None else grad_x.add_(part)
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

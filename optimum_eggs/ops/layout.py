@@ -16,7 +16,7 @@ _ALL = slice(None)
 _NUMBERS = 1 << 22  # of positions that are worked out at a time
 
 
-def spread(values: Tensor, weight_meta: Tensor, pattern: NMPattern, rows: slice = _ALL) -> Tensor:
+def spread(values: Tensor, weight_meta: Tensor, pattern: NMPattern, rows: slice = _ALL, *, hold: bool = True) -> Tensor:
     """The dense matrix (out, in), zeros in place, of values (out, in·n/m) and bits (out, ⌈in/8⌉). Differentiable.
 
     Args:
@@ -24,6 +24,7 @@ def spread(values: Tensor, weight_meta: Tensor, pattern: NMPattern, rows: slice 
         weight_meta: Bits of all rows.
         pattern: n kept of every m inputs.
         rows: Those that are meant; all if not given.
+        hold: Where torch must do it, hold the places of the values for later calls.
 
     >>> spread(torch.tensor([[1.0, 4.0]]), torch.tensor([[9]], dtype=torch.uint8), NMPattern(2, 4))
     tensor([[1., 0., 0., 4.]])
@@ -32,7 +33,8 @@ def spread(values: Tensor, weight_meta: Tensor, pattern: NMPattern, rows: slice 
     bits = weight_meta[rows]
     isa = _isa(values, bits, in_features)
     if isa is None:
-        return _by_places(values, _hold_places(values, weight_meta, in_features, pattern), bits, pattern, rows)
+        places = _hold_places(values, weight_meta, in_features, pattern) if hold else None
+        return _by_places(values, places, bits, pattern, rows)
     dense = values.new_empty(len(values), in_features)
     native.unpack(isa, values.contiguous(), bits.contiguous(), dense)
     return dense

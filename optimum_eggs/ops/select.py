@@ -243,4 +243,6 @@ def _of_integers(layer: torch.nn.Module, batch: int) -> Choice:
     found = choose(torch.float32 if bias is None else bias.dtype, device, batch, *_shape(layer))
     if found.backend == "native" and batch <= MOST_TOKENS_CODED:
         return Choice("native", found.isa, f"{batch} tokens: rounded to bytes up to {MOST_TOKENS_CODED}")
+    if found.backend == "dense":  # which holds the dense weights of floats
+        return Choice("reference", None, "values are made of the integers and unpacked at every call; nothing is held")
     return Choice(found.backend, found.isa, f"values are made of the integers at every call; then: {found.why}")

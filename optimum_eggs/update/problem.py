@@ -18,9 +18,10 @@ _COLUMNS = 256  # of an inverse, that are found at a time
 class Problem:
     """Minimise ‖(W − Z)X‖²_F + λ‖W − Z‖²_F over Z, for the rows of any W; λ = damping · mean(diag XXᵀ).
 
-    Every row is a problem of its own, so a solver may be given some of a layer's rows. What is found about X serves all
-    layers that read it. Where the damping alone keeps it from being singular, it is factorised in float64, whatever the
-    dtype of the Gram matrix: a factorisation loses as many digits as the root of the condition number has.
+    Every row is a problem of its own, so a solver may be given some of a layer's rows. SparseGPT's factor and the scale
+    serve all layers that read X; ADMM's penalty goes another way in each, and its factors are not kept. Where the
+    damping alone keeps it from being singular, it is factorised in float64, whatever the dtype of the Gram matrix: a
+    factorisation loses as many digits as the root of the condition number has.
 
     Args:
         gram: XXᵀ (in, in), summed over the calibration tokens, float32 or float64: the dtype that solvers work in.

@@ -276,6 +276,9 @@ def test_what_runs_is_explained():
     _, coded = packed()
     with force("reference"):
         assert explain(coded, 1).why.startswith("values are made of the integers at every call")
+    with force("dense"):  # as on a GPU
+        assert explain(coded, 1).backend == "reference"
+        assert explain(coded, 1).why.endswith("nothing is held")
 
 
 def test_rows_of_a_large_head_are_multiplied_some_at_a_time(monkeypatch):

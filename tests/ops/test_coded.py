@@ -5,7 +5,7 @@ import torch
 from oracles import coded_product, gaussian, random_mask
 from torch.library import opcheck
 
-from optimum_eggs.ops import force, native
+from optimum_eggs.ops import force, held, native
 from optimum_eggs.ops.coded_linear import coded_linear, values_of
 from optimum_eggs.packing import pack_mask
 from optimum_eggs.packing.codes import Coding, store_codes
@@ -94,6 +94,18 @@ def test_the_gradient_of_the_input_is_that_of_the_values():
         (y * weights).sum().backward()
         torch.testing.assert_close(x.grad, weights @ dense, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(b.grad, weights.sum(0))
+
+
+def test_where_torch_unpacks_nothing_is_held(monkeypatch):
+    monkeypatch.setattr(held, "hold", lambda *_: pytest.fail("held"))
+    codes, scale, meta, _ = made(2, 4, "int8")
+    values = values_of(codes, scale, 192, 2, 4, "int8", 64, torch.float64)
+    x = gaussian(3, 192).double().requires_grad_()
+    with force("dense"):
+        y = coded_linear(x, codes, scale, meta, None, 2, 4, "int8", 64)
+        y.sum().backward()
+    dense = torch.zeros(17, 192, dtype=torch.float64).masked_scatter(random_mask(17, 192, 2, 4), values)
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(3, -1))
 
 
 def test_the_operator_is_one_as_torch_expects_it():

@@ -207,7 +207,7 @@ def test_work_is_shared_out_evenly():
 
 
 def test_only_safetensors_files_are_pruned_by_several(monkeypatch, capsys, text_file, tmp_path):
-    monkeypatch.setattr("optimum_eggs.ranks.join_ranks", lambda: Ranks(0, 2))
+    monkeypatch.setattr("optimum_eggs.ranks.join_ranks", lambda cpu: Ranks(0, 2))
     assert main(["prune", str(tmp_path), str(tmp_path / "out"), "--calibration", str(text_file)]) == 2
     assert "is not in safetensors files, which alone 2 processes can prune together" in capsys.readouterr().err
 

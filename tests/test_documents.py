@@ -35,6 +35,7 @@ SMALLER = {  # the last of two equal options counts
     "python benchmarks/ranks.py": "--num-samples 8 --seq-len 16 --num-windows 2 --test-seq-len 32",
     "python benchmarks/cost_model.py": "--num-samples 4 --seq-len 16 --hidden 128 --intermediate 256",
     "python tests/fuzz/fuzz_checkpoints.py": "--runs 10",
+    "python benchmarks/permutation.py": "--inputs 64 --rows 16",
     "python benchmarks/gpu.py": "--device cpu --tests",
     "python benchmarks/merging.py": "--seq-len 16 --batch-size 1 --steps 1 --test-windows 1 --test-seq-len 16",
     "python benchmarks/training.py": "--batch-size 1 --seq-len 16 --steps 1 --warm-up 1",

@@ -212,6 +212,18 @@ def test_only_safetensors_files_are_pruned_by_several(monkeypatch, capsys, text_
     assert "is not in safetensors files, which alone 2 processes can prune together" in capsys.readouterr().err
 
 
+def test_several_processes_work_on_the_device_that_is_named(monkeypatch, capsys, text_file, tmp_path):
+    def device(name):  # as where there is a GPU
+        return torch.device("cuda" if name == "auto" else name)
+
+    monkeypatch.setattr("optimum_eggs.devices.choose_device", device)
+    asked = []
+    monkeypatch.setattr("optimum_eggs.ranks.join_ranks", lambda cpu: asked.append(cpu) or Ranks(0, 2))
+    for flags in ([], ["--device", "cpu"]):
+        assert main(["prune", str(tmp_path), str(tmp_path / "out"), "--calibration", str(text_file), *flags]) == 2
+    assert asked == [False, True]
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory, tokenizer):
     """A model of ten blocks."""

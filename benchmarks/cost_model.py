@@ -7,16 +7,16 @@ The model counts operations and divides by rates: `--gflops` of matrix products 
 which are measured here first if they are not given. With `--check` MODEL is pruned, and what was counted is printed
 beside what it took. For a block whose stages (layers that read the same tensor) have d inputs:
 
-- forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens; and all that
-  again in the dense model;
+- forward: every stage needs a pass through what comes before it, and the block one more, on T/R tokens; but attention,
+  once its layers are pruned, runs in one of them alone; and all that again in the dense model;
 - statistics: d² operations for each of T/R tokens and each stage, and 256 d more: half of a symmetric product; and 2 d²
   for the products with the dense model's inputs;
 - update: 17 products of a layer (out, d) with (d, d), of the corrected target, SparseGPT, 10 steps of the refit, its
   start and the error, its rows shared by the processes; and once for each stage 4 d³ for the factor in float64, of
   which they share half;
 - sent: 8 d² bytes for each stage, twice over if R > 1, 4 d² for the factor, and the block's pruned weights;
-- memory: the block twice, the largest layer's nine float32 copies and five (d, d) ones in float32, and three times the
-  hidden states.
+- memory, when the widest layer is pruned, which comes last: the block, that layer's nine float32 copies and five (d, d)
+  ones in float32, and three times the hidden states.
 """
 
 from __future__ import annotations
@@ -60,7 +60,20 @@ class Shape:
     @property
     def weights(self) -> int:
         """Of a block."""
-        return sum(inputs * sum(outputs) for inputs, outputs in self.stages)
+        return sum(self._weights())
+
+    def before_statistics(self, seq_len: int) -> int:
+        """Operations a token of what the block does before each stage; attention, once pruned, is kept."""
+        keys, output, up, _ = self._weights()
+        return 2 * (keys + (keys + output) + up) + 2 * 4 * seq_len * self.hidden
+
+    @property
+    def behind_attention(self) -> int:
+        """Operations a token of what the block does behind it."""
+        return 2 * sum(self._weights()[2:])
+
+    def _weights(self) -> list[int]:
+        return [inputs * sum(outputs) for inputs, outputs in self.stages]
 
 
 SHAPES = {
@@ -90,26 +103,22 @@ class Cost:
 def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) -> Cost:
     """Of a model, for one of several processes."""
     share = tokens / processes
-    before, passes, statistics, update, sent = 0, 0.0, 0.0, 0.0, 0.0
-    for number, (inputs, outputs) in enumerate(shape.stages):
-        attention = 4 * seq_len * shape.hidden if number else 0
-        passes += 2 * before + attention
-        before += inputs * sum(outputs)
+    statistics, update, sent = 0.0, 0.0, 0.0
+    for inputs, outputs in shape.stages:
         statistics += inputs * (inputs + STRIP) + 2 * inputs**2
         rows = sum(outputs) / processes
         factor = FACTORISATION["sparsegpt"] / 2 * (1 + 1 / processes) * inputs
         update += (UPDATE_PRODUCTS * 2 * rows + factor) * inputs**2
         sent += 4 * inputs**2 * 5 + shape.itemsize * sum(outputs) * inputs
-    passes += 2 * before + 4 * seq_len * shape.hidden
     largest = max(inputs * max(outputs) for inputs, outputs in shape.stages)
     widest = max(inputs for inputs, _ in shape.stages)
     seconds = {
-        "forward": 2 * share * passes / rates.dtype,
+        "forward": 2 * share * (shape.before_statistics(seq_len) + shape.behind_attention) / rates.dtype,
         "statistics": share * statistics / rates.float32,
         "update": update / rates.float32,
     }
     states = 3 * share * shape.hidden * shape.itemsize
-    held = 2 * shape.itemsize * shape.weights + 36 * largest + 20 * widest**2 + states
+    held = shape.itemsize * shape.weights + 36 * largest + 20 * widest**2 + states
     return Cost(
         {stage: value * shape.blocks for stage, value in seconds.items()},
         sent * shape.blocks * (processes > 1),

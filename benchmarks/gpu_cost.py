@@ -294,7 +294,6 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, **otherwis
     short, (together, length) = short_count(windows, seq_len, 1, share), short_batch(1, seq_len)
     tokens = windows * seq_len + short * length
     attention = 4 * seq_len * shape.hidden
-    before, passes = 0, 0
     made: dict[str, Work] = {"forward": Work(), "statistics": Work()}
 
     def add(name: str, work: Work) -> None:
@@ -303,9 +302,7 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, **otherwis
     def product(operations: float) -> Work:
         return Work(**{"float32" if float32 else "half": operations})
 
-    for number, (inputs, outputs) in enumerate(shape.stages):
-        passes += 2 * before + attention * (number > 0)
-        before += inputs * sum(outputs)
+    for inputs, outputs in shape.stages:
         products = 2 if values["error_correction"] else 1
         add("statistics", product(products * 2 * inputs**2 * tokens))
         if values["solver"] == "sparsegpt":
@@ -320,15 +317,17 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, **otherwis
             # two products for the error; the score and its mask, certificate and packing once over
             after = Work(float32=4 * rows * inputs**2, bandwidth=200 * rows * inputs, wait=AFTER_LAYER)
             add("report and packing", after)
-    whole = 2 * before + attention
+    whole = 2 * shape.weights + attention
     if values["rotation"]:
         for name, work in rotation_work(shape).items():
             add(name, work)
         add("statistics", product(sum(2 * inputs**2 for inputs, _ in shape.stages) * tokens))
-    dense = bool(values["error_correction"])  # whose statistics take as many passes
-    extra = bool(values["permutation"]) + (dense or bool(values["block_tuning"]))
-    extra += 2 * bool(values["rotation"])  # through the dense model: for the statistics, and to leave the block
-    add("forward", Work(half=tokens * ((1 + dense) * passes + whole * (1 + extra))))
+    # the dense block is passed as often to correct errors, and once to be tuned to; what is tuned is passed as a whole
+    dense, tuned = bool(values["error_correction"]), bool(values["block_tuning"])
+    passes = (1 + dense) * shape.before_statistics(seq_len) + (dense + (not tuned)) * shape.behind_attention
+    # through the dense model for a rotation: for the statistics, and to leave the block
+    extra = bool(values["permutation"]) + tuned + (tuned and not dense) + 2 * bool(values["rotation"])
+    add("forward", Work(half=tokens * (passes + whole * extra)))
     if values["permutation"]:
         head = head_size(shape)
         heads, queries = shape.keys // head, shape.hidden // shape.keys
@@ -337,9 +336,9 @@ def block_work(shape: Shape, windows: int, seq_len: int, preset: str, **otherwis
     if values["block_tuning"]:
         # a step costs three passes of a window; what judges is in float32, as is attention
         steps, judged = 3 * values["block_tuning"], 2 * len(judged_batches(windows + -(-short // together)))
-        add("tuning", product(2 * before * seq_len * steps))
+        add("tuning", product(2 * shape.weights * seq_len * steps))
         add("tuning", Work(float32=seq_len * (whole * judged + attention * steps)))
-        add("tuning", Work(bandwidth=_ADAM * before * values["block_tuning"]))
+        add("tuning", Work(bandwidth=_ADAM * shape.weights * values["block_tuning"]))
     return made
 
 

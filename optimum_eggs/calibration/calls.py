@@ -69,7 +69,7 @@ def record_calls(
 
         return forward
 
-    with _forward_replaced([(provider.skeleton(i), stand_in(i)) for i in range(count)]), suppress(Stop):
+    with forward_replaced([(provider.skeleton(i), stand_in(i)) for i in range(count)]), suppress(Stop):
         provider.run(batch)
     if len(calls) != count:
         raise ModelError(
@@ -80,7 +80,8 @@ def record_calls(
 
 
 @contextmanager
-def _forward_replaced(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def forward_replaced(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Have each module run something else, for a while."""
     # `forward` may sit on the instance already (accelerate puts its hooks there), so it is put back as it was.
     before = [module.__dict__.get("forward") for module, _ in pairs]
     try:

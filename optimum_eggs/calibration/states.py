@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SHARE = 8  # of the device's free memory, a list may take one part: there are up to three, and a block is tuned beside
+_SHARE = 8  # of the device's free memory, a list may take one part: there are up to four, or two and a block is tuned
 
 
 class _States(MutableSequence):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from ..ops.wide import widens
 from ..ranks import ALONE, Ranks
 from .calls import DONE, Call, cast, record_calls, shared
 from .hooks import Stop, hooked, input_of
+from .kept import Kept
 from .providers import BlockProvider
 from .states import states_in_memory
 from .statistics import GramAccumulator
@@ -75,6 +76,7 @@ class Walk:
                 if not self._calls:
                     self.store = partial(store, hidden.nbytes * tokens // batch.numel(), hidden.device)
                     self.hidden = self.store()
+                    self._kept = Kept(self.store)
                 self.hidden.append(hidden)
                 self._calls.append([shared(call, pool) for call in calls])
         provider.entered()
@@ -192,20 +194,33 @@ class Walk:
             self.ranks.add(*squares.values())
         return {name: total.sqrt() for name, total in squares.items()}
 
-    def outputs(self, block: nn.Module, index: int, hidden: Sequence[Tensor] | None = None) -> MutableSequence[Tensor]:
-        """What block `index` gives for all windows, without moving on. Default of `hidden`: the walk's own."""
-        found = self.store()
+    def settle(self, block: nn.Module, settled: Collection[nn.Module], others: Collection[nn.Module]) -> None:
+        """Let what `settled` parts of a block give stand in for them in passes to come, until [`forget`].
+
+        Until then, `block` must be passed on the same hidden states, and nothing may change that `settled` parts hold.
+
+        Args:
+            block: The block at hand, or what it was.
+            settled: Children of it.
+            others: Children of it that may give something else in the next pass, and what runs behind them too.
+        """
+        self._kept.settle(block, settled, others)
+
+    def forget(self, block: nn.Module) -> None:
+        """Run all of `block` again from now on."""
+        self._kept.forget(block)
+
+    def pass_on(self, block: nn.Module, index: int, hidden: MutableSequence[Tensor]) -> None:
+        """Put what block `index` gives for hidden states in their place, batch by batch."""
         with self.meter.stage("forward"), torch.no_grad():
-            for batch, states in enumerate(self.hidden if hidden is None else hidden):
-                found.append(self.run(block, index, batch, states))
-        return found
+            for batch in range(len(hidden)):
+                hidden[batch] = self.run(block, index, batch, hidden[batch])
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass all windows through block `index`."""
-        with self.meter.stage("forward"), torch.no_grad():
-            for batch in range(len(self.hidden)):
-                self.hidden[batch] = self.run(block, index, batch)
-                self._calls[batch][index] = DONE
+        self.pass_on(block, index, self.hidden)
+        for calls in self._calls:
+            calls[index] = DONE
 
     def run(
         self,
@@ -221,7 +236,8 @@ class Walk:
         if dtype is not None:
             call, states = cast(call, dtype), states.to(dtype)
         states = states.to(next(block.parameters()).device)
-        with reading_fast(block) if widens(states.dtype, states.device.type) else nullcontext():
+        fast = reading_fast(block) if widens(states.dtype, states.device.type) else nullcontext()
+        with fast, self._kept.standing_in(block, batch, states.nbytes):
             return call.apply(block, states)
 
     def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor | None:

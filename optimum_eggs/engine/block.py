@@ -54,7 +54,7 @@ class DenseStream:
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass through block `index`, which must be dense."""
-        self.hidden = self.walk.outputs(block, index, self.hidden)
+        self.walk.pass_on(block, index, self.hidden)
 
 
 def prune_block(
@@ -82,11 +82,22 @@ def prune_block(
             return None
         return DenseTwin(twin, stream.hidden, twin.get_submodule(name.removeprefix(prefix)))
 
-    for wave in layers_with_inputs(walk, block, index, prefix, todo, config.min_expert_tokens, dense_layer):
+    def taken() -> None:
+        """Statistics are not taken any more: the dense block has no further use, nor what gives way to tuning."""
+        nonlocal twin
+        if twin is not None:
+            if stream is not None and (config.block_tuning or config.rounding_tuning or go_on):
+                stream.advance(twin, index)
+            walk.forget(twin)
+            twin = None  # so that its memory is free
+        if config.block_tuning or config.values or not go_on:
+            walk.forget(block)
+
+    counted = config.min_expert_tokens
+    for wave in layers_with_inputs(walk, block, index, prefix, todo, counted, dense_layer, taken):
         solved += _prune_wave(walk, wave, todo, gains, config)
-    if stream is not None and twin is not None and (config.block_tuning or config.rounding_tuning or go_on):
-        stream.advance(twin, index)
-    twin = None  # so that its memory is free
+    if not solved:
+        taken()
     if stream is not None:
         stream.apart |= bool(solved)
 
@@ -107,6 +118,7 @@ def prune_block(
             plan.runs_in_integers = True
     if go_on:
         walk.advance(block, index)
+    walk.forget(block)
 
     left_dense = []
     reached = {layer.name for layer in solved}

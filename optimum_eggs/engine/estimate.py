@@ -14,7 +14,7 @@ from ..calibration.states import StatesOnDisk
 from ..config import EGGSConfig
 from ..measure import finish
 from ..nn import dense_weight
-from .inputs import expert_waves, wave_bytes
+from .inputs import expert_waves, kept_parts, wave_bytes
 from .plan import PrunePlan
 from .rotation import STEPS, BlockSample
 
@@ -44,7 +44,8 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
     """
     layers = {name: dense_weight(module).shape for name, module in plan.layers[index].items()}
     limit = wave_bytes(next(block.parameters()).device)
-    waves = expert_waves(block, f"{plan.block_list.block_name(index)}.", plan.layers[index], limit)
+    prefix = f"{plan.block_list.block_name(index)}."
+    waves = expert_waves(block, prefix, plan.layers[index], limit)
     experts = {name for wave in waves for name in wave}
     readers = {name: ("" if name in experts else name.rpartition(".")[0], shape[1]) for name, shape in layers.items()}
     one_pass = _seconds(lambda: walk.run(block, index, 0)) * len(walk.hidden)
@@ -67,12 +68,23 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
     held = 4 * _LAYER_COPIES * rows * columns + 4 * _GRAM_COPIES * columns**2
     held += max((4 * sum(layers[name][1] ** 2 for name in wave) for wave in waves), default=0)
     if not isinstance(walk.hidden, StatesOnDisk):
-        held += first.numel() * first.element_size() * len(walk.hidden) * (3 if config.follows_dense else 1)
+        lists = lists_held(kept_parts(block, prefix, plan.layers[index]), config)
+        held += first.numel() * first.element_size() * len(walk.hidden) * lists
     if config.error_correction:
         held += sum(parameter.nbytes for parameter in block.parameters())
     if steps:
         held += 4 * _BLOCK_COPIES * sum(parameter.numel() for parameter in block.parameters())
     return Estimate(seconds * blocks, held)
+
+
+def lists_held(kept: int, config: EGGSConfig) -> int:
+    """Lists of hidden states at a time, at the most: what the pruned block gets, and the dense one, and of each `kept`.
+
+    Args:
+        kept: Parts of a block that are kept.
+        config: What is done.
+    """
+    return 1 + bool(config.follows_dense) + kept * (1 + bool(config.error_correction))
 
 
 def turning_seconds(of_block: float, sample: BlockSample, size: int, blocks: int) -> float:
@@ -92,9 +104,10 @@ def turning_announcement(seconds: float) -> str:
 def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -> float:
     """Passes of a block over all batches.
 
-    Layers that read the same tensor take half of one on average, since the pass ends with them; a wave of experts takes
-    one, what leaves the block one, tuning and permutation one each; to correct errors the dense block takes as many as
-    the statistics, and one. Rounding that passes its errors on takes the statistics again.
+    Layers that read the same tensor take a quarter of one on average, since the pass ends with them, and parts of the
+    block that are settled do not run; a wave of experts takes one, what leaves the block one, tuning and permutation
+    one each; to correct errors the dense block takes as many as the statistics, and one. Rounding that passes its
+    errors on takes the statistics again.
 
     Args:
         readers: What each layer reads: the module it is in, and its width; `""` for the module of experts.
@@ -102,8 +115,8 @@ def passes(readers: Iterable[tuple[str, int]], waves: int, config: EGGSConfig) -
         config: What is done.
     """
     stages = len({reads for reads in readers if reads[0]}) + 1
-    found = 1 + stages / 2 + waves + bool(config.permutation) + bool(config.follows_dense)
-    return found + (bool(config.error_correction) + (config.rounding == "gptq")) * (stages - 1) / 2
+    found = 1 + stages / 4 + waves + bool(config.permutation) + bool(config.follows_dense)
+    return found + (bool(config.error_correction) + (config.rounding == "gptq")) * (stages - 1) / 4
 
 
 def announcement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from ..calibration import DenseTwin, GramAccumulator, Walk
 from ..calibration.states import free_bytes
 from ..errors import NumericalError
-from ..nn import dense_weight
+from ..nn import dense_weight, is_dense_linear
 from ..nn.experts import SplitExperts
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,12 @@ def layers_with_inputs(
     todo: Mapping[str, nn.Module],
     min_expert_tokens: int,
     dense: Callable[[str], DenseTwin | None] = lambda name: None,
+    last: Callable[[], None] = lambda: None,
 ) -> Iterator[list[LayersAlike]]:
     """The layers `todo` of block `index`, with statistics taken once those before them have been dealt with.
 
     Layers that come together do not hang on one another. Split experts come last, those of the same matrix together.
+    Parts of the block whose layers have all been dealt with are settled in `walk`, which is for the caller to forget.
 
     Args:
         walk: Where the hidden states come from.
@@ -55,6 +57,7 @@ def layers_with_inputs(
         todo: The layers, by full dotted name.
         min_expert_tokens: Tokens that an expert must see; one that sees fewer is pruned by its weights alone.
         dense: The layer in the dense model, by full dotted name, where its inputs are wanted beside those here.
+        last: Called before the last layers are given, when no further statistics will be taken.
 
     Raises:
         NumericalError: inputs are NaN or infinite.
@@ -63,15 +66,24 @@ def layers_with_inputs(
     waves = expert_waves(block, prefix, todo, limit)
     experts = {name for wave in waves for name in wave}
     others = {name: module for name, module in todo.items() if name not in experts}
-    for stage in walk.stages(block, index, others) if others else []:
+    stages = walk.stages(block, index, others) if others else []
+    total = len(stages) + len(waves)
+    done: set[str] = set()
+    for number, stage in enumerate(stages, 1):
         twin = dense(stage[0])
+        for each in (block, twin.block) if twin is not None else (block,):
+            _settle(walk, each, prefix, todo, done)
         statistics = walk.statistics(block, index, todo[stage[0]], twin)
         check_finite(stage[0], statistics.is_finite())
         if twin is not None and statistics.cross is None:
             logger.warning("%s: its error is not corrected: it gets other tokens than in the dense model", stage[0])
         del twin
+        if number == total:
+            last()
         yield [LayersAlike(stage, statistics)]
-    for wave in waves:
+        done.update(stage)
+    for number, wave in enumerate(waves, len(stages) + 1):
+        _settle(walk, block, prefix, todo, done)
         together = walk.statistics_together(block, index, {name: todo[name] for name in wave})
         diagonals = torch.stack([statistics.gram.diagonal() for statistics in together.values()])
         for name, finite in zip(together, torch.isfinite(diagonals).all(1).tolist(), strict=True):
@@ -84,8 +96,34 @@ def layers_with_inputs(
                 statistics.forget_inputs()
             made.append(LayersAlike([name], statistics, expert=True, weights_alone=alone))
         del statistics
+        if number == total:
+            last()
         yield made
         made.clear()  # before the next ones are made
+        done.update(wave)
+
+
+def parts_of(block: nn.Module, prefix: str, todo: Iterable[str]) -> dict[nn.Module, set[str]]:
+    """The children of a block that layers `todo` are in, or are, and those, by full dotted name."""
+    parts: dict[nn.Module, set[str]] = {}
+    for name in todo:
+        child, _, _ = name.removeprefix(prefix).partition(".")
+        parts.setdefault(block.get_submodule(child), set()).add(name)
+    return parts
+
+
+def kept_parts(block: nn.Module, prefix: str, todo: Iterable[str]) -> int:
+    """How many parts of a block are kept at a time, at the most: all that hold layers but the one that runs last."""
+    parts = parts_of(block, prefix, todo)
+    holding = [part for part in parts if not is_dense_linear(part)]
+    return len(holding) - (0 < len(holding) == len(parts))
+
+
+def _settle(walk: Walk, block: nn.Module, prefix: str, todo: Iterable[str], done: Set[str]) -> None:
+    """Settle the parts of the block whose layers `todo` are all done; a layer by itself is none."""
+    parts = parts_of(block, prefix, todo)
+    settled = [part for part, names in parts.items() if names <= done and not is_dense_linear(part)]
+    walk.settle(block, settled, [part for part, names in parts.items() if not names <= done])
 
 
 def wave_bytes(device: torch.device) -> int:

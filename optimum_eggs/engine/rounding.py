@@ -96,6 +96,7 @@ def round_block(
                         for rank, part in enumerate(rows):
                             walk.ranks.copy_from(rank, rounded.codes[part], rounded.scale[part])
                     done[name] = _put(layers[name], rounded)
+        walk.forget(block)
     for name, module in layers.items():
         if name not in done:
             if config.rounding != "nearest":

@@ -20,7 +20,9 @@ from ..calibration.states import StatesOnDisk, states_in_memory
 from ..calibration.windows import check_calibration, windows_digest
 from ..config import EGGSConfig
 from ..engine.block import BlockResult
+from ..engine.estimate import lists_held
 from ..engine.generate import generated_windows
+from ..engine.inputs import kept_parts
 from ..engine.left_dense import code_tensors, left_dense_codings
 from ..engine.plan import PrunePlan, make_plan
 from ..engine.prune import check_run, evaluation_mode, make_report, prune_blocks
@@ -153,7 +155,7 @@ def prune_checkpoint(
             if config.rotation and found is None:
                 journal.forget()  # its blocks are in a basis that is not known any more
             keeper = _Keeper(journal, source, ranks, found)
-            stream = _stream_bytes(source, config, *windows.shape)
+            stream = _stream_bytes(source, plan, config, *windows.shape)
             on_disk = budget is not None and stream > budget * ranks.size
             if ranks.first:
                 needs = _bytes_to_write(source, plan, config, len(keeper), cast) + (stream if on_disk else 0)
@@ -377,10 +379,11 @@ def _same_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return runs[0]
 
 
-def _stream_bytes(source: DenseSource, config: EGGSConfig, windows: int, seq_len: int) -> int:
+def _stream_bytes(source: DenseSource, plan: PrunePlan, config: EGGSConfig, windows: int, seq_len: int) -> int:
     """Bytes of the hidden states that a walk holds at the most, on so many windows, and those that are made besides."""
-    # with tuning or correction, what the dense block gets and gives, beside what the pruned one gets
-    copies = 3 if config.follows_dense else 1
+    blocks = enumerate(zip(plan.block_list.blocks, plan.layers, strict=True))
+    kept = max(kept_parts(block, f"{plan.block_list.block_name(at)}.", layers) for at, (block, layers) in blocks)
+    copies = lists_held(kept, config)
     hidden = source.model.config.get_text_config().hidden_size
     of_batch = config.batch_size * seq_len * hidden * source.dtype.itemsize
     if source.device.type == "cuda":  # what torch pins on the host, it rounds up to a power of two

@@ -59,5 +59,5 @@ def test_hidden_states_on_disk_are_no_memory_and_are_not_read_for_their_size(tmp
         with Meter() as meter:
             prune_blocks(model, InMemoryBlocks(model, plan.block_list), plan, config, WINDOWS, meter, store=store)
     (in_memory, _), (on_disk, read_for_it) = found
-    assert in_memory.bytes - on_disk.bytes == 4 * WINDOWS.numel() * model.config.hidden_size
+    assert in_memory.bytes - on_disk.bytes == 2 * 4 * WINDOWS.numel() * model.config.hidden_size
     assert read_for_it < len(WINDOWS)

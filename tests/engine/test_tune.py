@@ -7,6 +7,7 @@ import torch
 from optimum_eggs import EGGSConfig, NMLinear
 from optimum_eggs.calibration import InMemoryBlocks, Walk, find_block_list
 from optimum_eggs.engine import precision, prune_model
+from optimum_eggs.engine.block import DenseStream
 from optimum_eggs.engine.prune import check_run
 from optimum_eggs.engine.tune import token_error, tune_block
 from optimum_eggs.errors import ModelError
@@ -25,13 +26,20 @@ def meter():
         yield meter
 
 
+def outputs(walk, block):
+    """What block 0 gives for all batches."""
+    stream = DenseStream(walk)
+    stream.advance(block, 0)
+    return stream.hidden
+
+
 def prepared(meter, name="llama", dtype=torch.float32):
     """A walk before block 0, that block with magnitude masks applied, the masks, and what it gave when dense."""
     model = tiny.make_model(name, dtype=dtype)
     model.config.use_cache = False  # or every run of a block would add to one cache
     walk = Walk(InMemoryBlocks(model, find_block_list(model)), WINDOWS.split(2), meter)
     block = walk.provider.skeleton(0)
-    targets = walk.outputs(block, 0)
+    targets = outputs(walk, block)
     masks = {}
     with torch.no_grad():
         for module in block.modules():
@@ -44,7 +52,7 @@ def prepared(meter, name="llama", dtype=torch.float32):
 
 def judged(walk, block, targets):
     """The mean error over all batches."""
-    pairs = list(zip(walk.outputs(block, 0), targets, strict=True))
+    pairs = list(zip(outputs(walk, block), targets, strict=True))
     return sum(float(token_error(output.float(), target.float())) for output, target in pairs) / len(pairs)
 
 

@@ -322,11 +322,11 @@ def test_processes_are_compared(run, dense_folder, text_file, tmp_path):
 def test_costs_are_counted_and_checked(run, dense_folder, text_file):
     rates = ["--gflops", 100, 200]
     lines = run("cost_model.py", "--shapes", "8B", "--processes", 1, 2, *rates).stdout.splitlines()
-    # 32 blocks of 218 M weights and four passes' attention, 262144 tokens: by hand from the shapes.
+    # 32 blocks of 218 M weights and two passes' attention, 262144 tokens: by hand from the shapes.
     hidden, intermediate, keys, tokens = 4096, 14336, 1024, 128 * 2048
     attention, mlp = 2 * hidden * (hidden + keys), 3 * hidden * intermediate
-    behind = [hidden * (hidden + 2 * keys), attention, attention + 2 * hidden * intermediate, attention + mlp]
-    operations = 2 * 32 * tokens * (2 * sum(behind) + 4 * 4 * 2048 * hidden)  # and the dense model's
+    behind = [hidden * (hidden + 2 * keys), attention, 2 * hidden * intermediate, mlp]  # attention is kept
+    operations = 2 * 32 * tokens * (2 * sum(behind) + 2 * 4 * 2048 * hidden)  # and the dense model's
     assert float(lines[-2].split("|")[3]) == pytest.approx(operations / 200e9 / 3600, abs=0.06)
     assert float(lines[-1].split("|")[3]) == pytest.approx(operations / 400e9 / 3600, abs=0.06)
     sizes = ["--num-samples", 4, "--seq-len", 16]

@@ -82,8 +82,8 @@ def prune_block(
             return None
         return DenseTwin(twin, stream.hidden, twin.get_submodule(name.removeprefix(prefix)))
 
-    def taken() -> None:
-        """Statistics are not taken any more: the dense block has no further use, nor what gives way to tuning."""
+    def statistics_taken() -> None:
+        """Let the dense block go, and what was kept of the other if that will be tuned or rounded."""
         nonlocal twin
         if twin is not None:
             if stream is not None and (config.block_tuning or config.rounding_tuning or go_on):
@@ -93,11 +93,12 @@ def prune_block(
         if config.block_tuning or config.values or not go_on:
             walk.forget(block)
 
-    counted = config.min_expert_tokens
-    for wave in layers_with_inputs(walk, block, index, prefix, todo, counted, dense_layer, taken):
+    for wave in layers_with_inputs(
+        walk, block, index, prefix, todo, config.min_expert_tokens, dense_layer, statistics_taken
+    ):
         solved += _prune_wave(walk, wave, todo, gains, config)
     if not solved:
-        taken()
+        statistics_taken()
     if stream is not None:
         stream.apart |= bool(solved)
 

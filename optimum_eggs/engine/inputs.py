@@ -71,8 +71,9 @@ def layers_with_inputs(
     done: set[str] = set()
     for number, stage in enumerate(stages, 1):
         twin = dense(stage[0])
-        for each in (block, twin.block) if twin is not None else (block,):
-            _settle(walk, each, prefix, todo, done)
+        _settle(walk, block, prefix, todo, done)
+        if twin is not None:
+            _settle(walk, twin.block, prefix, todo, done)
         statistics = walk.statistics(block, index, todo[stage[0]], twin)
         check_finite(stage[0], statistics.is_finite())
         if twin is not None and statistics.cross is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Walk
+from ..calibration.calls import forward_replaced
 from ..config import EGGSConfig
 from ..errors import ModelError, NumericalError, ShapeError
 from ..measure import Meter
@@ -183,16 +184,11 @@ def rounding_in_the_loop(layers: Mapping[nn.Module, RoundedLayer]) -> Iterator[l
     modules their values.
     """
     scales = [nn.Parameter(layer.scale.to(torch.float32)) for layer in layers.values()]
-    own = [vars(module).get("forward") for module in layers]
+    pairs = zip(layers.items(), scales, strict=True)
     try:
-        for (module, layer), scale in zip(layers.items(), scales, strict=True):
-            module.forward = _rounded_forward(module, layer, scale)
-        yield scales
+        with forward_replaced([(module, _rounded_forward(module, layer, scale)) for (module, layer), scale in pairs]):
+            yield scales
     finally:
-        for module, before in zip(layers, own, strict=True):
-            vars(module).pop("forward", None)
-            if before is not None:
-                module.forward = before
         for (module, layer), scale in zip(layers.items(), scales, strict=True):
             layer.take(dense_weight(module).to(torch.float32), scale.detach())
             _put(module, layer)

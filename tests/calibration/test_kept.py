@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,6 +16,7 @@ from optimum_eggs import EGGSConfig
 from optimum_eggs.calibration import Walk
 from optimum_eggs.calibration.hooks import Stop
 from optimum_eggs.calibration.kept import Kept
+from optimum_eggs.engine import block as block_engine
 from optimum_eggs.engine import prune_model
 
 WINDOWS = tiny.make_windows(8, 16)
@@ -43,6 +47,25 @@ def test_attention_runs_for_its_own_layers_and_for_what_follows_it():
     prune_model(model, EGGSConfig("2:4", preset="wanda", batch_size=2), WINDOWS)
     # of one batch to see what a block gives and the order in it, and twice for the time; before `o_proj`, and `up_proj`
     assert len(runs) == 4 + 2 * len(WINDOWS) // 2
+
+
+def test_the_dense_block_is_gone_before_the_last_layers_are_solved(monkeypatch):
+    twins, alive = [], []
+    copied, pruned = copy.deepcopy, block_engine._prune_wave
+
+    def deepcopy(block):
+        twin = copied(block)
+        twins.append(weakref.ref(twin))
+        return twin
+
+    def prune_wave(walk, wave, *given):
+        alive.append(twins[-1]() is not None)
+        return pruned(walk, wave, *given)
+
+    monkeypatch.setattr(block_engine, "copy", SimpleNamespace(deepcopy=deepcopy))
+    monkeypatch.setattr(block_engine, "_prune_wave", prune_wave)
+    prune_model(tiny.make_model("llama"), EGGSConfig("2:4", preset="fast", batch_size=2, band=4), WINDOWS)
+    assert alive == [True, True, True, False] * 2
 
 
 class Part(nn.Module):

@@ -31,6 +31,7 @@ from optimum_eggs.config import EGGSConfig
 from optimum_eggs.engine.rotation import STEPS
 from optimum_eggs.engine.tune import judged_batches
 from optimum_eggs.masks import channel_order, expander_mask
+from optimum_eggs.masks.expander import _CHUNK_ELSEWHERE
 from optimum_eggs.pattern import NMPattern
 from optimum_eggs.presets import PRESETS
 from optimum_eggs.update import Problem, admm, masked_refit, sparsegpt
@@ -41,7 +42,7 @@ ADMM_STEPS = 33  # of all layers looked at, in a block of SmolLM2-135M and one o
 _GROWTH = 1.3  # of its penalty at every third step, as at first, while more than 10 % of a mask changes
 SHORT = 0.005  # share of tiles that the largest scores leave short, from 0.0003 to 0.018 in these
 AFTER_LAYER = 4 + 8 + 11 + 3  # waits: are weights finite, error, bits; what scores alone lack; certificate; packing
-_TILES = 1024  # that `expander_mask` solves at a time
+_TILES = _CHUNK_ELSEWHERE // (BAND * PATTERN.m**2)  # that `expander_mask` solves at a time
 _ADAM = 60  # bytes moved for a parameter in a step: the optimizer's, the mask on the gradient, casts to and fro
 
 _TURNED = 100  # bytes moved for a weight in a step of choosing a rotation: its importance, the mask, two gradients

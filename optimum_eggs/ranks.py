@@ -56,13 +56,19 @@ class Ranks:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def check(self, windows: int, batch_size: int) -> None:
+    def check(self, num_samples: int, batch_size: int, generated_samples: int = 0) -> None:
         """Raise unless every process gets the same number of windows of every batch.
+
+        Args:
+            num_samples: Windows of text.
+            batch_size: Windows in a batch.
+            generated_samples: Windows that the model writes, which follow those of text.
 
         Raises:
             ConfigError: they cannot be shared out evenly.
         """
-        for name, value in (("batch_size", batch_size), ("num_samples", windows)):
+        windows = "num_samples + generated_samples" if generated_samples else "num_samples"
+        for name, value in (("batch_size", batch_size), (windows, num_samples + generated_samples)):
             if value % self.size:
                 raise ConfigError(
                     f"{name}={value} cannot be shared out evenly over {self.size} processes; use a multiple of them"

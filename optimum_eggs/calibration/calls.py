@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .handed import Handed, Taken, is_shelf
 from .hooks import Stop
 from .providers import BlockProvider
 
@@ -23,14 +25,20 @@ class Call:
     kwargs: dict[str, Any]
     by_keyword: bool
 
-    def apply(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call `block` on `hidden`, and return the hidden states it gives."""
+    def apply(self, block: nn.Module, hidden: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """Call `block` on `hidden`, and return the hidden states it gives, and what it gives behind them."""
         if self.by_keyword:
             output = block(*self.args, hidden_states=hidden, **self.kwargs)
         else:
             output = block(hidden, *self.args, **self.kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return (output, ()) if isinstance(output, Tensor) else (output[0], tuple(output[1:]))
 
+    def changed(self, change: Callable[[Any], Any]) -> Call:
+        """The same with other arguments."""
+        return Call(change(self.args), change(self.kwargs), self.by_keyword)
+
+
+_KNOWN = 8  # tensors of a shape that others are compared with
 
 DONE = Call((), {}, False)
 """Of a block that the windows have passed: its call is not needed again."""
@@ -38,14 +46,21 @@ DONE = Call((), {}, False)
 
 def record_calls(
     provider: BlockProvider, first: nn.Module, batch: Tensor, output: list[Any]
-) -> tuple[Tensor, list[Call]]:
-    """Run the model with blocks that only record how they are called. Returns block 0's input, and the calls.
+) -> tuple[Tensor, Handed, list[Call]]:
+    """Run the model with blocks that only record how they are called.
 
     `output` holds what block 0 really returns, once it ran: the others return the like of it.
+
+    Returns:
+        Block 0's input, what else is handed to it, and the calls, with places for what is handed on.
+
+    Raises:
+        ModelError: the model does not call each block once, in order, with what the block before gave.
     """
     count = len(provider)
     calls: dict[int, Call] = {}
-    entry: list[Tensor] = []
+    states: list[Tensor] = []
+    taken = Taken()
     run_first = first.forward
 
     def stand_in(index: int) -> Callable[..., Any]:
@@ -57,15 +72,21 @@ def record_calls(
                     f"block {index} is called out of order, more than once, or without hidden states; such a model "
                     "cannot be walked block by block, unless `block_list` names another list"
                 )
-            calls[index] = Call(args if by_keyword else args[1:], kwargs, by_keyword)
-            if index == 0:
-                entry.append(hidden)
+            call = Call(args if by_keyword else args[1:], kwargs, by_keyword)
+            calls[index] = call.changed(taken.out_of)
+            if index and hidden is not states[-1] and not torch.equal(hidden, states[-1].to(hidden)):
+                raise ModelError(
+                    f"block {index} does not get the hidden states that block {index - 1} gives: the model changes "
+                    "them in between, which a walk block by block leaves out; switch that off in its configuration "
+                    "(`rescale_every=0` for RWKV), or name another list by `block_list`"
+                )
+            states.append(hidden)
             if index == count - 1:
                 raise Stop
             if not output:  # shows whether blocks return a tensor, or a tuple that begins with one
                 again = {"hidden_states": hidden} if by_keyword else {}
                 output.append(run_first(*args, **again, **kwargs))
-            return hidden if isinstance(output[0], Tensor) else (hidden, *output[0][1:])
+            return hidden if isinstance(output[0], Tensor) else (hidden, *taken.give(index, output[0][1:]))
 
         return forward
 
@@ -76,7 +97,7 @@ def record_calls(
             f"the model ran {len(calls)} of its {count} blocks; it cannot be walked block by block, unless "
             "`block_list` names another list"
         )
-    return entry[0], [calls[i] for i in range(count)]
+    return states[0], taken.first, [calls[i] for i in range(count)]
 
 
 @contextmanager
@@ -98,8 +119,10 @@ def forward_replaced(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> I
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """`value` with every floating-point tensor in it cast."""
-    if isinstance(value, Call):
-        return Call(cast(value.args, dtype), cast(value.kwargs, dtype), value.by_keyword)
+    if is_shelf(value):
+        made = copy.copy(value)
+        made.update({key: cast(item, dtype) for key, item in value.items()})
+        return made
     if isinstance(value, dict):
         return {key: cast(item, dtype) for key, item in value.items()}
     if type(value) in (tuple, list):
@@ -108,9 +131,10 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def shared(value: Any, pool: dict[tuple, list[Tensor]]) -> Any:
-    """`value` with equal tensors made one: every batch brings the same masks and rotary tables."""
-    if isinstance(value, Call):
-        return Call(shared(value.args, pool), shared(value.kwargs, pool), value.by_keyword)
+    """`value` with equal tensors made one: every batch brings the same masks and rotary tables.
+
+    What differs from all that came before is looked for no more behind some others of its shape.
+    """
     if isinstance(value, dict):
         return {key: shared(item, pool) for key, item in value.items()}
     if type(value) in (tuple, list):
@@ -120,5 +144,6 @@ def shared(value: Any, pool: dict[tuple, list[Tensor]]) -> Any:
         for other in known:
             if other is value or torch.equal(other, value):
                 return other
-        known.append(value)
+        if len(known) < _KNOWN:
+            known.append(value)
     return value

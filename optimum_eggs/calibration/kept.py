@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, MutableSequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,8 @@ class Kept:
     """What settled parts of a block, children of it, gave of every batch: it stands in for them.
 
     Kept is what is one tensor, or a tuple of one and of nothing else, as attention gives it, and as large as the hidden
-    states at the most. Another part runs as ever, and so does one behind a part that is not settled, or called again in
-    the same pass.
+    states at the most. Another part runs as ever, and so does one behind a part that is not settled, called again in
+    the same pass, or that writes in a mapping that it is given, as Gemma 4 does for later blocks.
 
     Args:
         store: Makes a list to keep what a part gave in.
@@ -56,8 +56,10 @@ class Kept:
                 again, called = called, True
                 if not again and batch < len(part.outputs):
                     return part.output(batch)
+                mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+                before = [dict(mapping) for mapping in mappings]
                 output = own(*args, **kwargs)
-                if not again and batch == len(part.outputs) and not ran:
+                if not again and batch == len(part.outputs) and not ran and not any(map(_differ, mappings, before)):
                     part.keep(output, most)
                 return output
 
@@ -65,9 +67,14 @@ class Kept:
 
         with (
             forward_replaced([(module, forward(module, part)) for module, part in parts.items()]),
-            hooked({part: note(part) for part in others}),
+            # a part may be used by what is in it alone, as a list of experts is
+            hooked({module: note(part) for part in others for module in part.modules()}),
         ):
             yield
+
+
+def _differ(mapping: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
+    return len(mapping) != len(before) or any(value is not before.get(key) for key, value in mapping.items())
 
 
 class _Part:

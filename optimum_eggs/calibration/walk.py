@@ -17,6 +17,7 @@ from ..nn.dense import reading_fast
 from ..ops.wide import widens
 from ..ranks import ALONE, Ranks
 from .calls import DONE, Call, cast, record_calls, shared
+from .handed import Extra, Handed, extras_in, put_back
 from .hooks import Stop, hooked, input_of
 from .kept import Kept
 from .providers import BlockProvider
@@ -26,11 +27,12 @@ from .statistics import GramAccumulator
 
 @dataclass(frozen=True)
 class DenseTwin:
-    """A block as it was before it was pruned, the hidden states of the dense model before it, and a layer of it."""
+    """A block as it was before it was pruned, a layer of it, and what the dense model hands to it, batch by batch."""
 
     block: nn.Module
-    hidden: Sequence[Tensor]
     linear: nn.Module
+    hidden: Sequence[Tensor]
+    handed: Sequence[Handed]
 
 
 class Walk:
@@ -49,7 +51,8 @@ class Walk:
 
     Attributes:
         hidden: Hidden states before the block at hand, batch by batch, as the pruned blocks before it give them.
-        store: Makes another list for as many.
+        handed: What else these hand to it, batch by batch.
+        store: Makes another list of hidden states for as many.
 
     Raises:
         ModelError: the model does not call each of its blocks once, in order, with the hidden states first.
@@ -67,18 +70,23 @@ class Walk:
         batches = [ranks.share(batch) for batch in batches]
         tokens = sum(batch.numel() for batch in batches)
         self._calls: list[list[Call]] = []  # [batch][block]
+        self.handed: list[Handed] = []
+        self._last: dict[Extra, int] = {}  # the block that reads it last
         pool: dict[tuple, list[Tensor]] = {}
         with meter.stage("forward"), torch.no_grad():
             first = provider.materialise(0)
             output: list[Any] = []
             for batch in batches:
-                hidden, calls = record_calls(provider, first, batch, output)
+                hidden, handed, calls = record_calls(provider, first, batch, output)
                 if not self._calls:
                     self.store = partial(store, hidden.nbytes * tokens // batch.numel(), hidden.device)
                     self.hidden = self.store()
                     self._kept = Kept(self.store)
                 self.hidden.append(hidden)
-                self._calls.append([shared(call, pool) for call in calls])
+                self.handed.append(handed)
+                self._calls.append([call.changed(partial(shared, pool=pool)) for call in calls])
+                for index, call in enumerate(calls):
+                    self._last |= dict.fromkeys(extras_in((call.args, call.kwargs)), index)
         provider.entered()
 
     def exchange(self) -> AbstractContextManager[None]:
@@ -138,7 +146,8 @@ class Walk:
                 x = self._input_of(linear, block, index, batch, hidden)
                 other = None
                 if dense is not None and paired:
-                    other = self._input_of(dense.linear, dense.block, index, batch, dense.hidden[batch])
+                    theirs = dense.hidden[batch], dense.handed[batch]
+                    other = self._input_of(dense.linear, dense.block, index, batch, *theirs)
                     tokens = hidden.shape[:-1].numel()
                     paired = all(seen is not None and seen.shape[:-1].numel() == tokens for seen in (x, other))
                 if x is not None:
@@ -210,15 +219,20 @@ class Walk:
         """Run all of `block` again from now on."""
         self._kept.forget(block)
 
-    def pass_on(self, block: nn.Module, index: int, hidden: MutableSequence[Tensor]) -> None:
-        """Put what block `index` gives for hidden states in their place, batch by batch."""
+    def pass_on(
+        self, block: nn.Module, index: int, hidden: MutableSequence[Tensor], handed: MutableSequence[Handed]
+    ) -> None:
+        """Put what block `index` gives for hidden states, and what else it hands on, in their place, batch by batch."""
+        pool: dict[tuple, list[Tensor]] = {}
         with self.meter.stage("forward"), torch.no_grad():
             for batch in range(len(hidden)):
-                hidden[batch] = self.run(block, index, batch, hidden[batch])
+                given = handed[batch].copied()
+                hidden[batch], extras = self._run(block, index, batch, hidden[batch], given)
+                handed[batch] = given.behind(index, shared(extras, pool), self._last)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass all windows through block `index`."""
-        self.pass_on(block, index, self.hidden)
+        self.pass_on(block, index, self.hidden, self.handed)
         for calls in self._calls:
             calls[index] = DONE
 
@@ -229,18 +243,42 @@ class Walk:
         batch: int,
         hidden: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        handed: Handed | None = None,
     ) -> Tensor:
-        """Block `index` on one batch of the walk's hidden states, or on `hidden`; in `dtype`, if it is given."""
+        """Block `index` on one batch of the walk's hidden states, or on `hidden`; in `dtype`, if it is given.
+
+        What the walk hands to it besides, or `handed`, stays as it is.
+        """
         states = self.hidden[batch] if hidden is None else hidden
-        call = self._calls[batch][index]
+        return self._run(block, index, batch, states, (handed or self.handed[batch]).copied(), dtype)[0]
+
+    def _run(
+        self,
+        block: nn.Module,
+        index: int,
+        batch: int,
+        states: Tensor,
+        handed: Handed,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """What block `index` gives, which may write in what is `handed` to it."""
+        call = self._calls[batch][index].changed(partial(put_back, handed=handed))
         if dtype is not None:
-            call, states = cast(call, dtype), states.to(dtype)
+            call, states = call.changed(partial(cast, dtype=dtype)), states.to(dtype)
         states = states.to(next(block.parameters()).device)
         fast = reading_fast(block) if widens(states.dtype, states.device.type) else nullcontext()
         with fast, self._kept.standing_in(block, batch, states.nbytes):
             return call.apply(block, states)
 
-    def _input_of(self, linear: nn.Module, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor | None:
+    def _input_of(
+        self,
+        linear: nn.Module,
+        block: nn.Module,
+        index: int,
+        batch: int,
+        hidden: Tensor,
+        handed: Handed | None = None,
+    ) -> Tensor | None:
         """The input of `linear` on one batch, or None if that does not reach it; the rest of the block is not run."""
         seen: list[Tensor] = []
 
@@ -249,7 +287,7 @@ class Walk:
             raise Stop
 
         with hooked({linear: hook}), suppress(Stop):
-            self.run(block, index, batch, hidden)
+            self.run(block, index, batch, hidden, handed=handed)
         return seen[0] if seen else None
 
 

@@ -50,7 +50,7 @@ _FLAGS = (
     "targets",
     "ignore",
 )
-"""The keys of the configuration that have a flag of their own; `--set` reaches all."""
+"""The keys of the configuration that have a flag of their own; `--set` reaches every choice."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

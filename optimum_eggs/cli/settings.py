@@ -1,4 +1,4 @@
-"""A configuration from the command line: common keys by flags of their own, every key by `--set`."""
+"""A configuration from the command line: common keys by flags of their own, every choice by `--set`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_set(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any key of EGGSConfig, such as damping=0.02; the value is JSON or text (default: the preset's)",
+        help="any choice of EGGSConfig, such as damping=0.02; the value is JSON or text (default: the preset's)",
     )
 
 

@@ -45,16 +45,17 @@ class DenseStream:
 
     Attributes:
         hidden: Before the block at hand, or behind it once it has been passed.
+        handed: What else is handed on there.
         apart: Whether any block before was pruned, so that they are others than the walk's.
     """
 
     def __init__(self, walk: Walk) -> None:
-        self.walk, self.hidden, self.apart = walk, walk.store(), False
+        self.walk, self.hidden, self.handed, self.apart = walk, walk.store(), list(walk.handed), False
         self.hidden.extend(walk.hidden)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass through block `index`, which must be dense."""
-        self.walk.pass_on(block, index, self.hidden)
+        self.walk.pass_on(block, index, self.hidden, self.handed)
 
 
 def prune_block(
@@ -80,7 +81,7 @@ def prune_block(
     def dense_layer(name: str) -> DenseTwin | None:
         if twin is None or stream is None or not (stream.apart or solved):
             return None
-        return DenseTwin(twin, stream.hidden, twin.get_submodule(name.removeprefix(prefix)))
+        return DenseTwin(twin, twin.get_submodule(name.removeprefix(prefix)), stream.hidden, stream.handed)
 
     def statistics_taken() -> None:
         """Let the dense block go, and what was kept of the other if that will be tuned or rounded."""
@@ -115,7 +116,8 @@ def prune_block(
         masks = {todo[layer.name]: layer.mask() for layer in solved}
         rounded, rounding = round_layers(walk, block, index, prefix, layers_of, masks, config, meter, stream)
         if rounded and not plan.runs_in_integers:
-            check_runs(walk, block, index, prefix, rounded, {layer.name: layer.pattern for layer in solved})
+            with walk.ranks.together():
+                check_runs(walk, block, index, prefix, rounded, {layer.name: layer.pattern for layer in solved})
             plan.runs_in_integers = True
     if go_on:
         walk.advance(block, index)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.calls import forward_replaced
 from ..calibration.context import text_config
 from ..calibration.hooks import input_of
 from ..errors import ModelError
@@ -66,16 +67,8 @@ def bfloat16_products(block: nn.Module) -> Iterator[None]:
 
         return forward
 
-    own = [vars(layer).get("forward") for layer in layers]  # as tools that wrap a layer leave it
-    try:
-        for layer in layers:
-            layer.forward = faster(layer.forward)
+    with forward_replaced([(layer, faster(layer.forward)) for layer in layers]):
         yield
-    finally:
-        for layer, before in zip(layers, own, strict=True):
-            vars(layer).pop("forward", None)
-            if before is not None:
-                layer.forward = before
 
 
 def has_bfloat16_products(device: torch.device) -> bool:

@@ -44,7 +44,7 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
     Blocks are pruned in order, each on inputs that passed the pruned blocks before it; within a block the layers are
     pruned in the order in which they run, those that read the same tensor on one Gram matrix.
 
-    Memory beyond the model's: the windows' hidden states (three times with block tuning or error correction), which
+    Memory beyond the model's: the windows' hidden states (up to four times, by what is kept of a block), which
     leave a GPU for the host's memory where they would take more than an eighth of what is free; one batch's
     activations; with a rotation, (d, d) for each norm of the residual stream, d its width, and as much again for each
     layer to be pruned; and for the layer at hand a few (in, in) matrices, some of them in float64, and some eight
@@ -115,7 +115,7 @@ class Keeper(Protocol):
 def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Ranks = ALONE) -> None:
     """Raise unless the windows fit the model and the processes, and its blocks run as the configuration needs."""
     check_reads_text(model)
-    ranks.check(len(windows) + config.generated_samples, config.batch_size)
+    ranks.check(len(windows), config.batch_size, config.generated_samples)
     _check_windows(windows, model)
     for steps in ("block_tuning", "rounding_tuning"):
         if getattr(config, steps):

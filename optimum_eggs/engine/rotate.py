@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..calibration import BlockProvider, Walk
 from ..config import EGGSConfig
-from ..errors import ModelError
+from ..errors import ModelError, NumericalError
 from ..measure import Meter
 from ..nn import dense_weight
 from ..ranks import ALONE, Ranks
@@ -38,6 +38,7 @@ from .residual import (
     value_rows,
 )
 from .rotation import STEPS, BlockSample, HeadSample, ReaderSample, Rotation, WriterSample, learn_rotation
+from .solve import raised_damping
 
 logger = logging.getLogger(__name__)
 
@@ -231,11 +232,24 @@ def _sample(
 
 
 def _inverse_factor(gram: Tensor, config: EGGSConfig, gains: Tensor | None = None) -> Tensor:
-    """U (in, in), UᵀU = H⁻¹, of inputs without the gains that they have been multiplied by."""
+    """U (in, in), UᵀU = H⁻¹, of inputs without the gains that they have been multiplied by.
+
+    Where H cannot be factorised, its damping is raised tenfold.
+
+    Raises:
+        NumericalError: a damping of 1 is not enough either.
+    """
     if gains is not None:
         without = torch.where(gains == 0, 0, 1 / gains)
         gram = gram * without * without[:, None]
-    return Problem(gram, config.damping).inverse_factor
+    problem = Problem(gram, config.damping)
+    while True:
+        try:
+            return problem.inverse_factor
+        except NumericalError:
+            if problem.damping >= 1:
+                raise
+            problem = Problem(gram, raised_damping(problem.damping))
 
 
 def _some_rows(name: str, weight: Tensor, heads: Sequence[Fold], drawn: torch.Generator) -> Tensor:

@@ -76,8 +76,9 @@ class RecoverySettings:
         seq_len: Tokens in a window. Default: 512, or the model's context where that is shorter.
         batch_size: Windows in a step of each process.
         held_out: Windows that training does not see, as a share of those that it does, at least two and at most 16: the
-            end of each text. 0 holds none out: nothing is judged, all steps are taken, and the last state is kept. That
-            is for a text that the model was calibrated on, since pruning has fitted it.
+            end of what is read of each text, which is about twice what all steps take. 0 holds none out: nothing is
+            judged, all steps are taken, and the last state is kept. That is for a text that the model was calibrated
+            on, since pruning has fitted it.
         evaluations: Times that they are judged during training; the best of these states is the one kept. So often
             checkpoints are written, too.
         patience: Judgements in a row, each no better than the one before, after which training ends.

@@ -129,12 +129,12 @@ class DenseSource:
         What is outside the blocks is loaded where it is not yet; the head only to find that it is whole.
         """
         head = self._of_the_head()
-        before = {name for name in self._outside() if name not in head}
-        if any(self._outside()[name].is_meta for name in before):
+        before = {name: value for name, value in self._outside().items() if name not in head}
+        if any(value.is_meta for value in before.values()):
             if head:
                 self._load(None, head)
                 self.entered()
-            self._load(None, before)
+            self._load(None, set(before))
             self._turn_entry()
         self.model(**text_inputs(self.model, window.to(self.device)))
 

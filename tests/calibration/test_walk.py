@@ -78,7 +78,7 @@ def test_statistics_beside_a_dense_twin_pair_the_same_tokens():
     with Meter() as meter:
         walk = Walk(InMemoryBlocks(model, found), WINDOWS.split(2), meter)
         hidden = [states + 1 for states in walk.hidden]
-        dense = DenseTwin(twin, hidden, twin.mlp.down_proj)
+        dense = DenseTwin(twin, twin.mlp.down_proj, hidden, walk.handed)
         statistics = walk.statistics(block, 0, linear, dense)
         walk.hidden = hidden
         other = walk.statistics(block, 0, linear, dense)

@@ -136,6 +136,15 @@ def test_a_model_that_cannot_be_turned_is_left_as_it_is_if_so_asked(caplog):
     assert isinstance(model.model.norm, MatrixNorm)
 
 
+def test_a_damping_that_is_too_small_for_a_factor_is_raised():
+    model = make_model("llama")
+    half_as_many_as_inputs = {"num_samples": 1, "seq_len": 16}
+    config = EGGSConfig("2:4", rotation=True, damping=0, band=8, batch_size=1, **half_as_many_as_inputs)
+    report = EGGSPruner(model).prune(config, WINDOWS[:1, :16], progress=False)
+    assert 0 < report.rotation["lost_after"] < report.rotation["lost_before"]
+    assert torch.isfinite(logits(model)).all()
+
+
 def test_a_block_that_does_more_than_it_shows_is_refused():
     class ShiftingRMSNorm(type(make_model("llama").model.norm)):
         def forward(self, x):

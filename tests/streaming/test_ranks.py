@@ -196,6 +196,9 @@ def test_windows_are_shared_out_batch_by_batch():
     assert torch.equal(Ranks().share(windows), windows)
     with pytest.raises(ConfigError, match=r"batch_size=3 cannot be shared out evenly over 2 processes"):
         Ranks(0, 2).check(10, 3)
+    Ranks(0, 2).check(3, 2, generated_samples=5)
+    with pytest.raises(ConfigError, match=r"num_samples \+ generated_samples=7 cannot be shared out evenly over 2"):
+        Ranks(0, 2).check(4, 2, generated_samples=3)
 
 
 def test_work_is_shared_out_evenly():

@@ -262,7 +262,7 @@ BY_NAME = {family.model: family for family in FAMILIES}
 def config(family: Family) -> EGGSConfig:
     """How it is pruned here."""
     windows = tiny.make_windows(4, 16) % 200  # no tokens that stand for images
-    return EGGSConfig("2:4", num_samples=4, seq_len=16, band=8, calibration=windows, **family.options)
+    return EGGSConfig("2:4", num_samples=4, seq_len=16, batch_size=2, band=8, calibration=windows, **family.options)
 
 
 def row(family: Family, report: PruneReport) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import validation as check
 from .calibration.windows import check_calibration, windows_digest
 from .config import EGGSConfig
 from .devices import choose_device, device_map
@@ -70,6 +71,7 @@ def quantize(
     """
     from .sharing import own_card, put_card, write_card
 
+    shard_size = check.size("max_shard_size", max_shard_size)
     path = check_output(output, overwrite, sources=[model_id])
     own, report = own_card(path), read_report(model_id)
     stored = getattr(load_config(model_id, trust_remote_code), "quantization_config", None)
@@ -108,7 +110,7 @@ def quantize(
         kept = {key: getattr(config, key) for key in KEYS} | {"coded_modules": codings}
         final = EGGSConfig.from_dict(was.to_dict() | kept | {"format_version": None})
         attach_quantizer(model, final)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         put_card(own, folder)

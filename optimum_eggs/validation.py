@@ -81,7 +81,7 @@ def names(name: str, value: Any) -> list[str] | None:
     listed = isinstance(value, Iterable) and not isinstance(value, str)
     items = list(value) if listed else []
     if not listed or not all(isinstance(item, str) and item for item in items):
-        raise ConfigError(f"{name}={value!r} must be a list of name patterns; write for example {name}=['down_proj']")
+        raise ConfigError(f'{name}={value!r} must be a list of name patterns; write for example {name}=["down_proj"]')
     return items
 
 

@@ -77,8 +77,8 @@ def record_calls(
             if index and hidden is not states[-1] and not torch.equal(hidden, states[-1].to(hidden)):
                 raise ModelError(
                     f"block {index} does not get the hidden states that block {index - 1} gives: the model changes "
-                    "them in between, which a walk block by block leaves out; switch that off in its configuration "
-                    "(`rescale_every=0` for RWKV), or name another list by `block_list`"
+                    "them in between, which a walk block by block leaves out; switch that off in its config.json "
+                    "(`rescale_every=0` for RWKV) and load it again, or name another list by `block_list`"
                 )
             states.append(hidden)
             if index == count - 1:

@@ -14,6 +14,7 @@ from ..config import EGGSConfig
 from ..errors import ConfigError, ModelError, NumericalError, ShapeError, more, with_article
 from ..masks.expander import check_floor
 from ..nn import NMLinear, dense_weight, is_dense_linear
+from ..nn.dense import is_adapter
 from ..nn.experts import SplitExperts, keep_names, split_experts
 from .report import DenseLayer
 
@@ -51,13 +52,20 @@ def make_plan(model: nn.Module, config: EGGSConfig, loaded: bool = True, fitting
 
     Raises:
         ConfigError: a name pattern that matches nothing.
-        ModelError: no list of blocks, a packed model, nothing to prune, or weights that are not in memory.
+        ModelError: no list of blocks, a packed model, one under adapters, nothing to prune, or weights that are not in
+            memory.
         ShapeError: m does not divide a layer's inputs, or a layer has too few outputs for the floor.
         NumericalError: a weight is NaN or infinite.
     """
     packed = next((name for name, module in model.named_modules() if isinstance(module, NMLinear)), None)
     if packed is not None:
         raise ModelError(f"{packed}: is packed already; call model.dequantize() first, or start from the dense model")
+    adapted = next((name for name, module in model.named_modules() if is_adapter(module)), None)
+    if adapted is not None:
+        raise ModelError(
+            f"{adapted or type(model).__name__} is under an adapter, which would be left beside a pruned weight that "
+            "it was not made for; merge it first with merge_and_unload(), or take it off with unload()"
+        )
     fused = split_experts(model)
     try:
         plan = _plan(model, config, loaded, fitting)

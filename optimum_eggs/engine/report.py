@@ -22,7 +22,7 @@ from .schema import problem
 from .tune import BlockTuning
 
 REPORT_VERSION = 1
-_MEASURED = ("evaluations", "tasks", "benchmark", "recovery")  # parts that other commands than `prune` put in
+_MEASURED = ("evaluations", "tasks", "benchmark")  # parts that other commands than `prune` put in
 _SAVE_AGAIN = "save the model again, or move the file away"
 
 
@@ -299,8 +299,14 @@ def _may_overlap(split: str | None, other: str | None) -> bool:
 
 
 def without_measurements(report: dict[str, Any]) -> dict[str, Any]:
-    """The report of a model whose weights have changed since: without what was measured on the old ones."""
-    return {key: value for key, value in report.items() if key not in _MEASURED}
+    """The report of a model whose weights have changed since: without what was measured on the old ones.
+
+    How they were trained, and on what, stays.
+    """
+    kept = {key: value for key, value in report.items() if key not in _MEASURED}
+    if kept.get("recovery"):
+        kept["recovery"] = kept["recovery"] | {"perplexity_before": None, "perplexity_after": None, "held_out_loss": []}
+    return kept
 
 
 def library_versions() -> dict[str, str]:

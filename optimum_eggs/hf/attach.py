@@ -12,7 +12,7 @@ from torch import nn
 from ..config import EGGSConfig
 from ..errors import ModelError
 from ..nn import CodedEmbedding, CodedLinear, MatrixNorm, NMLinear
-from ..nn.dense import read_fast
+from ..nn.dense import is_adapter, read_fast
 from ..nn.embedding import TiedCodedLinear
 from ..nn.experts import SplitExperts, join_experts, keep_names
 from ..nn.norm import times
@@ -80,12 +80,19 @@ def give_back(model: PreTrainedModel) -> None:
             vars(module.config).pop("_is_quantized", None)
 
 
-def _resize_token_embeddings(model: PreTrainedModel, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
+def _resize_token_embeddings(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> Any:
     embeddings: Any = model.get_input_embeddings()
-    if new_num_tokens in (None, embeddings.num_embeddings):
+    wanted = embeddings.num_embeddings if new_num_tokens is None else new_num_tokens
+    wanted = -(-wanted // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+    if wanted == embeddings.num_embeddings:
         return embeddings
     raise ModelError(
-        f"resize_token_embeddings({new_num_tokens}): the embeddings hold integers (head='int8'), which do not grow; "
+        f"resize_token_embeddings({wanted}): the embeddings hold integers (head='int8'), which do not grow; "
         "make the model dense first with dequantize(), or prune it without head='int8'"
     )
 
@@ -180,9 +187,7 @@ def _untie(model: PreTrainedModel) -> None:
 def _check_free(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Raise unless the layer called `name` can be made dense."""
     parts = name.split(".")
-    above = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
-    kinds = {kind.__module__.partition(".")[0] for module in above for kind in type(module).__mro__}
-    if "peft" in kinds:
+    if any(is_adapter(model.get_submodule(".".join(parts[:end]))) for end in range(1, len(parts))):
         raise ModelError(
             f"{name} is under an adapter, which holds for the packed layer alone; merge it first with "
             "merge_and_unload(), or take it off with unload()"

@@ -54,11 +54,16 @@ def compile_generation(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+# With a draft the cache is cut back, which a static one cannot always be.
+_OF_OTHERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "disable_compile")
+
+
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     given = args[1] if len(args) > 1 else kwargs.get("generation_config")
     settings = given or model.generation_config
     own = {"cache", "past_key_values", "cache_implementation", "compile_config"} & kwargs.keys()
     own |= {"compile_config"} if settings.compile_config is not None else set()
+    own |= {name for name in _OF_OTHERS if kwargs.get(name, getattr(settings, name, None))}
     cached = kwargs.get("use_cache", settings.use_cache) is not False
     cached &= settings.cache_implementation in (None, "hybrid")  # which transformers takes for None now
     if cached and not own and model.device.type == "cpu":

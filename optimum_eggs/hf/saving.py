@@ -16,6 +16,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from ..config import QUANT_METHOD
+from ..errors import ModelError
 from ..nn import MatrixNorm, coded_modules, packed_layers
 from .quantizer import EGGSHfQuantizer
 
@@ -62,6 +63,12 @@ def _called_dense(model: PreTrainedModel) -> Iterator[None]:
     if method != QUANT_METHOD or packed_layers(model):
         yield
         return
+    left = next(iter(coded_modules(model)), None)
+    if left is not None:
+        raise ModelError(
+            f"{left} holds integers, and no layer is packed any more, so that neither a packed nor a dense model would "
+            "be saved; make all of it dense with dequantize()"
+        )
     del model.config.quantization_config
     try:
         yield

@@ -63,6 +63,11 @@ def _is_falcons(module: nn.Module) -> bool:
     return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Whether `module` is of PEFT: a model, or a layer, under adapters."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a dense linear layer as (out, in): a view, without gradient."""
     weight = module.get_parameter("weight").detach()

@@ -14,7 +14,6 @@ from ..errors import ConfigError
 from ..hf.offload import onloaded
 from ..nn import CodedLinear, NMLinear, RoundedLinear, is_packed
 from ..ops import nm_linear
-from ..packing import unpack
 from .low_rank import masked_low_rank
 
 # Initialisations that only fill A and B. The others change the base weight, or start from its dense form.
@@ -76,11 +75,35 @@ class MaskedLoraLinear(LoraLinear):
             )
         return MaskedVariant()
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter adds to the dense weight (out, in), zeros where the layer keeps nothing."""
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's merge. Of a layer of integers it is always a safe one: what it becomes is looked at before it is put.
+
+        Raises:
+            ConfigError: an adapter has a bias, and the layer none.
+            ValueError: what the layer would become is not finite.
+        """
         base: Any = self.get_base_layer()
-        with onloaded(base):
-            return unpack(packed_delta(self, adapter), base.weight_meta, base.pattern)
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            own: Any = self.lora_B[name].bias if name in self.lora_B else None
+            if own is None:
+                continue
+            if base.bias is None:
+                raise ConfigError(
+                    f"the adapter {name!r} has a bias (lora_bias=True), and the layer that it would be merged into has "
+                    "none; train one with lora_bias=False"
+                )
+            if safe_merge and not bool(torch.isfinite(own).all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        # PEFT's own safe merge casts the bias to the dtype of the weight
+        super().merge(safe_merge and not isinstance(base, CodedLinear), adapter_names)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The product BA times the scaling (out, in), of which the layer adds what its mask keeps.
+
+        PEFT takes it apart again to combine adapters.
+        """
+        with onloaded(self.lora_A[adapter], self.lora_B[adapter]):
+            return super().get_delta_weight(adapter)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: a masked product has no low rank of its own."""

@@ -275,6 +275,11 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
             f"pruner.prune(config, calibration=...)  # {digest}",
         ]
     lines.append('pruner.save_pretrained("out")')
+    recovered = report.get("recovery")
+    if recovered and recovered.get("kept") != "before":
+        flags = f"--method {recovered['settings']['method']} --steps {recovered['steps']} --train ..."
+        flags += " --teacher ..." if recovered["settings"].get("teacher") else ""
+        lines.append(f"# and then: optimum-cli eggs recover out recovered {flags}")
     rounded = report.get("quantization")
     if rounded:
         given = {

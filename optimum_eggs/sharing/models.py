@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import filecmp
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+from torch import Tensor
 
 from .. import strict_json
 from .. import validation as check
@@ -95,14 +99,31 @@ def _report_of(model: Any, token: str | bool | None) -> tuple[dict[str, Any] | N
 
 
 def _same_weights(folder: Path, source: Path) -> bool:
-    """Whether two folders hold the same weight files, byte for byte.
+    """Whether two folders hold the same weights, byte for byte, in whatever files.
 
     Raises:
         ModelError: those of `source` may not be read.
     """
     _check_readable(source, *source.glob("*.safetensors"))
     ours, theirs = ({path.name for path in place.glob("*.safetensors")} for place in (folder, source))
-    return ours == theirs and all(filecmp.cmp(folder / name, source / name, shallow=False) for name in ours)
+    if ours == theirs:
+        return all(filecmp.cmp(folder / name, source / name, shallow=False) for name in ours)
+    with ExitStack() as stack:
+        saved, loaded = (_tensors(stack, place) for place in (folder, source))
+        return saved.keys() == loaded.keys() and all(
+            _same_bytes(saved[name].get_tensor(name), loaded[name].get_tensor(name)) for name in saved
+        )
+
+
+def _tensors(stack: ExitStack, folder: Path) -> dict[str, Any]:
+    """Name -> the open file that holds the tensor."""
+    files = [stack.enter_context(safe_open(path, "pt")) for path in folder.glob("*.safetensors")]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+def _same_bytes(ours: Tensor, theirs: Tensor) -> bool:
+    same_kind = ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    return same_kind and torch.equal(ours.flatten().view(torch.uint8), theirs.flatten().view(torch.uint8))
 
 
 def _check_readable(*paths: Path) -> None:

@@ -233,3 +233,17 @@ def test_a_packed_model_is_refused():
 def test_weights_that_are_not_in_memory_are_refused():
     with pytest.raises(ModelError, match=r"not in memory \(device meta\)"):
         plan(tiny.make_model("llama").to("meta"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_under_adapters_is_refused(wrapped):
+    peft = pytest.importorskip("peft")
+    model, lora = tiny.make_model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"])
+    if wrapped:
+        model = peft.get_peft_model(model, lora)
+    else:
+        peft.inject_adapter_in_model(lora, model)  # as `add_adapter` does
+    with pytest.raises(ModelError, match=r"is under an adapter.*merge_and_unload\(\)"):
+        plan(model)
+    if wrapped:
+        assert plan(model.merge_and_unload()).names

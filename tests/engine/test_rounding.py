@@ -307,6 +307,8 @@ def test_embeddings_of_integers_do_not_grow():
     assert model.resize_token_embeddings(tiny.VOCABULARY) is model.model.embed_tokens
     with pytest.raises(ModelError, match=r"resize_token_embeddings\(300\): the embeddings hold integers"):
         model.resize_token_embeddings(300)
+    with pytest.raises(ModelError, match=r"resize_token_embeddings\(300\)"):
+        model.resize_token_embeddings(tiny.VOCABULARY, pad_to_multiple_of=100)
     model.dequantize()
     assert model.resize_token_embeddings(300).num_embeddings == 300
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -296,7 +296,10 @@ def test_settings_of_the_callers_are_kept(monkeypatch):
     monkeypatch.setattr(type(model), "generate", lambda self, *args, **options: given.append(options))
     theirs = t.CompileConfig(mode="default")
     ids = tiny.make_windows(1, 4)
-    for own in ({"cache_implementation": "dynamic"}, {"use_cache": False}, {"compile_config": theirs}):
+    settings = [{"cache_implementation": "dynamic"}, {"use_cache": False}, {"compile_config": theirs}]
+    settings += [{"prompt_lookup_num_tokens": 3}, {"disable_compile": True}]
+    model.generate(ids, assistant_model=model)
+    for own in settings:
         model.generate(ids, t.GenerationConfig(**own))
         model.generate(ids, generation_config=t.GenerationConfig(**own))
         model.generate(ids, **own)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from optimum_eggs import EGGSConfig, EGGSPruner, NMLinear
-from optimum_eggs.errors import CheckpointError, ConfigError
+from optimum_eggs.errors import CheckpointError, ConfigError, ModelError
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.nn import packed_layers
 
@@ -241,3 +241,19 @@ def test_a_model_whose_layers_were_changed_by_hand_is_saved_as_it_is(change, pac
     assert packed_layers(again).keys() == packed_layers(model).keys()
     assert torch.equal(logits(again), expected)
     assert inspect_checkpoint(tmp_path / "saved").ok == bool(packed_layers(model))
+
+
+def test_integers_are_not_saved_as_a_dense_model(tokenizer, tmp_path):
+    model = pruned(
+        "llama", tokenizer, EGGSConfig("2:4", preset="magnitude", head="int8", num_samples=8, seq_len=16)
+    ).model
+    for name, layer in packed_layers(model).items():
+        model.set_submodule(name, layer.to_linear())
+    with pytest.raises(
+        ModelError, match=r"embed_tokens holds integers, and no layer is packed any more.*dequantize\(\)"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists() or not any((tmp_path / "saved").iterdir())
+    expected = logits(model)
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), expected)

@@ -17,10 +17,12 @@ from torch import nn
 from optimum_eggs import EGGSPruner, NMLinear
 from optimum_eggs.errors import ConfigError
 from optimum_eggs.inspection import inspect_checkpoint
-from optimum_eggs.nn import packed_layers
+from optimum_eggs.nn import CodedLinear, packed_layers
 from optimum_eggs.ops import force
+from optimum_eggs.packing.codes import Coding
 from optimum_eggs.pattern import NMPattern
 from optimum_eggs.recovery.low_rank import masked_low_rank
+from optimum_eggs.update.rounding import nearest
 
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -216,6 +218,51 @@ def test_a_bias_of_the_adapter(folders):
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:merging into layers of integers rounds the sum")
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_a_bias_is_merged_into_a_layer_of_integers_that_has_one(safe_merge):
+    torch.manual_seed(0)
+    packed = NMLinear.from_linear(nn.Linear(64, 32), NMPattern(2, 4))
+    expected = packed.bias.detach().clone()
+    coding = Coding("int8", 64)
+    codes, scale = nearest(packed.dense_weight(), coding)
+    coded = CodedLinear.from_codes(packed, codes[packed.mask()].view(32, -1), scale, coding)
+    model = get_peft_model(nn.Sequential(coded), LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+    bias = model.base_model.model[0].lora_B["default"].bias
+    bias.data.normal_()
+    expected += bias.detach() * model.base_model.model[0].scaling["default"]
+    merged = model.merge_and_unload(safe_merge=safe_merge)[0]
+    assert merged.bias.dtype is torch.float32
+    torch.testing.assert_close(merged.bias.data, expected.data)
+    assert torch.isfinite(merged(gaussian(3, 64))).all()
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but")
+def test_a_bias_that_no_layer_takes_is_said_before_anything_is_merged(folders):
+    model = adapted(folders["llama"], lora_bias=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match=r"'default' has a bias \(lora_bias=True\).*has none"):
+        model.merge_and_unload(safe_merge=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_adapters_combined_by_their_product_are_their_sum(name, folders):
+    options = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    model = adapted(folders[name], **options)
+    model.add_adapter("second", model.peft_config["default"])
+    fill(model, "second")
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.25], "by_factors", combination_type="cat")
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.25], "by_product", combination_type="svd", svd_rank=16)
+    found = []
+    for combined in ("by_factors", "by_product"):
+        model.set_adapter(combined)
+        found.append(logits(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+    model.set_adapter("default")
+    assert (logits(model) - found[0]).abs().max() > 0.1
+
+
 @pytest.mark.filterwarnings("ignore:lora with eva")
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -280,6 +327,10 @@ def test_two_adapters_add_up_and_are_deleted(folders):
     assert not torch.allclose(one, both, atol=1e-3)
     model.base_model.set_adapter("default")
     torch.testing.assert_close(logits(model), one)
+    deleted = copy.deepcopy(model)
+    deleted.delete_adapter("second")
+    assert not any("second" in name for name in deleted.state_dict())
+    torch.testing.assert_close(logits(deleted), one)
     model.base_model.set_adapter(["default", "second"])
     merged = model.merge_and_unload(adapter_names=["default", "second"])
     torch.testing.assert_close(logits(merged), both, rtol=1e-5, atol=1e-5)

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
 from optimum_eggs import folders
 from optimum_eggs.cli.main import main
-from optimum_eggs.engine.report import read_report, update_report
+from optimum_eggs.engine.report import read_report, text_uses, update_report, used_texts
 from optimum_eggs.errors import (
     CalibrationError,
     CheckpointError,
@@ -38,6 +38,7 @@ from optimum_eggs.evaluation import Perplexity
 from optimum_eggs.folders import claimed
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.nn import packed_layers
+from optimum_eggs.quantize import quantize
 from optimum_eggs.recovery import estimate
 from optimum_eggs.recovery.distill import block_error, divergence, teacher_tokens
 from optimum_eggs.recovery.recover import RecoverySettings, recover
@@ -428,6 +429,18 @@ def test_the_texts_of_every_recovery_are_known(packed_folder, text_file, tmp_pat
     assert [text["name"] for text in texts] == [text_file.name, "rows.jsonl"]
     assert read_report(tmp_path / "two")["recovery"]["texts"] == texts
     assert len(texts[0]["sha256"]) == 64
+    quantize(tmp_path / "two", tmp_path / "int8", {"values": "int8"}, progress=False)
+    report = read_report(tmp_path / "int8")
+    assert used_texts(report)["trained"] == texts
+    assert report["recovery"]["perplexity_after"] is None  # it is of the values before they were rounded
+    assert text_uses(report, {"name": text_file.name, "split": None, "sha256": texts[0]["sha256"]}) == [
+        "calibrated",
+        "trained",
+    ]
+    card = (tmp_path / "int8" / "README.md").read_text()
+    assert "# and then: optimum-cli eggs recover out recovered --method lora --steps 1 --train ..." in card
+    assert card.index("eggs recover out") < card.index("eggs quantize out")
+    assert "perplexity after recovery" not in card
 
 
 def test_a_text_given_twice(text_file):

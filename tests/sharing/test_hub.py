@@ -263,12 +263,18 @@ entry = {"dataset": "d", "split": None, "conditions": "c", "metrics": {"perplexi
 update_report(sys.argv[2], evaluations=[entry])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 model.push_to_hub("me/same", tags=["mine"])
+model.push_to_hub("me/shards", max_shard_size="20KB")
 model.model.layers[0].mlp.down_proj.weight.data.mul_(2)
 model.push_to_hub("me/changed")
+model.push_to_hub("me/changed-shards", max_shard_size="20KB")
 """
     client(code, packed_folder, tmp_path / "copy")
-    same, changed = (hub.files(name)["README.md"].decode() for name in ("me/same", "me/changed"))
+    names = ("me/same", "me/changed", "me/shards", "me/changed-shards")
+    same, changed, shards, changed_shards = (hub.files(name)["README.md"].decode() for name in names)
+    assert sum(name.endswith(".safetensors") for name in hub.files("me/shards")) > 1
     assert "12.34" in same
+    assert "12.34" in shards
+    assert "12.34" not in changed_shards
     assert "- mine" in same.split("---")[1]
     assert "12.34" not in changed
     assert "The certificate" in changed

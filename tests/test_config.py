@@ -110,7 +110,7 @@ def through_json(config: EGGSConfig) -> EGGSConfig:
         ({"block_list": ""}, r"block_list='' must be a text"),
         (
             {"targets": "down_proj"},
-            r"targets='down_proj' must be a list of name patterns; write .* targets=\['down_proj'\]",
+            r"targets='down_proj' must be a list of name patterns; write .* targets=\[.down_proj.\]",
         ),
         ({"targets": 5}, r"targets=5 must be a list of name patterns"),
         ({"ignore": ["lm_head", ""]}, r"ignore=\['lm_head', ''\] must be a list of name patterns"),

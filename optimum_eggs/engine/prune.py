@@ -26,7 +26,7 @@ from ..ranks import ALONE, Ranks
 from .block import BlockResult, DenseStream, prune_block
 from .estimate import announcement, estimate
 from .generate import check_generates, generated_windows
-from .left_dense import check_left_dense, chosen_modules, code_left_dense
+from .left_dense import check_left_dense, code_left_dense
 from .plan import PrunePlan, make_plan
 from .precision import check_float32
 from .report import PruneReport
@@ -67,9 +67,6 @@ def prune_model(model: nn.Module, config: EGGSConfig, windows: Tensor, progress:
             NaN or infinite, or memory is out (the blocks before are pruned by then; load the model again).
     """
     check_run(model, config, windows)
-    if config.head or config.ignored:
-        with evaluation_mode(model):
-            check_left_dense(model, config)
     plan = make_plan(model, config)
     try:
         turn: Turn | str | None = None
@@ -127,7 +124,9 @@ def check_run(model: nn.Module, config: EGGSConfig, windows: Tensor, ranks: Rank
         check_float32(model, "rotation=True")
     if config.generated_samples:
         check_generates(model, f"generated_samples={config.generated_samples}")
-    chosen_modules(model, config)
+    if config.head or config.ignored:
+        with evaluation_mode(model):
+            check_left_dense(model, config)
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Models whose values become integers while they are pruned, and afterwards."""
 
 import json
+from functools import partial
 
+import families
 import pytest
 import tiny
 import torch
@@ -13,6 +15,7 @@ from optimum_eggs.errors import ConfigError, ModelError
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.measure import Meter
 from optimum_eggs.nn import CodedEmbedding, CodedLinear, coded_modules, dense_weight, packed_layers
+from optimum_eggs.streaming import prune_checkpoint
 
 IDS = tiny.make_windows(2, 12)
 WINDOWS = tiny.make_windows(8, 16)
@@ -242,6 +245,24 @@ def test_a_packed_model_that_looks_at_the_dtype_of_a_weight_is_refused_too(meter
     config = model.config.quantization_config.replace(values="int4")
     with pytest.raises(ModelError, match=r"encoder.block.0 cannot run with layers of integers: .*of torch.uint8"):
         quantize_model(model, config, WINDOWS, meter, progress=False)
+
+
+@pytest.mark.parametrize("how", ["in memory", "from disk"])
+def test_mamba_casts_to_the_dtype_of_its_head_and_is_refused_before_the_work(how, tmp_path):
+    model = families.BY_NAME["MambaForCausalLM"].make()
+    config = EGGSConfig(
+        num_samples=8, seq_len=16, band=8, head="int8", ignore=["lm_head", "dt_proj"], preset="magnitude"
+    )
+    model.save_pretrained(tmp_path / "dense")
+    prune = {
+        "in memory": partial(EGGSPruner(model).prune, config, WINDOWS),
+        "from disk": partial(
+            prune_checkpoint, tmp_path / "dense", tmp_path / "out", config.replace(calibration=WINDOWS), progress=False
+        ),
+    }
+    with pytest.raises(ConfigError, match=r"head='int8': MambaForCausalLM cannot run with it: .*inputs of torch.int8"):
+        prune[how]()
+    assert not [path.name for path in tmp_path.iterdir() if path.name != "dense"]
 
 
 def test_models_that_look_at_the_dtype_of_the_head_are_refused():

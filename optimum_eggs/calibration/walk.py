@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -228,7 +228,8 @@ class Walk:
             for batch in range(len(hidden)):
                 given = handed[batch].copied()
                 hidden[batch], extras = self._run(block, index, batch, hidden[batch], given)
-                handed[batch] = given.behind(index, shared(extras, pool), self._last)
+                left = given.behind(index, extras, self._last)
+                handed[batch] = replace(left, extras=shared(left.extras, pool))
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass all windows through block `index`."""

@@ -275,19 +275,29 @@ def _again(report: dict[str, Any], config: dict[str, Any], base: str | None, as_
             f"pruner.prune(config, calibration=...)  # {digest}",
         ]
     lines.append('pruner.save_pretrained("out")')
-    recovered = report.get("recovery")
+    return "\n".join([*lines, *_afterwards(report)])
+
+
+def _afterwards(report: dict[str, Any]) -> list[str]:
+    """The commands that came after pruning, as comments, in their order."""
+    recovered, rounded = report.get("recovery"), report.get("quantization")
+    commands = []
     if recovered and recovered.get("kept") != "before":
         flags = f"--method {recovered['settings']['method']} --steps {recovered['steps']} --train ..."
         flags += " --teacher ..." if recovered["settings"].get("teacher") else ""
-        lines.append(f"# and then: optimum-cli eggs recover out recovered {flags}")
-    rounded = report.get("quantization")
+        commands.append(("recover", "recovered", flags))
     if rounded:
-        given = {
-            key: rounded.get(key) for key in ("values", "value_group", "head", "ignored", "rounding", "rounding_tuning")
-        }
+        keys = ("values", "value_group", "head", "ignored", "rounding", "rounding_tuning")
+        given = {key: rounded.get(key) for key in keys}
         flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items() if value is not None)
-        lines.append(f"# and then: optimum-cli eggs quantize out rounded {flags} --calibration ...")
-    return "\n".join(lines)
+        commands.append(("quantize", "rounded", f"{flags} --calibration ..."))
+    if recovered and recovered["perplexity_after"] is not None:  # rounding leaves out what was measured before it
+        commands.reverse()
+    folders = ["out", *(output for _, output, _ in commands)]
+    return [
+        f"# and then: optimum-cli eggs {name} {source} {output} {flags}"
+        for source, (name, output, flags) in zip(folders, commands, strict=False)
+    ]
 
 
 def _measured(report: dict[str, Any]) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import filecmp
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import strict_json
@@ -108,11 +108,12 @@ def _same_weights(folder: Path, source: Path) -> bool:
     ours, theirs = ({path.name for path in place.glob("*.safetensors")} for place in (folder, source))
     if ours == theirs:
         return all(filecmp.cmp(folder / name, source / name, shallow=False) for name in ours)
-    with ExitStack() as stack:
+    with ExitStack() as stack, suppress(SafetensorError):  # of a file that was damaged since it was loaded
         saved, loaded = (_tensors(stack, place) for place in (folder, source))
         return saved.keys() == loaded.keys() and all(
             _same_bytes(saved[name].get_tensor(name), loaded[name].get_tensor(name)) for name in saved
         )
+    return False
 
 
 def _tensors(stack: ExitStack, folder: Path) -> dict[str, Any]:

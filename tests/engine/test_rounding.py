@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from optimum_eggs import EGGSConfig, EGGSPruner
+from optimum_eggs.engine.left_dense import check_left_dense
 from optimum_eggs.engine.quantize import quantize_model
 from optimum_eggs.errors import ConfigError, ModelError
 from optimum_eggs.inspection import inspect_checkpoint
@@ -263,6 +264,22 @@ def test_mamba_casts_to_the_dtype_of_its_head_and_is_refused_before_the_work(how
     with pytest.raises(ConfigError, match=r"head='int8': MambaForCausalLM cannot run with it: .*inputs of torch.int8"):
         prune[how]()
     assert not [path.name for path in tmp_path.iterdir() if path.name != "dense"]
+
+
+def test_nothing_is_seen_of_a_model_that_cannot_run_without_weights():
+    def forward(**inputs):
+        raise RuntimeError("what is chosen depends on numbers")
+
+    kind, config = tiny.CONFIGS["llama"]()
+    with torch.device("meta"):
+        model = kind._from_config(config)
+    head, model.forward = model.lm_head, forward
+    check_left_dense(model, EGGSConfig(head="int8"))
+    assert model.lm_head is head
+    model = tiny.make_model("llama")
+    model.forward = forward
+    with pytest.raises(RuntimeError, match="depends on numbers"):
+        check_left_dense(model, EGGSConfig(head="int8"))
 
 
 def test_models_that_look_at_the_dtype_of_the_head_are_refused():

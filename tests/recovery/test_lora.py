@@ -246,6 +246,17 @@ def test_a_bias_that_no_layer_takes_is_said_before_anything_is_merged(folders):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_bias_that_is_not_finite_leaves_all_as_it_was_in_a_safe_merge(folders):
+    model = adapted(folders["gpt2"], lora_bias=True)
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    layer.lora_B["default"].bias.data[0] = torch.nan
+    before = layer.get_base_layer().weight.data.clone()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight.data, before)
+    assert not layer.merged
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_adapters_combined_by_their_product_are_their_sum(name, folders):
     options = {"fan_in_fan_out": True} if name == "gpt2" else {}

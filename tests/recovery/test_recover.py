@@ -439,7 +439,7 @@ def test_the_texts_of_every_recovery_are_known(packed_folder, text_file, tmp_pat
     ]
     card = (tmp_path / "int8" / "README.md").read_text()
     assert "# and then: optimum-cli eggs recover out recovered --method lora --steps 1 --train ..." in card
-    assert card.index("eggs recover out") < card.index("eggs quantize out")
+    assert card.index("eggs recover out") < card.index("eggs quantize recovered rounded --values int8")
     assert "perplexity after recovery" not in card
 
 

@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard
 
 from optimum_eggs.errors import ModelError
 from optimum_eggs.sharing import model_card, own_card, write_card
+from optimum_eggs.sharing.card import _afterwards
 
 
 @pytest.fixture
@@ -212,3 +213,24 @@ def test_the_card_of_a_model_packed_as_it_was_claims_no_more(packed_folder, tmp_
 def test_a_dense_folder_has_no_card(dense_folder):
     with pytest.raises(ModelError, match=r"report.json"):
         model_card(dense_folder)
+
+
+@pytest.mark.parametrize("first", ["recover", "quantize"])
+def test_the_commands_after_pruning_are_in_the_order_in_which_they_ran(first):
+    # rounding leaves out what recovery had measured before it
+    figures = dict.fromkeys(("perplexity_before", "perplexity_after"), None if first == "recover" else 9.0)
+    report = {
+        "recovery": {"settings": {"method": "values", "teacher": "dense"}, "steps": 3} | figures,
+        "quantization": {"values": "int8", "rounding": "nearest"},
+    }
+    commands = _afterwards(report)
+    assert [command.split(" eggs ")[1].split(" --")[0] for command in commands] == (
+        ["recover out recovered", "quantize recovered rounded"]
+        if first == "recover"
+        else ["quantize out rounded", "recover rounded recovered"]
+    )
+    assert "--method values --steps 3 --train ... --teacher ..." in "".join(commands)
+    assert "--values int8 --rounding nearest --calibration ..." in "".join(commands)
+    kept = report | {"recovery": report["recovery"] | {"kept": "before"}}
+    assert [command.split()[5] for command in _afterwards(kept)] == ["quantize"]
+    assert _afterwards({}) == []

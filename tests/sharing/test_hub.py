@@ -19,6 +19,8 @@ sys.path.insert(0, str(HERE))
 from forks import Forks  # noqa: E402
 from loopback_hub import LoopbackHub  # noqa: E402
 
+from optimum_eggs.sharing.models import _same_weights  # noqa: E402
+
 
 @pytest.fixture
 def packed_folder(packed_folder, tmp_path_factory):
@@ -291,6 +293,18 @@ AutoModelForCausalLM.from_pretrained(sys.argv[2]).push_to_hub("me/plain")
     done = client(code, packed_folder, tmp_path / "bare")
     assert "no report.json was found" in done.stderr
     assert b"The certificate" not in hub.files("me/plain")["README.md"]
+
+
+def test_weights_are_the_same_in_whatever_files(packed_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert _same_weights(tmp_path / "shards", packed_folder)
+    file = max((tmp_path / "shards").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-8])
+    assert not _same_weights(packed_folder, tmp_path / "shards")
+    model.model.norm.weight.data[0] += 1
+    model.save_pretrained(tmp_path / "changed", max_shard_size="20KB")
+    assert not _same_weights(tmp_path / "changed", packed_folder)
 
 
 def test_the_card_validates_as_the_hub_asks(hub, client, packed_folder):

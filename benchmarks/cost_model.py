@@ -12,9 +12,9 @@ beside what it took. For a block whose stages (layers that read the same tensor)
 - statistics: d² operations for each of T/R tokens and each stage, and 256 d more: half of a symmetric product; and 2 d²
   for the products with the dense model's inputs;
 - update: 17 products of a layer (out, d) with (d, d), of the corrected target, SparseGPT, 10 steps of the refit, its
-  start and the error, its rows shared by the processes; and once for each stage 4 d³ for the factor in float64, of
-  which they share half;
-- sent: 8 d² bytes for each stage, twice over if R > 1, 4 d² for the factor, and the block's pruned weights;
+  start and the error, and once for each stage 4 d³ for the factor in float64; the processes share both;
+- sent: 8 d² bytes for each stage, twice over if R > 1, 8 d² for the factor and its inverse, and the block's pruned
+  weights;
 - memory, when the widest layer is pruned, which comes last: the block, that layer's nine float32 copies and five (d, d)
   ones in float32, and three times the hidden states.
 """
@@ -107,9 +107,9 @@ def cost(shape: Shape, tokens: int, seq_len: int, processes: int, rates: Rates) 
     for inputs, outputs in shape.stages:
         statistics += inputs * (inputs + STRIP) + 2 * inputs**2
         rows = sum(outputs) / processes
-        factor = FACTORISATION["sparsegpt"] / 2 * (1 + 1 / processes) * inputs
+        factor = FACTORISATION["sparsegpt"] * inputs / processes
         update += (UPDATE_PRODUCTS * 2 * rows + factor) * inputs**2
-        sent += 4 * inputs**2 * 5 + shape.itemsize * sum(outputs) * inputs
+        sent += 4 * inputs**2 * 6 + shape.itemsize * sum(outputs) * inputs
     largest = max(inputs * max(outputs) for inputs, outputs in shape.stages)
     widest = max(inputs for inputs, _ in shape.stages)
     seconds = {

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..errors import NumericalError, ShapeError
 from ..ranks import ALONE, Ranks
-
-_COLUMNS = 256  # of an inverse, that are found at a time
+from .factor import cholesky, invert
 
 
 @dataclass(frozen=True)
@@ -79,21 +78,9 @@ class Problem:
         diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1
         diagonal += self.damping * diagonal.mean()
-        factor = self._invert(self._cholesky(hessian)).to(self.gram.dtype)
+        factor = invert(self._cholesky(hessian), self.ranks).to(self.gram.dtype)
         del hessian, diagonal
         return factor.flip(0, 1)
-
-    def _invert(self, lower: Tensor) -> Tensor:
-        """Invert a lower triangular matrix (in, in) in place, its columns shared out over the processes."""
-        starts = range(0, len(lower), _COLUMNS)
-        owners = self.ranks.deal({str(start): (len(lower) - start) ** 2 for start in starts})
-        for start in starts:
-            if owners[str(start)] == self.ranks.rank:
-                _invert_columns(lower, slice(start, start + _COLUMNS))
-        self.ranks.agree(None)  # that all of them could
-        for start in starts:
-            self.ranks.copy_from(owners[str(start)], lower[start:, start : start + _COLUMNS])
-        return lower
 
     @cached_property
     def scale(self) -> Tensor:
@@ -120,29 +107,10 @@ class Problem:
 
     def _cholesky(self, matrix: Tensor) -> Tensor:
         """The lower factor of a symmetric matrix (in, in), in its place: of 10000 inputs it takes 800 MB in float64."""
-        columns = matrix.t()  # LAPACK's order, so that nothing is copied
         try:
-            return torch.linalg.cholesky(columns, out=columns)
+            return cholesky(matrix, self.ranks)
         except torch.linalg.LinAlgError as error:
             raise NumericalError(
                 f"gram cannot be factorised with damping={self.damping}: some inputs depend on others up to rounding; "
                 "raise `damping`, and if that does not help look for NaN or infinite values in the statistics"
             ) from error
-
-
-def _invert_columns(lower: Tensor, columns: slice) -> None:
-    """Put these columns of the inverse of a lower triangular matrix in their place; none to the left is read.
-
-    By forward substitution of one block of rows after the other. `solve_triangular` would do it at once, and copy the
-    part of the matrix that it reads.
-    """
-    first = lower[columns, columns]
-    eye = torch.eye(len(first), dtype=first.dtype, device=first.device)
-    first.copy_(torch.linalg.solve_triangular(first, eye, upper=False))
-    rest = lower[columns.stop :, columns]
-    rest.copy_(torch.mm(rest, first).neg_())
-    for top in range(columns.stop, len(lower), _COLUMNS):
-        rows, below = slice(top, top + _COLUMNS), slice(top + _COLUMNS, None)
-        part = lower[rows, columns]
-        part.copy_(torch.linalg.solve_triangular(lower[rows, rows], part, upper=False))
-        lower[below, columns].addmm_(lower[below, rows], part, alpha=-1)

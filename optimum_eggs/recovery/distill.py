@@ -1,4 +1,4 @@
-"""The teacher's most likely tokens, stored once, and how far a student is from them."""
+"""The teacher's most likely tokens, stored once, and how far the output of its blocks is."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from ..errors import NumericalError
 from ..evaluation.finite import first_not_finite
-
-_CHUNK = 256  # tokens whose logits exist in float32 at a time
 
 
 @dataclass(frozen=True)
@@ -60,37 +57,6 @@ def teacher_tokens(
         ids.append(best.indices.to("cpu", torch.int32))
         log_probs.append((best.values - total).to("cpu", torch.float16))
     return TeacherTokens(torch.stack(ids), torch.stack(log_probs))
-
-
-def divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence from the teacher to the student, in nats a token.
-
-    All that the teacher gives to tokens beyond its most likely ones counts as one token more, so that the value is a
-    divergence of two distributions, a lower bound of that over the whole vocabulary.
-
-    Args:
-        logits: The student's (tokens, vocabulary), any dtype; taken to float32 a chunk at a time, and again in the
-            backward pass.
-        ids: The teacher's most likely tokens (tokens, k).
-        log_probs: Their log-probabilities (tokens, k).
-
-    >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
-    >>> divergence(logits, torch.tensor([[0, 1]]), logits.log_softmax(-1)[:, :2]).abs().item() < 1e-6
-    True
-    """
-    total = logits.new_zeros((), dtype=torch.float32)
-    for part in zip(logits.split(_CHUNK), ids.split(_CHUNK), log_probs.split(_CHUNK), strict=True):
-        total = total + checkpoint(_divergence, *part, use_reentrant=False)
-    return total / len(logits)
-
-
-def _divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
-    logits, log_probs = logits.float(), log_probs.float()
-    student = logits.gather(-1, ids.long()) - logits.logsumexp(-1, keepdim=True)
-    share = log_probs.exp()
-    tiny = 1e-6
-    rest, students_rest = ((1 - p.sum(-1)).clamp_min(tiny) for p in (share, student.exp()))
-    return ((share * (log_probs - student)).sum(-1) + rest * (rest.log() - students_rest.log())).sum()
 
 
 def block_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -529,7 +529,6 @@ def _train(
         prediction_loss_only=True,
         remove_unused_columns=False,
         **saving_memory,
-        bf16=_in_bfloat16(device),
         use_cpu=device.type == "cpu",
         seed=settings.seed,
         report_to=[],
@@ -544,6 +543,7 @@ def _train(
         teacher=teacher,
         kd_ratio=settings.kd_ratio,
         block_matching=settings.block_matching,
+        autocast=_in_bfloat16(device),
     )
     trainer.train(resume_from_checkpoint=start)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

@@ -14,7 +14,8 @@ from transformers.trainer_callback import PrinterCallback
 from ..engine.rates import sizes
 from ..errors import NumericalError
 from ..evaluation.finite import first_not_finite, plain_name
-from .distill import block_error, divergence
+from .distill import block_error
+from .loss import distillation_loss
 
 _REMEDY = "use a smaller learning rate (--lr)"
 
@@ -49,9 +50,9 @@ class RecoveryTrainer(Trainer):
     Args:
         args: As for `Trainer`.
         teacher: Run beside the model to match the output of its blocks, if `block_matching` is not 0.
-        kd_ratio: Share of that divergence, the rest being the language-model loss (Hinton, Vinyals and Dean, arXiv
-            1503.02531).
+        kd_ratio: Share of that divergence, the rest being the language-model loss.
         block_matching: Weight of the blocks' relative squared error in the loss.
+        autocast: Multiply in bfloat16. The arguments' `bf16` would do so too, and copy all logits to float32.
         kwargs: As for `Trainer`.
     """
 
@@ -61,11 +62,12 @@ class RecoveryTrainer(Trainer):
         teacher: nn.Module | None = None,
         kd_ratio: float = 1.0,
         block_matching: float = 0.0,
+        autocast: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._teacher = None if teacher is None else teacher.to(self.args.device)
-        self._kd_ratio, self._block_matching = kd_ratio, block_matching
+        self._kd_ratio, self._block_matching, self._autocast = kd_ratio, block_matching, autocast
         for callback in (PrinterCallback, ProgressCallback):  # both write to stdout, which belongs to the command
             self.remove_callback(callback)
         self.add_callback(_Bar)
@@ -77,6 +79,10 @@ class RecoveryTrainer(Trainer):
             share, options["weight_decay"] = options.pop("lr"), self.args.weight_decay
             self.optimizer = kind(parameter_groups(cast(nn.Module, self.model), share), **options)
         return self.optimizer
+
+    def compute_loss_context_manager(self) -> Any:
+        """What the loss is computed in."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._autocast)
 
     def compute_loss(
         self,
@@ -92,11 +98,13 @@ class RecoveryTrainer(Trainer):
             outputs = model(**inputs)
             loss: Tensor = outputs.loss
         else:
-            labels = inputs["labels"] if self._kd_ratio < 1 else None
-            outputs = model(input_ids=inputs["input_ids"], labels=labels, output_hidden_states=matching)
-            loss = divergence(outputs.logits.flatten(0, 1), ids.flatten(0, 1), log_probs.flatten(0, 1))
-            if labels is not None:
-                loss = self._kd_ratio * loss + (1 - self._kd_ratio) * outputs.loss
+            outputs = model(input_ids=inputs["input_ids"], output_hidden_states=matching)
+            following = inputs["input_ids"].roll(-1, 1)
+            following[:, -1] = -1
+            logits, ids, log_probs, following = (
+                each.flatten(0, 1) for each in (outputs.logits, ids, log_probs, following)
+            )
+            loss = distillation_loss(logits, ids, log_probs, following, self._kd_ratio)
         if matching:
             assert self._teacher is not None
             with torch.no_grad():

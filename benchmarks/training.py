@@ -30,8 +30,8 @@ def worker(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
     from optimum_eggs.engine.precision import has_bfloat16_products
     from optimum_eggs.hf.loading import own_memory
+    from optimum_eggs.malloc import keep_freed_memory
     from optimum_eggs.nn import packed_layers
-    from optimum_eggs.recovery.memory import keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import optimum_eggs
 PACKAGE = Path(optimum_eggs.__file__).parent
 LAYERS = [
     ["access", "dtypes", "errors", "imports", "interrupts", "logs", "version"],
-    ["devices", "pattern", "measure", "memory", "huge_pages", "ranks", "strict_json", "locks"],
+    ["devices", "pattern", "malloc", "measure", "memory", "huge_pages", "ranks", "strict_json", "locks"],
     ["files", "autoload", "startup"],
     ["importance", "packing", "presets", "folders", "runs", "names", "validation"],
     ["ops"],

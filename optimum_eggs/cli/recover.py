@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, write, and print."""
     from accelerate import PartialState
 
-    from ..recovery.memory import keep_freed_memory
+    from ..malloc import keep_freed_memory
     from ..recovery.recover import RecoverySettings, recover
 
     keep_freed_memory()  # here, since it changes the whole process

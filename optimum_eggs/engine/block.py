@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration import DenseTwin, Walk
 from ..config import EGGSConfig
+from ..malloc import give_back_freed_memory
 from ..masks.certificate import Certificate, certify
 from ..measure import Meter
 from ..nn import NMLinear, dense_weight
@@ -152,6 +153,7 @@ def _prune_wave(
     names = [name for layers in wave for name in layers.names]
     owners = ranks.deal({name: dense_weight(todo[name]).numel() for name in names}) if len(wave) > 1 else None
     solved: dict[str, SolvedLayer] = {}
+    give_back_freed_memory()  # of the forward passes: most is needed where the widest layer is factorised
     with ranks.together():
         for layers in wave:
             sharing = ranks if owners is None else ALONE

@@ -10,6 +10,7 @@ from .topn import check_score
 
 _TOGETHER = 512  # groups of one assignment: its time grows with the third power
 _LEVELS = 8
+_NUMBERS = 1 << 18  # of what is made at a time on a CPU, to stay in its cache
 
 
 def channel_order(score: Tensor, pattern: NMPattern, rounds: int = 3) -> Tensor:
@@ -118,6 +119,12 @@ def _gains(score: Tensor, threshold: Tensor) -> Tensor:
     low, high = threshold.amin(0), threshold.amax(0)
     step = ((high - low) / (_LEVELS - 1)).clamp_min(torch.finfo(score.dtype).tiny)
     level = torch.arange(_LEVELS, device=score.device, dtype=score.dtype)[:, None]
-    share = (1 - ((threshold - low) / step)[:, None].sub(level).abs_()).clamp_min_(0)  # of each level in a threshold
-    above = (score[:, None] - (low + step * level)).clamp_min_(0)
+    levels = low + step * level
+    share, above = (score.new_empty(len(each), _LEVELS, score.shape[1]) for each in (threshold, score))
+    height = max(1, _NUMBERS // levels.numel()) if score.device.type == "cpu" else len(score)
+    for start in range(0, len(score), height):
+        some = slice(start, start + height)
+        place = ((threshold[some] - low) / step)[:, None]
+        torch.sub(place, level, out=share[some]).abs_().neg_().add_(1).clamp_min_(0)  # of each level in a threshold
+        torch.sub(score[some, None], levels, out=above[some]).clamp_min_(0)
     return share.flatten(1) @ above.flatten(1).t()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -671,24 +670,3 @@ def test_two_processes_share_the_steps(packed_folder, dense_folder, text_file, t
     assert json.loads(done.stdout)["steps"] == 4  # printed once
     assert inspect_checkpoint(tmp_path / "out").ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_kept():
-    code = """
-import resource, torch
-from optimum_eggs.recovery.memory import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 25)  # 128 MiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-plain = faults(), faults()
-assert keep_freed_memory()
-print(*plain, faults(), faults())
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    first, again, kept_first, kept_again = map(int, done.stdout.split())
-    assert min(first, again, kept_first) > 10 * kept_again

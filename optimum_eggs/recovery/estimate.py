@@ -14,7 +14,7 @@ from ..nn import packed_layers
 if TYPE_CHECKING:
     from .recover import RecoverySettings
 
-_STEP = {torch.float32: 4.5, torch.bfloat16: 2.9}
+_STEP = {torch.float32: 4.1, torch.bfloat16: 2.5}
 """A window in a step that multiplies in this dtype, over a forward pass of it in float32 without gradients: so windows
 are judged. Timed on two cores, without instructions for bfloat16 and with them."""
 

@@ -162,7 +162,8 @@ def test_activations_beyond_float16_name_the_layer_and_a_remedy(preset):
 def test_what_fails_in_another_process_is_tried_again_by_all_unless_that_has_ended(left, monkeypatch):
     weight, gram = layer("correlated", dtype=torch.float32)
     config, error = EGGSConfig("2:4", preset="fast", band=8), NumericalError("no solution there")
-    answers = [error if left else ranks._Told(error), None, None]  # the third is for the factor, which both share
+    # asked for in what is tried again: for the factor, for its inverse, and at the end
+    answers = [error if left else ranks._Told(error), None, None, None]
     monkeypatch.setattr(
         ranks.Ranks, "gather", lambda self, value: [value, *(answers.pop(0) for _ in range(self.size - 1))]
     )
@@ -173,7 +174,7 @@ def test_what_fails_in_another_process_is_tried_again_by_all_unless_that_has_end
         if left:
             with pytest.raises(NumericalError, match="no solution there"), both.together():
                 solve_layer("a.layer", weight, Problem(gram, 0.01), config, meter, own, both)
-            assert len(answers) == 2  # the other is gone, and is not asked again
+            assert len(answers) == 3  # the other is gone, and is not asked again
         else:
             found = solve_layer("a.layer", weight, Problem(gram, 0.01), config, meter, own, both)
             alone = solve_layer("a.layer", weight, Problem(gram, 0.1), config, meter)

@@ -534,6 +534,8 @@ def _train(
         report_to=[],
         logging_steps=max(1, settings.eval_steps // 4),
     )
+    arguments.mixed_precision = "no"  # whatever `accelerate launch` says: it would copy all logits to float32
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several take a process each; threads would not know of the autocast
     trainer = RecoveryTrainer(
         model=wrapped,
         args=arguments,

@@ -107,7 +107,7 @@ class RecoveryTrainer(Trainer):
             loss = distillation_loss(logits, ids, log_probs, following, self._kd_ratio)
         if matching:
             assert self._teacher is not None
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.args.device.type, enabled=False):  # in its own dtype
                 theirs = self._teacher(input_ids=inputs["input_ids"], output_hidden_states=True, use_cache=False)
             error = block_error(outputs.hidden_states[1:], theirs.hidden_states[1:])  # the first is the embedding
             loss = loss + self._block_matching * error

@@ -30,9 +30,11 @@ def cholesky(matrix: Tensor, ranks: Ranks) -> Tensor:
             first, rest = lower[columns, columns], lower[behind, columns]
             first.copy_(torch.linalg.cholesky(first))
             rest.copy_(torch.linalg.solve_triangular(first.t(), rest, upper=True, left=False))
+        sent = lower[start:, columns].contiguous()  # before they meet: memory that is out after that is told to no one
         ranks.agree(None)  # that it could
+        ranks.copy_from(owners[number], sent)
+        lower[start:, columns] = sent
         lower[:start, columns] = 0
-        ranks.copy_from(owners[number], lower[start:, columns])
         for later, owner in zip(starts[number + 1 :], owners[number + 1 :], strict=True):
             if owner == ranks.rank:
                 own = slice(later, later + _COLUMNS)
@@ -47,9 +49,15 @@ def invert(lower: Tensor, ranks: Ranks) -> Tensor:
     for start in starts:
         if owners[str(start)] == ranks.rank:
             _invert_columns(lower, slice(start, start + _COLUMNS))
+    if ranks.size == 1:
+        return lower
+    buffer = lower.new_empty(min(_COLUMNS, len(lower)) * len(lower))  # before they meet, as above
     ranks.agree(None)  # that all of them could
     for start in starts:
-        ranks.copy_from(owners[str(start)], lower[start:, start : start + _COLUMNS])
+        columns = lower[start:, start : start + _COLUMNS]
+        sent = buffer[: columns.numel()].view(columns.shape).copy_(columns)
+        ranks.copy_from(owners[str(start)], sent)
+        columns.copy_(sent)
     return lower
 
 

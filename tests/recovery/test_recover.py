@@ -370,8 +370,10 @@ def test_a_damaged_report_is_found_first(packed_folder, text_file, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_after_training_the_model_is_judged_as_before_it(packed_folder, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("launched", ["no", "bf16", "fp16"])  # by `accelerate launch`
+def test_after_training_the_model_is_judged_as_before_it(launched, packed_folder, text_file, tmp_path, monkeypatch):
     # in float32, though it is trained by rounded products; the first step, which is the best, changes nothing
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     monkeypatch.setattr(RECOVER, "has_bfloat16_products", lambda device: True)
     chosen = settings(text_file, method="values", learning_rate=30.0, steps=2)
     report = recover(packed_folder, tmp_path / "out", chosen, device="cpu")

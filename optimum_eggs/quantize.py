@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from . import validation as check
+from .calibration.documents import shown
 from .calibration.windows import check_calibration, windows_digest
 from .config import EGGSConfig
 from .devices import choose_device, device_map
@@ -23,6 +25,8 @@ from .hf.loading import has_tokenizer, load_config, load_model, load_tokenizer, 
 from .measure import Meter, devices_of
 from .names import public_name
 from .strict_json import dumps
+
+logger = logging.getLogger(__name__)
 
 KEYS = ("values", "value_group", "rounding", "rounding_tuning", "tuning_lr", "head", "ignored")
 """Those of the configuration that say how values become integers."""
@@ -140,6 +144,12 @@ def _asked(was: EGGSConfig, settings: Mapping[str, Any]) -> EGGSConfig:
             f"rounding_tuning={config.rounding_tuning} reads text; give some, or rounding='nearest' and "
             "rounding_tuning=0"
         )
+    if text and not needed:
+        logger.warning(
+            "calibration=%s is not read: values are rounded to the nearest, and no block is tuned",
+            shown(config.calibration),
+        )
+        return config.replace(calibration=None)
     return config
 
 

@@ -419,8 +419,15 @@ def _load_dataset(name: str, split: str, config_name: str | None, revision: str 
         )
     arguments = dict(NAMED_DATASETS.get(asked.path, {"path": asked.path, "name": wanted_name}))
     files = arguments.get("data_files", {})
-    wanted = {part: file for part, file in files.items() if part == split.partition("[")[0]}
-    arguments |= {"data_files": wanted or files or None, "revision": asked.revision or revision, "token": token}
+    wanted = {part.partition("[")[0].strip() for part in split.split("+")} if files else set()
+    unknown = sorted(wanted - files.keys())
+    if unknown:
+        raise UnusableError(f" has no split {unknown[0]!r}, only {' and '.join(files)}; name one with split= (--split)")
+    arguments |= {
+        "data_files": {part: files[part] for part in sorted(wanted)} or None,
+        "revision": asked.revision or revision,
+        "token": token,
+    }
     given = {key: value for key, value in arguments.items() if value is not None}
     try:
         return datasets.load_dataset(**given, split=split)

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """Time, and print."""
     import torch
 
-    from ..engine.report import update_report
+    from ..devices import described
+    from ..engine.report import timed_on, update_report
     from ..errors import ConfigError
     from ..hf.loading import parse_dtype, stored_dtype
     from ..inspection import inspect_checkpoint
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = parse_dtype(args.dtype)
     dtype = wanted if isinstance(wanted, torch.dtype) else stored_dtype(args.model, args.trust_remote_code)
 
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth() if device.type == "cpu" else None
     models = []
     if not args.layers_only:
         with others_on_stderr():
@@ -128,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
         "instruction_set": INSTRUCTION_SETS[-1] if INSTRUCTION_SETS else None,
         "threads": torch.get_num_threads(),
         "device": str(device),
+        "accelerator": None if device.type == "cpu" else described(device),
         "read_bandwidth": bandwidth,
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -135,13 +137,15 @@ def run(args: argparse.Namespace) -> int:
     rows = [asdict(timing) | {"ratio": timing.ratio, "layers": shapes[_shape(timing)]} for timing in timings]
     if recording:
         timed = [_without_folder(model) for model in models[:1] + [other for other in models[1:] if not other.packed]]
-        part = {"machine": machine, "layers": rows, "models": timed}
+        how = {"prompt": args.prompt, "new_tokens": args.new_tokens, "dtype": str(dtype).removeprefix("torch.")}
+        part = {"machine": machine, **how, "layers": rows, "models": timed}
         recorded(lambda: update_report(args.model, benchmark=part))
     if args.json:
         print(strict_json.dumps({"machine": machine, "layers": rows, "models": [asdict(model) for model in models]}))
         return 0
-    read = f"{bandwidth:.1f} GB/s read" if bandwidth else "native kernels missing"
-    print(f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, {read}\n")
+    read = f", {bandwidth:.1f} GB/s read" if bandwidth else ""
+    kernels = f", {machine['instruction_set'] or 'native kernels missing'}" if device.type == "cpu" else ""
+    print(f"{timed_on(machine)}{kernels}{read}\n")
     heads = f"{'out x in':>14} {'n:m':>5} {'values':>9} {'layers':>6} {'tokens':>6} {'backend':>9}"
     print(f"{heads} {'µs':>9} {'times dense':>12}   GB/s")
     for timing in timings:

@@ -31,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
     path = check_output(args.output, args.overwrite, sources=[args.model])
     own = own_card(path)
     with others_on_stderr():
+        tokenizer = (
+            load_tokenizer(args.model, trust_remote_code=args.trust_remote_code) if has_tokenizer(args.model) else None
+        )
         model = load_model(args.model, trust_remote_code=args.trust_remote_code)
         layers = packed_layers(model)
         if not layers:
@@ -45,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
             model = model.dequantize()
             model.save_pretrained(folder, max_shard_size=args.max_shard_size)
             put_card(own, folder)
-            if has_tokenizer(args.model):
-                tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+            if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     if args.json:
         print(json.dumps({"output": args.output, "format": args.format, "layers": count}))

@@ -298,6 +298,15 @@ def _may_overlap(split: str | None, other: str | None) -> bool:
     return not (split and other) or not parts.isdisjoint(others)
 
 
+def timed_on(machine: Mapping[str, Any]) -> str:
+    """Where a benchmark was run, as in a line of text.
+
+    >>> timed_on({"processor": "A processor", "threads": 2, "accelerator": None})
+    'A processor, 2 threads'
+    """
+    return machine.get("accelerator") or f"{machine['processor']}, {machine['threads']} threads"
+
+
 def without_measurements(report: dict[str, Any]) -> dict[str, Any]:
     """The report of a model whose weights have changed since: without what was measured on the old ones.
 

@@ -190,10 +190,13 @@ _TUNED = _object({"block": _INTEGER, "error_before": _NUMBER, "error_after": _NU
 _STAGE = _object({"seconds": _NUMBER, "peak_rss": _NUMBER}, {})
 _BENCHMARK = _object(
     {
-        "machine": _object({"processor": _TEXT, "threads": _COUNT}, {}),
+        "machine": _object({"processor": _TEXT, "threads": _COUNT}, {"accelerator": _maybe(_TEXT)}),
         "models": _list(_object({"decode_speed": _NUMBER, "prefill_speed": _NUMBER}, {}), least=1),
     },
     {
+        "prompt": _SIZE,
+        "new_tokens": _SIZE,
+        "dtype": _TEXT,
         "layers": _list(
             _object({"out_features": _SIZE, "in_features": _SIZE, "tokens": _SIZE, "ratio": _NUMBER}, {}),
         ),

@@ -123,6 +123,11 @@ def evaluate(
         )
     step = seq_len if stride is None else stride
     tokenizers = [source.load_tokenizer() for source in sources]
+    for source, own in zip(sources, tokenizers, strict=True):
+        if tasks and apply_chat_template and not own.chat_template:
+            raise ConfigError(
+                f"apply_chat_template=True: the tokenizer of {source.name} has no chat template; leave it out"
+            )
     windows = None
     if text is not None:
         cuts = [evaluation_windows(text, each, seq_len, num_windows, split, text_column, stride) for each in tokenizers]

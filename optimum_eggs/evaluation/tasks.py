@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, EGGSError, first_line, is_out_of_memory
 from .paired import Estimate, estimate
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class TaskRunner:
         apply_chat_template: bool = False,
         batch_size: int = 1,
     ) -> TaskRunner:
-        """Look the tasks up, before any model is loaded.
+        """Look the tasks up and read their data, before any model is loaded.
 
         Args:
             tasks: Names of tasks, groups or tags; shell-style patterns.
@@ -79,12 +80,13 @@ class TaskRunner:
             batch_size: Requests answered at a time.
 
         Raises:
-            ConfigError: the harness is not installed, a task is unknown to it, or a value is out of range.
+            ConfigError: the harness is not installed, a task is unknown to it, its data cannot be had, it is marked as
+                unsafe, or a value is out of range.
         """
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError("tasks are run by lm-evaluation-harness: pip install 'lm_eval>=0.4.9'") from error
+            raise ConfigError("tasks are run by lm-evaluation-harness: pip install 'lm_eval>=0.4.12'") from error
         if include_path is not None and not Path(include_path).is_dir():
             raise ConfigError(
                 f"include_path={str(include_path)!r} is no folder; name the one with the tasks' YAML files"
@@ -101,19 +103,27 @@ class TaskRunner:
                     + (f"; did you mean {' or '.join(near)}?" if near else "")
                     + "; `lm-eval ls tasks` lists all, and --include-path adds a folder of your own"
                 )
+        with _refusals(tasks):
+            loaded = manager.load(manager.match_tasks(list(tasks)))["tasks"]
+        for name, task in loaded.items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise ConfigError(
+                    f"task {name!r} runs code that the model writes, which is refused here; leave it out, or run it by "
+                    "lm-evaluation-harness itself"
+                )
         return cls(tuple(tasks), manager, num_fewshot, limit, apply_chat_template, batch_size)
 
     @torch.no_grad()
     def run(self, model: Any, tokenizer: Any) -> list[TaskScore]:
-        """Run the tasks on a model. Those that are marked as unsafe are refused.
+        """Run the tasks on a model.
 
         Raises:
-            ConfigError: the data of a task cannot be had, or a task cannot be run.
+            ConfigError: a task cannot be run.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        try:
+        with _refusals(self.tasks):
             found = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
                 tasks=self.manager.match_tasks(list(self.tasks)),
@@ -123,11 +133,6 @@ class TaskRunner:
                 apply_chat_template=self.apply_chat_template,
                 bootstrap_iters=1000,
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"tasks={list(self.tasks)}: cannot be run: {first_line(error)}; see that their data can be had, or "
-                "name tasks of your own with --include-path"
-            ) from error
         assert found is not None
         return scores(found, self.tasks)
 
@@ -162,6 +167,26 @@ def task_differences(ours: TaskScore, theirs: TaskScore) -> dict[str, Estimate]:
         for metric, values in ours.by_document.items()
         if len(theirs.by_document.get(metric, [])) == len(values)
     }
+
+
+@contextmanager
+def _refusals(tasks: Sequence[str]) -> Iterator[None]:
+    """What goes wrong within, said in one way: the harness, its metrics, data sets and tasks' own code raise anything.
+
+    Raises:
+        ConfigError: something did, but for memory that is out.
+    """
+    try:
+        yield
+    except EGGSError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"tasks={list(tasks)}: cannot be run: {type(error).__name__}: {first_line(error)}; see that their data and "
+            "the packages they need can be had, or name tasks of your own with --include-path"
+        ) from error
 
 
 def _leaves(name: str, subtasks: dict[str, list[str]]) -> list[str]:

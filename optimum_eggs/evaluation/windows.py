@@ -10,6 +10,8 @@ from ..calibration.documents import documents, shown
 from ..calibration.windows import token_stream
 from ..errors import CalibrationError, ConfigError
 
+_CUT = 8  # tokens at a window's end that may be parts of a longer token, or of a character of several
+
 
 def evaluation_windows(
     text: Any,
@@ -48,13 +50,15 @@ def evaluation_windows(
 def predicted_bytes(windows: Tensor, tokenizer: Any, stride: int) -> int | None:
     """Bytes of text, in UTF-8, that the tokens predicted in windows (windows, tokens) stand for.
 
-    None for a tokenizer that does not give back the text that it was given.
+    A character of which a window holds some tokens alone counts as three bytes. None for a tokenizer that does not give
+    back the text that it was given.
     """
     total = 0
     for index, window in enumerate(windows.tolist()):
         text = tokenizer.decode(window, clean_up_tokenization_spaces=False)
-        if index == 0 and tokenizer(text, add_special_tokens=False)["input_ids"][:-1] != window[:-1]:
-            return None  # the last token may have been cut from a longer one
+        whole = max(1, len(window) - _CUT)
+        if index == 0 and tokenizer(text, add_special_tokens=False)["input_ids"][:whole] != window[:whole]:
+            return None
         first = 1 if index == 0 else max(1, windows.shape[1] - stride)
         read_before = tokenizer.decode(window[:first], clean_up_tokenization_spaces=False)
         total += len(text.encode()) - len(read_before.encode())

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.report import read_report
+from ..engine.report import read_report, timed_on
 from ..errors import CheckpointError, ConfigError, ModelError, OutputError
 from ..files import REPORT_NAME
 from ..folders import check_folder
@@ -183,13 +183,12 @@ def _summary(report: dict[str, Any]) -> str:
             lines.append("That was worse on the windows held out, so the values are those of before.")
     speed = report.get("benchmark")
     if speed:
-        machine = speed["machine"]
         ours, *dense = speed["models"]
         compiled = " compiled" if ours.get("compiled") else ""
         against = f", dense {dense[0]['decode_speed']:.1f}" if dense else ""
         lines.append(
-            f"Decodes {ours['decode_speed']:.1f} tokens/s{compiled}{against}, on {html.escape(machine['processor'])}, "
-            f"{machine['threads']} threads."
+            f"Decodes {ours['decode_speed']:.1f} tokens/s{compiled}{against}, "
+            f"on {html.escape(timed_on(speed['machine']))}."
         )
     return "".join(f"<p>{line}</p>" for line in lines)
 

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ..access import no_file
 from ..calibration.documents import DatasetName, dataset_id
 from ..config import EGGSConfig
-from ..engine.report import read_report, text_uses
+from ..engine.report import read_report, text_uses, timed_on
 from ..errors import ModelError, first_line, more
 from ..files import REPORT_NAME
 from ..names import hub_id
@@ -290,7 +290,8 @@ def _afterwards(report: dict[str, Any]) -> list[str]:
         keys = ("values", "value_group", "head", "ignored", "rounding", "rounding_tuning")
         given = {key: rounded.get(key) for key in keys}
         flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items() if value is not None)
-        commands.append(("quantize", "rounded", f"{flags} --calibration ..."))
+        flags += " --calibration ..." if rounded.get("calibration") else ""
+        commands.append(("quantize", "rounded", flags))
     if recovered and recovered["perplexity_after"] is not None:  # rounding leaves out what was measured before it
         commands.reverse()
     folders = ["out", *(output for _, output, _ in commands)]
@@ -328,10 +329,13 @@ def _measured(report: dict[str, Any]) -> str:
         lines.append(f"| perplexity after recovery | {recovered['windows_held_out']} windows held out | {change} | |")
     speed = report.get("benchmark")
     if speed:
-        where = f"{speed['machine']['processor']}, {speed['machine']['threads']} threads"
+        where = timed_on(speed["machine"])
         ours, *rest = speed["models"]
-        decode = "decode, tokens/s (packed: compiled)" if ours.get("compiled") else "decode, tokens/s"
-        for key, label in (("decode_speed", decode), ("prefill_speed", "prefill, tokens/s")):
+        where += f", {speed['dtype']}" if "dtype" in speed else ""
+        written, read = (f" of {speed[key]}" if key in speed else "" for key in ("new_tokens", "prompt"))
+        compiled = " (packed: compiled)" if ours.get("compiled") else ""
+        decode, prefill = f"decode{written}, tokens/s{compiled}", f"prefill{read}, tokens/s"
+        for key, label in (("decode_speed", decode), ("prefill_speed", prefill)):
             lines.append(f"| {label} | {where} | {ours[key]:.1f} | {f'{rest[0][key]:.1f}' if rest else ''} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 

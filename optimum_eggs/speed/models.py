@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..calibration.context import context_length
 from ..devices import choose_device, device_map
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..hf.generation import compile_generation
-from ..hf.loading import check_weights, load_config, load_model
+from ..hf.loading import check_weights, load_config, load_model, model_class
 from ..measure import devices_of
 from ..memory import enough_memory
 from ..nn import packed_layers
@@ -129,12 +129,19 @@ def check_models(folders: list[str | Path], prompt: int, new_tokens: int, trust_
 
     Raises:
         ConfigError: the prompt, or the tokens decoded after a prompt of one, are more than a model's context.
-        ModelError: a folder is not that of a model.
+        ModelError: a folder is not that of a model, or the model does not write one token after the other.
         CheckpointError: a weight file is not there, or may not be read.
     """
     for folder in folders:
         check_weights(folder)
-        context = context_length(load_config(folder, trust_remote_code))
+        config = load_config(folder, trust_remote_code)
+        kind = model_class(config, trust_remote_code)
+        if kind is not None and (config.is_encoder_decoder or not kind.can_generate()):
+            raise ModelError(
+                f"{folder}: a {kind.__name__} does not write token after token, so there is no decoding to time; time "
+                "its layers alone, with --layers-only"
+            )
+        context = context_length(config)
         for flag, tokens, needed in (("prompt", prompt, prompt), ("new_tokens", new_tokens, new_tokens + 1)):
             if context is not None and needed > context:
                 raise ConfigError(

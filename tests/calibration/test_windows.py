@@ -277,6 +277,22 @@ def test_a_data_set_is_loaded_as_it_is_named(source, options, expected, tokenize
         assert asked[0] == {"path": "me/a", "name": "x", "split": "train"}
 
 
+def test_a_split_that_a_named_data_set_lacks_is_refused_before_anything_is_loaded(tokenizer, monkeypatch):
+    asked = []
+
+    def load_dataset(**arguments):
+        asked.append(arguments)
+        return datasets.Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for split in ("test", "train+test"):
+        with pytest.raises(CalibrationError, match="calibration='c4' has no split 'test', only train and validation"):
+            draw("c4", tokenizer, split=split)
+    assert not asked
+    draw("c4", tokenizer, split="train[:2]+validation[:2]")
+    assert set(asked[0]["data_files"]) == {"train", "validation"}
+
+
 def test_a_token_is_in_no_error(monkeypatch, tokenizer):
     secret = "hf_" + "abc" * 3  # not as it would stand in the line of code that a traceback shows
 

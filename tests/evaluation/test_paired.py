@@ -5,7 +5,9 @@ import math
 import pytest
 import tiny
 import torch
+import transformers
 from scipy import stats
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from optimum_eggs.errors import ConfigError, ModelError, NumericalError
 from optimum_eggs.evaluation import compare, perplexity, read
@@ -130,6 +132,17 @@ def test_bytes_are_those_of_the_text_predicted(stride, tokenizer, text_file):
     skipped = (0, 16, 32, 48) if stride == 16 else (0,)
     length = sum(len(tokenizer.decode([ids[at]]).encode()) for at in range(last) if at not in skipped)
     assert predicted_bytes(windows, tokenizer, stride) == length
+
+
+def test_bytes_are_known_where_a_window_ends_within_a_character():
+    byte = pre_tokenizers.ByteLevel.alphabet()
+    of_bytes = Tokenizer(models.BPE({each: place for place, each in enumerate(sorted(byte))}, []))
+    of_bytes.pre_tokenizer, of_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=of_bytes)
+    ids = tokenizer("word " * 4 + "\N{SAUROPOD}")["input_ids"]
+    assert len(ids) == 24
+    for kept, length in ((24, 19 + 4), (23, 19 + 3), (22, 19 + 3), (21, 19 + 3), (20, 19)):
+        assert predicted_bytes(torch.tensor([ids[:kept]]), tokenizer, kept) == length
 
 
 def test_bytes_are_not_guessed_where_the_tokenizer_loses_some(tokenizer, text_file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import shutil
@@ -22,6 +23,7 @@ from optimum_eggs.report import report_page
 from optimum_eggs.sharing import model_card
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+EVALUATE = importlib.import_module("optimum_eggs.evaluation.evaluate")  # its package has a function of that name
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -211,9 +213,58 @@ def test_a_task_whose_data_are_missing_is_refused(packed_folder, tmp_path, capsy
     assert "tasks=['broken']: cannot be run: " in capsys.readouterr().err
 
 
+BROKEN = {
+    "a package that is not there": (
+        "raise ModuleNotFoundError('no words here')\n",
+        "ModuleNotFoundError: no words here",
+    ),
+    "an error of its own": ("def read(): pass\nread(1)\n", "TypeError: "),
+}
+
+
+@pytest.mark.parametrize("code", BROKEN)
+def test_a_task_that_cannot_run_is_refused_before_anything_is_judged(
+    code, packed_folder, task_folder, text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(EVALUATE, "read", None)
+    folder = shutil.copytree(task_folder, tmp_path / "tasks")
+    code, message = BROKEN[code]
+    (folder / "utils.py").write_text(f"{code}def process_docs(documents):\n    return documents\n")
+    with (folder / "continuation.yaml").open("a") as task:
+        task.write("process_docs: !function utils.process_docs\n")
+    options = ["--tasks", "continuation", "--include-path", str(folder), "--text", str(text_file), "--seq-len", "16"]
+    assert main(["evaluate", str(packed_folder), *options]) == 2
+    assert f"tasks=['continuation']: cannot be run: {message}" in capsys.readouterr().err
+
+
+def test_what_a_task_raises_while_it_runs_is_named(packed_folder, task_folder, tmp_path, capsys):
+    folder = shutil.copytree(task_folder, tmp_path / "tasks")
+    (folder / "utils.py").write_text("def score(question, answers):\n    raise ImportError('no judge')\n")
+    with (folder / "continuation.yaml").open("a") as task:
+        task.write("process_results: !function utils.score\n")
+    options = ["--tasks", "continuation", "--include-path", str(folder), "--limit", "2"]
+    assert main(["evaluate", str(packed_folder), *options]) == 2
+    assert "cannot be run: ImportError: no judge" in capsys.readouterr().err
+
+
+def test_a_task_that_runs_code_of_the_model_is_refused(task_folder, tmp_path):
+    folder = shutil.copytree(task_folder, tmp_path / "tasks")
+    with (folder / "continuation.yaml").open("a") as task:
+        task.write("unsafe_code: true\n")
+    with pytest.raises(ConfigError, match="task 'continuation' runs code that the model writes"):
+        TaskRunner.create(["continuation"], include_path=folder)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_first(packed_folder, task_folder, monkeypatch, capsys):
+    monkeypatch.setattr(EVALUATE, "load_model", None)
+    options = ["--tasks", "continuation", "--include-path", str(task_folder), "--apply-chat-template"]
+    assert main(["evaluate", str(packed_folder), *options]) == 2
+    assert f"the tokenizer of {packed_folder} has no chat template" in capsys.readouterr().err
+
+
 def test_without_the_harness_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lm_eval>=0.4.9'"):
+    with pytest.raises(ConfigError, match=r"pip install 'lm_eval>=0.4.12'"):
         TaskRunner.create(["arc_easy"])
 
 

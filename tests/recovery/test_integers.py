@@ -150,7 +150,7 @@ def test_recovery_begins_and_ends_with_integers(method, folder, text_file, dense
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_quantize_from_the_command_line(packed_folder, text_file, tmp_path, capsys):
+def test_quantize_from_the_command_line(packed_folder, text_file, tmp_path, capsys, caplog):
     out = tmp_path / "out"
     common = ["--calibration", str(text_file), "--num-samples", "4", "--seq-len", "16", "--device", "cpu"]
     arguments = ["quantize", str(packed_folder), str(out), "--values", "int4", "--head", "int8"]
@@ -167,6 +167,11 @@ def test_quantize_from_the_command_line(packed_folder, text_file, tmp_path, caps
 
     assert main(["quantize", str(packed_folder), str(tmp_path / "plain"), "--values", "int8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rounding"] == "nearest"
+    unused = ["--values", "int8", "--calibration", str(text_file), "--overwrite"]
+    assert main(["quantize", str(packed_folder), str(tmp_path / "plain"), *unused]) == 0
+    capsys.readouterr()
+    assert "is not read: values are rounded to the nearest, and no block is tuned" in caplog.text
+    assert read_report(tmp_path / "plain")["quantization"]["calibration"] is None
     for wrong, message in (
         ([str(packed_folder), "--values", "int4"], "calibration is missing"),
         (

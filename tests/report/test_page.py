@@ -16,6 +16,7 @@ from optimum_eggs import EGGSPruner
 from optimum_eggs.cli.main import main
 from optimum_eggs.engine.report import update_report
 from optimum_eggs.errors import CheckpointError, ModelError
+from optimum_eggs.files import listed_files
 from optimum_eggs.hf.loading import load_model
 from optimum_eggs.inspection import inspect_checkpoint
 from optimum_eggs.packing import pack_mask, unpack_mask
@@ -108,6 +109,8 @@ def test_what_was_not_measured_is_not_drawn(folder):
     assert "Decodes 20.0 tokens/s, dense 10.0, on a &lt;processor&gt;, 2 threads." in page
     edit(folder, benchmark=benchmark | {"models": [speeds[0] | {"compiled": True}, speeds[1]]})
     assert "Decodes 20.0 tokens/s compiled, dense 10.0, on" in report_page(folder)
+    edit(folder, benchmark=benchmark | {"machine": machine | {"accelerator": "cuda:0, a <card>"}})
+    assert "dense 10.0, on cuda:0, a &lt;card&gt;." in report_page(folder)
 
 
 def test_values_that_were_not_kept_are_said_to_be_none(folder):
@@ -212,6 +215,18 @@ def test_the_command_writes_the_page_and_pictures_for_the_card(folder, tmp_path,
     assert "perplexities.png" not in model_card(folder).text  # not measured
     assert main(["report", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"page": str(folder / "report.html")}
+    for _ in range(2):  # the second finds its own page in the model's list
+        assert main(["report", str(folder), "-o", str(folder / "other.html")]) == 0
+    assert "other.html" in listed_files(folder)
+
+
+def test_that_a_page_cannot_be_written_is_found_before_it_is_drawn(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("optimum_eggs.report.report_page", None)
+    for output, why in ((tmp_path / "no" / "page.html", "No such file"), (tmp_path, "it is a folder")):
+        assert main(["report", str(folder), "-o", str(output)]) == 2
+        said = capsys.readouterr().err
+        assert f"{output}: cannot be written (" in said
+        assert why in said
 
 
 def test_the_page_of_a_model_packed_as_it_was_shows_no_error(packed_folder, tmp_path):

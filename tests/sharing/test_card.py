@@ -127,9 +127,13 @@ def test_recovery_and_speed_are_stated(folder):
     edit(folder, recovery=recovery)
     assert "towards the dense model's probabilities and the text's own next tokens." in model_card(folder).text
     assert "| decode, tokens/s | A processor, 2 threads | 43.2 | 26.1 |" in text
+    speed |= {"prompt": 256, "new_tokens": 128, "dtype": "bfloat16"}
     speed["models"][0]["compiled"] = True
+    speed["machine"]["accelerator"] = "cuda:0, A card"
     edit(folder, benchmark=speed)
-    assert "| decode, tokens/s (packed: compiled) | A processor, 2 threads | 43.2 | 26.1 |" in model_card(folder).text
+    text = model_card(folder).text
+    assert "| decode of 128, tokens/s (packed: compiled) | cuda:0, A card, bfloat16 | 43.2 | 26.1 |" in text
+    assert "| prefill of 256, tokens/s | cuda:0, A card, bfloat16 | 2318.6 | 2173.8 |" in text
 
 
 def test_the_certificate_is_that_of_the_report(folder):
@@ -221,7 +225,7 @@ def test_the_commands_after_pruning_are_in_the_order_in_which_they_ran(first):
     figures = dict.fromkeys(("perplexity_before", "perplexity_after"), None if first == "recover" else 9.0)
     report = {
         "recovery": {"settings": {"method": "values", "teacher": "dense"}, "steps": 3} | figures,
-        "quantization": {"values": "int8", "rounding": "nearest"},
+        "quantization": {"values": "int8", "rounding": "nearest", "calibration": None},
     }
     commands = _afterwards(report)
     assert [command.split(" eggs ")[1].split(" --")[0] for command in commands] == (
@@ -230,7 +234,9 @@ def test_the_commands_after_pruning_are_in_the_order_in_which_they_ran(first):
         else ["quantize out rounded", "recover rounded recovered"]
     )
     assert "--method values --steps 3 --train ... --teacher ..." in "".join(commands)
-    assert "--values int8 --rounding nearest --calibration ..." in "".join(commands)
+    assert [command for command in commands if command.endswith("--values int8 --rounding nearest")]
+    read = report | {"quantization": report["quantization"] | {"rounding": "gptq", "calibration": {"source": "a.txt"}}}
+    assert "--values int8 --rounding gptq --calibration ..." in "".join(_afterwards(read))
     kept = report | {"recovery": report["recovery"] | {"kept": "before"}}
     assert [command.split()[5] for command in _afterwards(kept)] == ["quantize"]
     assert _afterwards({}) == []

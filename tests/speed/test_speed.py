@@ -1,12 +1,13 @@
 import pytest
 import torch
+import transformers
 
-from optimum_eggs.errors import NumericalError
+from optimum_eggs.errors import ModelError, NumericalError
 from optimum_eggs.hf.loading import load_model
 from optimum_eggs.nn import packed_layers
 from optimum_eggs.ops import INSTRUCTION_SETS, force, held
 from optimum_eggs.pattern import NMPattern
-from optimum_eggs.speed import layers, models, parts, read_bandwidth, time_layer, time_models, timing
+from optimum_eggs.speed import check_models, layers, models, parts, read_bandwidth, time_layer, time_models, timing
 from optimum_eggs.speed.timing import alternate
 
 
@@ -94,6 +95,14 @@ def test_models_are_timed_in_turn(packed_folder, dense_folder):
         assert of_step.matrices + of_step.head + of_step.rest == pytest.approx(of_step.step)
         assert min(of_step.matrices, of_step.head) > 0
         assert (of_step.limit is not None) == bool(INSTRUCTION_SETS)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_models_that_do_not_write_are_refused_before_they_are_loaded(name, tmp_path):
+    cls = getattr(transformers, name)
+    cls.config_class(architectures=[name]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"a {name} does not write token after token, .* with --layers-only"):
+        check_models([tmp_path], 8, 8)
 
 
 def test_speeds_are_those_of_all_sequences(dense_folder, monkeypatch):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import sys
 from collections.abc import Sequence
-from functools import partialmethod
+from functools import partial, partialmethod
 
 from ..errors import EGGSError, OutOfMemoryError, first_line, is_out_of_memory
 from ..folders import PUT_IN_PLACE, said_in_place
@@ -59,6 +60,7 @@ def build_parser(prog: str = "optimum-eggs") -> argparse.ArgumentParser:
         subparser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
         flags = {action.dest: action.option_strings[-1] for action in subparser._actions if action.option_strings}
         subparser.set_defaults(run=module.run, check=getattr(module, "check", check_model), flags=flags)
+        subparser.set_defaults(refuse=partial(_refuse_unknown, subparser))
     return parser
 
 
@@ -67,7 +69,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
     """Run a subcommand. Returns the exit code: 0, 1 without enough memory, 2 for bad input, 130 when interrupted."""
     args, before = argparse.Namespace(subcommand=None), len(PUT_IN_PLACE)
     try:
-        args = build_parser(prog).parse_args(arguments)
+        args, unknown = build_parser(prog).parse_known_args(arguments)
+        if unknown:
+            args.refuse(unknown)
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
         args.check(args)  # before anything heavy is imported
         _quiet_libraries()
@@ -90,6 +94,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m optimum_
             known = ["nothing was written"]
         say("; ".join(["interrupted", *filter(None, known)]))
         return 130
+
+
+def _refuse_unknown(subparser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    """Exit with what the subcommand was given and does not know, and what it does know that is spelt like it."""
+    known = [option for action in subparser._actions for option in action.option_strings]
+    near = [found[0] for each in unknown if (found := difflib.get_close_matches(each.partition("=")[0], known, 1))]
+    meant = f"; did you mean {' and '.join(near)}?" if near else ""
+    subparser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
 
 
 def _without_memory(error: BaseException, args: argparse.Namespace) -> str:

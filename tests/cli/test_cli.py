@@ -266,7 +266,9 @@ def test_several_sources_are_mixed(dense_folder, text_file, tmp_path):
         (["--num-samples", "100000"], "tokens, and num_samples=100000 windows of seq_len=16 need 1600000"),
         (["--ignore", "downproj"], "ignore: the pattern 'downproj' matches no linear layer"),
         (["--preset", "best-ever"], "invalid choice: 'best-ever'"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--no-such-flag"], "eggs prune: error: unrecognized arguments: --no-such-flag\n"),
+        (["--patern=2:4"], "eggs prune: error: unrecognized arguments: --patern=2:4; did you mean --pattern?"),
+        (["--sed", "3"], "eggs prune: error: unrecognized arguments: --sed 3; did you mean --seed?"),
         (["--seed", "-1"], "argument --seed: '-1' must be an integer from 0 to 18446744073709551615"),
     ],
 )

@@ -12,6 +12,7 @@ from optimum_eggs.validation import size
 NEEDED = {
     "prune": ["MODEL", "OUT"],
     "pack": ["MODEL", "OUT"],
+    "quantize": ["DIR", "OUT"],
     "evaluate": ["DIR"],
     "inspect": ["DIR"],
     "export": ["DIR", "OUT"],
@@ -22,6 +23,7 @@ NEEDED = {
 }
 COUNTS = {
     "prune": ["--num-samples", "--seq-len", "--batch-size"],
+    "quantize": ["--num-samples", "--seq-len", "--value-group"],
     "evaluate": ["--seq-len", "--stride", "--num-windows", "--batch-size", "--limit"],
     "benchmark": ["--batch", "--prompt", "--new-tokens", "--repeats", "--layer-repeats"],
     "recover": ["--rank", "--steps", "--seq-len", "--batch-size", "--lr"],
@@ -53,6 +55,8 @@ def test_a_number_that_counts_something_is_not_zero(command, flag, capsys):
         ("prune", "--block-tuning", "-1"),
         ("prune", "--seed", "99999999999999999999"),
         ("recover", "--seed", "4294967296"),
+        ("quantize", "--rounding-tuning", "-1"),
+        ("quantize", "--seed", "99999999999999999999"),
         ("recover", "--lr", "nan"),
         ("recover", "--lr", "inf"),
         ("recover", "--block-matching", "-0.5"),
@@ -70,12 +74,13 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(command, flag, valu
 
 
 def test_every_option_that_takes_a_number_has_a_rule():
+    assert NEEDED.keys() == commands().keys()
     for name, parser in commands().items():
         for action in parser._actions:
             assert action.type not in (int, float), f"{name} {action.option_strings}"
 
 
-@pytest.mark.parametrize("command", ["prune", "pack", "export"])
+@pytest.mark.parametrize("command", ["prune", "pack", "quantize", "export"])
 @pytest.mark.parametrize("value", ["bla", "0GB", "", "-5GB", "5 apples", "GB"])
 def test_a_shard_size_that_is_none_is_refused_before_work_begins(command, value, capsys):
     assert "argument --max-shard-size: " in refused(capsys, command, f"--max-shard-size={value}")

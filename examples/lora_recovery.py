@@ -1,5 +1,6 @@
 """Train a plain PEFT LoRA on a packed model with transformers' Trainer, merge it, and save the model, packed again.
 
+    pip install -e '.[peft]'  # in a clone of the repository
     python examples/lora_recovery.py PACKED OUT --text examples/data/calibration.txt --steps 50
 
 Nothing in the calls is this package's: importing it is enough for the LoRA to keep the zeros.

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or id of a dense model")
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--text", required=True, help="text file to calibrate on")
-    parser.add_argument("--preset", default="fast", help="`best` takes several times as long")
+    parser.add_argument("--preset", default="fast", help="`best` takes two to three times as long")
     parser.add_argument("--num-samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in each")
     parser.add_argument("--prompt", default="The capital of France is")

@@ -1,6 +1,6 @@
 """Train a plain LoRA on a packed model with TRL's SFTTrainer, merge it, and save the model, packed again.
 
-    pip install trl
+    pip install -e '.[peft]' trl  # in a clone of the repository
     python examples/sft_recovery.py PACKED OUT --text examples/data/calibration.txt --steps 50
 
 Nothing in the calls is this package's: importing it is enough for the LoRA to keep the zeros.

@@ -75,7 +75,7 @@ class EGGSConfig(QuantizationConfigMixin):
         values: How the values that stay are stored: `"int8"` or `"int4"`, integers with a scale for every
             `value_group` inputs of a row; or None, as floats. A layer with an odd number of values in a row has
             `"int8"` in place of `"int4"`.
-        value_group: Inputs that share a scale, a multiple of 64. Default: 128.
+        value_group: Inputs that share a scale, a multiple of 64 up to 65536. Default: 128.
         rounding: How values become integers: `"nearest"` (each to the nearest) or `"gptq"` (the error of each is passed
             on to those after it, on the calibration inputs). Default: `"nearest"` for `"int8"`, `"gptq"` for `"int4"`.
         rounding_tuning: As `block_tuning`, once the values are rounded, with the rounding in the loop. Default: half of
@@ -93,18 +93,20 @@ class EGGSConfig(QuantizationConfigMixin):
             `"text"`.
         dataset_config_name: Configuration of a data set from the Hub whose name in `calibration` says none.
         dataset_revision: Branch, tag or commit, likewise.
-        num_samples: Number of calibration windows.
+        num_samples: Number of calibration windows. They overlap, with a warning, where the text has fewer tokens than
+            all of them together; with less than an eighth of those it is refused.
         seq_len: Tokens in each. Default: 512, or the model's context where that is shorter.
         generated_samples: Windows that the dense model writes besides, for use on texts of other kinds than calibrate:
             half of them behind 32 tokens from random places in the windows of the text, half behind one. Default: 0.
         short_share: Tokens in short windows, of 8 tokens each, that are cut from the others at random places and
             calibrate besides, as a share of the others' tokens: a text's first tokens settle where attention rests, and
-            a window shows those of one text alone. Default: 0.125 with block tuning, which else unlearns what it is not
-            shown, and 0 without.
+            a window shows those of one text alone. Default: 0.125 with `block_tuning` or `rounding_tuning`, which else
+            unlearn what they are not shown, and 0 without.
         sampling: `"random"` windows, or `"sequential"`: the first ones, end to end.
         seed: Seed of everything random.
-        batch_size: Windows run through a block at a time, and in a step of block tuning. Default: 4, and 1 with block
-            tuning, where many small steps take less time than few large ones for the same result.
+        batch_size: Windows run through a block at a time, and in a step of tuning. Default: 4, and 1 with
+            `block_tuning` or `rounding_tuning`, where many small steps take less time than few large ones for the same
+            result.
         min_expert_tokens: Calibration tokens that an expert of a mixture must see; one that sees fewer is pruned by its
             weights alone.
         targets: Name patterns of the linear layers to prune. Default: all within the blocks. Routers of experts, and
@@ -122,7 +124,7 @@ class EGGSConfig(QuantizationConfigMixin):
             Written as `pruned_modules` is.
         matrix_norms: Norms whose gains are a matrix, as `rotation` leaves the last one where the head shares the
             embeddings' weight. Written as `pruned_modules` is.
-        format_version: Version of the packed format: 2 where values are integers, else 1.
+        format_version: Version of the packed format: 2 where anything is stored in integers, else 1.
 
     Raises:
         ConfigError: an unknown key, or a value out of its range.
@@ -345,8 +347,9 @@ class EGGSConfig(QuantizationConfigMixin):
     def replace(self, **changes: Any) -> EGGSConfig:
         """A configuration with other values; `copy.replace` of Python 3.13 does the same.
 
-        What follows from other values follows again: `min_degree`, `band`, `short_share` and `batch_size`, where they
-        are what they would be by default. A preset brings its own values for the whole method, `band` included.
+        What follows from other values follows again: `min_degree`, `band`, `short_share`, `batch_size`, `value_group`,
+        `rounding` and `rounding_tuning`, where they are what they would be by default, and `format_version`. A preset
+        brings its own values for the whole method, `band` included.
 
         Args:
             changes: As for a new configuration.

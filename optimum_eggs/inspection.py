@@ -121,6 +121,7 @@ def inspect_checkpoint(folder: str | Path, progress: bool | None = None, *, with
 
     Raises:
         ModelError: there is no such folder.
+        CheckpointError: a file was changed while it was looked at.
     """
     check_folder(folder)
     found = Inspection(str(folder))

@@ -84,7 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"tokens in each (default: {SEQ_LEN}, or the model's context)",
     )
-    add("--batch-size", type=integer(1), metavar="N", help="windows run at a time (default: 4; 1 with block tuning)")
+    add(
+        "--batch-size",
+        type=integer(1),
+        metavar="N",
+        help="windows run at a time (default: 4; 1 where blocks are tuned)",
+    )
     add(
         "--ignore",
         nargs="+",
@@ -100,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-budget",
         type=size(0),
         metavar="SIZE",
-        help="memory for hidden states, such as 8GiB; more are on disk (default: no limit)",
+        help="memory for hidden states, such as 8GiB; if they take more, all are on disk (default: no limit)",
     )
     add(
         "--overwrite",
@@ -139,7 +144,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="steps that a block is tuned for (default: as the preset says; 200 with best, else 0: none)",
     )
-    add_rare("--value-group", type=integer(64), metavar="N", help=f"inputs that share a scale (default: {GROUP})")
+    add_rare(
+        "--value-group",
+        type=integer(64),
+        metavar="N",
+        help=f"inputs that share a scale, a multiple of 64 (default: {GROUP})",
+    )
     add_rare(
         "--targets",
         nargs="+",

@@ -20,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="DIR", help="folder of a packed model with floats")
     add("output", metavar="OUT", help="folder to make")
     add("--values", choices=list(BITS), help="integers for the values that are kept (default: none)")
-    add("--value-group", type=integer(64), metavar="N", help=f"inputs that share a scale (default: {GROUP})")
+    add(
+        "--value-group",
+        type=integer(64),
+        metavar="N",
+        help=f"inputs that share a scale, a multiple of 64 (default: {GROUP})",
+    )
     add("--head", choices=["int8"], help="integers for embeddings and output head (default: none)")
     add("--ignored", choices=["int8"], help="integers for layers that were left dense on request (default: none)")
     add("--rounding", choices=["gptq", "nearest"], help="how values are rounded (default: nearest; gptq with int4)")

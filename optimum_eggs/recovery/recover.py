@@ -63,9 +63,9 @@ class RecoverySettings:
     """How a packed model is trained.
 
     Args:
-        train: Text files, files of rows or data sets, mixed: their windows are shuffled together. With a mapping of
-            them to shares each gives its share of the windows that the steps take, or all that it has if they are
-            fewer.
+        train: A text file, a file of rows or a data set, or several, mixed: their windows are shuffled together. With a
+            mapping of them to shares each gives its share of the windows that the steps take, or all that it has if
+            they are fewer.
         teacher: Folder or id of the dense model whose next-token probabilities are matched; without one, the text's own
             next tokens are.
         method: `"lora"` trains a masked LoRA on every packed layer and merges it; `"values"` trains the packed values.
@@ -79,8 +79,8 @@ class RecoverySettings:
             end of what is read of each text, which is about twice what all steps take. 0 holds none out: nothing is
             judged, all steps are taken, and the last state is kept. That is for a text that the model was calibrated
             on, since pruning has fitted it.
-        evaluations: Times that they are judged during training; the best of these states is the one kept. So often
-            checkpoints are written, too.
+        evaluations: Times that they are judged during training, or a few more, since they are judged every so many
+            steps; the best of these states is the one kept. So often checkpoints are written, too.
         patience: Judgements in a row, each no better than the one before, after which training ends.
         top_k: The teacher's most likely tokens that are kept.
         kd_ratio: Share of the teacher in the loss; the rest is that of the text's own next tokens, which draws the
@@ -96,7 +96,7 @@ class RecoverySettings:
         CalibrationError: a share is not a positive number.
     """
 
-    train: Sequence[str] | Mapping[str, float]
+    train: str | Sequence[str] | Mapping[str, float]
     teacher: str | None = None
     method: str = "lora"
     rank: int = 16
@@ -122,6 +122,8 @@ class RecoverySettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is unknown; use one of {list(METHODS)}")
+        if isinstance(self.train, str):
+            object.__setattr__(self, "train", [self.train] if self.train else [])
         if not self.train:
             raise ConfigError("train=[]: name at least one text file or data set")
         refuse_twice(self.train, "train")

@@ -71,7 +71,7 @@ def report_page(folder: str | Path, figures: str | Path | None = None, *, with_s
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError("the report is drawn with matplotlib: pip install 'matplotlib>=3.8'") from error
+        raise ConfigError("the report is drawn with matplotlib: pip install 'matplotlib>=3.9'") from error
 
     report = read_report(folder)
     if not report.get("layers"):

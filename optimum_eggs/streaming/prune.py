@@ -92,7 +92,7 @@ def prune_checkpoint(
         save_dtype: Dtype to save in. Default: as loaded.
         device: Where blocks are pruned. Default: an accelerator if there is one.
         memory_budget: The most bytes that the hidden states of a process may take in memory, a GPU's or the host's,
-            such as `"8GiB"`; beyond it they are on disk. Default: no limit.
+            such as `"8GiB"`; if they would take more, all of them are on disk. Default: no limit.
         max_shard_size: As for transformers; but blocks share a file only up to 256 MiB, so that joining them takes
             little memory.
         overwrite: Replace a model that this package saved at `output`, and what runs of other settings that were cut

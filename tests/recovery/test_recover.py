@@ -427,6 +427,12 @@ def test_the_texts_of_every_recovery_are_known(packed_folder, text_file, tmp_pat
     assert "perplexity after recovery" not in card
 
 
+def test_one_text_may_be_given_by_itself():
+    assert RecoverySettings("sample") == RecoverySettings(["sample"])
+    with pytest.raises(ConfigError, match=r"train=\[\]: name at least one text"):
+        RecoverySettings("")
+
+
 def test_a_text_given_twice(text_file):
     with pytest.raises(ConfigError, match=r"train='.*' is given twice, as '.*' too"):
         RecoverySettings([str(text_file), str(text_file.parent / "." / ".." / text_file.parent.name / "text.txt")])

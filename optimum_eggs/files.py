@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import strict_json
 from .access import closed
+from .errors import OutputError
 
 REPORT_NAME = "report.json"
 """The record of a folder: what is known of the model in it, and which files are ours."""
@@ -104,6 +106,19 @@ def write_durably(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def file_written(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what keeps a file from being written within into an error that says how to go on.
+
+    Raises:
+        OutputError: instead of what was raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error}); {remedy}") from error
 
 
 def _write_list(folder: Path, files: dict[str, str | None]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -31,32 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, write, and say where."""
     from ..errors import OutputError
-    from ..files import add_to_list, listed_files, write_durably
+    from ..files import add_to_list, file_written, listed_files, write_durably
     from ..report import PICTURES, report_page
 
     folder = Path(args.model)
     output = Path(args.output) if args.output else folder / "report.html"
     taken = {(folder / name).resolve() for name in listed_files(folder) if not name.endswith(".html")}
-    if output.resolve() in taken:
-        raise OutputError(f"{output}: is a file of the model; name another file with --output")
-    with _writing(output), TemporaryFile(dir=output.parent):
-        if output.is_dir():
-            raise IsADirectoryError("it is a folder")
+    page_file, remedy = output.resolve(), "name another file with --output"
+    if page_file in taken:
+        raise OutputError(f"{output}: is a file of the model; {remedy}")
+    with file_written(output, remedy), TemporaryFile(dir=page_file.parent):
+        if page_file.exists() and not page_file.is_file():  # a folder, or a device, which would be replaced
+            raise OSError("it is no file")
     with others_on_stderr():
         page = report_page(folder, folder / "figures" if args.figures else None, with_spectra=args.spectra)
     pictures = [folder / "figures" / f"{name}.png" for name in PICTURES] if args.figures else []
-    with _writing(output):
-        write_durably(output, page)
+    with file_written(output, remedy):
+        write_durably(page_file, page)
         add_to_list(folder, [output, *(path for path in pictures if path.is_file())])
     print(json.dumps({"page": str(output)}) if args.json else f"wrote {output}")
     return 0
-
-
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    from ..errors import OutputError
-
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error}); name another file with --output") from error

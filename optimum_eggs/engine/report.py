@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,12 +13,14 @@ from typing import Any
 from .. import strict_json
 from ..access import no_file
 from ..calibration.documents import NAMED_DATASETS, DatasetName, dataset_id
-from ..errors import CheckpointError, OutputError
-from ..files import REPORT_NAME, write_durably
+from ..errors import CheckpointError
+from ..files import REPORT_NAME, file_written, write_durably
 from ..masks.certificate import Certificate
 from ..masks.shortfall import Shortfall
 from .schema import problem
 from .tune import BlockTuning
+
+_REMEDY = "see to the folder's permissions and space"
 
 REPORT_VERSION = 1
 _MEASURED = ("evaluations", "tasks", "benchmark")  # parts that other commands than `prune` put in
@@ -182,7 +183,7 @@ def update_report(folder: str | Path, **parts: Any) -> bool:
     if not path.is_file():
         return False
     text = strict_json.dumps(report | parts, indent=2) + "\n"
-    with _written(path):
+    with file_written(path, _REMEDY):
         write_durably(path, text)
     return True
 
@@ -197,16 +198,8 @@ def check_recordable(folder: str | Path) -> None:
     path = Path(folder) / REPORT_NAME
     read_report(folder)
     if path.is_file():
-        with _written(path), TemporaryFile(dir=path.parent):
+        with file_written(path, _REMEDY), TemporaryFile(dir=path.parent):
             pass
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error}); see to the folder's permissions and space") from error
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:

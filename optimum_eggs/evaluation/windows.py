@@ -10,7 +10,7 @@ from ..calibration.documents import documents, shown
 from ..calibration.windows import token_stream
 from ..errors import CalibrationError, ConfigError
 
-_CUT = 8  # tokens at a window's end that may be parts of a longer token, or of a character of several
+_CUT = 8  # tokens that a character of several may be cut to, as the character that stands for it is again
 
 
 def evaluation_windows(
@@ -56,7 +56,8 @@ def predicted_bytes(windows: Tensor, tokenizer: Any, stride: int) -> int | None:
     total = 0
     for index, window in enumerate(windows.tolist()):
         text = tokenizer.decode(window, clean_up_tokenization_spaces=False)
-        whole = max(1, len(window) - _CUT)
+        # the last token may have been cut from a longer one, and the last character from its other tokens
+        whole = max(1, len(window) - (_CUT if text.endswith("\ufffd") else 1))
         if index == 0 and tokenizer(text, add_special_tokens=False)["input_ids"][:whole] != window[:whole]:
             return None
         first = 1 if index == 0 else max(1, windows.shape[1] - stride)

@@ -580,6 +580,22 @@ def test_benchmark_compiles_on_the_cpu_alone(packed_folder, monkeypatch):
     assert "--compile is for the CPU" in within("benchmark", packed_folder, *QUICK, "--compile", code=2).stderr
 
 
+def test_benchmark_names_the_accelerator_and_reads_no_memory_of_the_host(packed_folder, monkeypatch):
+    from optimum_eggs.speed import time_layer
+
+    def on_the_cpu(*arguments, device, **options):
+        assert device == torch.device("meta")
+        return time_layer(*arguments, **options)
+
+    monkeypatch.setattr("optimum_eggs.cli.benchmark.chosen_device", lambda args: torch.device("meta"))
+    monkeypatch.setattr("optimum_eggs.speed.read_bandwidth", None)
+    monkeypatch.setattr("optimum_eggs.speed.time_layer", on_the_cpu)
+    options = ["benchmark", packed_folder, *QUICK, "--layers-only"]
+    assert within(*options).stdout.startswith("meta\n")
+    machine = json.loads(within(*options, "--json").stdout)["machine"]
+    assert (machine["accelerator"], machine["read_bandwidth"]) == ("meta", None)
+
+
 def test_benchmark_refuses_a_dense_model(dense_folder):
     assert "error: " in within("benchmark", dense_folder, *QUICK, code=2).stderr
 
@@ -617,4 +633,6 @@ def test_what_was_measured_is_put_into_the_report(packed_folder, dense_folder, t
     within("benchmark", folder, *QUICK, "--sequences", 2)
     assert json.loads((folder / "report.json").read_text())["benchmark"] == speed  # that of one sequence
     assert "folder" not in speed["models"][0]
+    assert (speed["prompt"], speed["new_tokens"], speed["dtype"]) == (8, 2, "float32")
+    assert speed["machine"]["accelerator"] is None
     assert str(tmp_path) not in (folder / "report.json").read_text()

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_eggs.cli.main import main
-from optimum_eggs.errors import ConfigError
+from optimum_eggs.errors import ConfigError, OutOfMemoryError
 from optimum_eggs.evaluation import Score, TaskRunner, TaskScore, evaluate, task_differences
 from optimum_eggs.evaluation.tasks import scores
 from optimum_eggs.report import report_page
@@ -245,6 +245,15 @@ def test_what_a_task_raises_while_it_runs_is_named(packed_folder, task_folder, t
     options = ["--tasks", "continuation", "--include-path", str(folder), "--limit", "2"]
     assert main(["evaluate", str(packed_folder), *options]) == 2
     assert "cannot be run: ImportError: no judge" in capsys.readouterr().err
+
+
+def test_memory_that_is_out_while_tasks_run_is_named_as_such(packed_folder, task_folder, monkeypatch):
+    def run_out(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", run_out)
+    with pytest.raises(OutOfMemoryError, match="give a smaller batch_size or seq_len"):
+        evaluate(packed_folder, tasks=["continuation"], include_path=task_folder)
 
 
 def test_a_task_that_runs_code_of_the_model_is_refused(task_folder, tmp_path):

@@ -218,11 +218,20 @@ def test_the_command_writes_the_page_and_pictures_for_the_card(folder, tmp_path,
     for _ in range(2):  # the second finds its own page in the model's list
         assert main(["report", str(folder), "-o", str(folder / "other.html")]) == 0
     assert "other.html" in listed_files(folder)
+    (tmp_path / "link.html").symlink_to("page.html")
+    (tmp_path / "page.html").write_text("of before")
+    assert main(["report", str(folder), "-o", str(tmp_path / "link.html")]) == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
 def test_that_a_page_cannot_be_written_is_found_before_it_is_drawn(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("optimum_eggs.report.report_page", None)
-    for output, why in ((tmp_path / "no" / "page.html", "No such file"), (tmp_path, "it is a folder")):
+    for output, why in (
+        (tmp_path / "no" / "page.html", "No such file"),
+        (tmp_path, "it is no file"),
+        (Path("/dev/null"), "it is no file"),
+    ):
         assert main(["report", str(folder), "-o", str(output)]) == 2
         said = capsys.readouterr().err
         assert f"{output}: cannot be written (" in said

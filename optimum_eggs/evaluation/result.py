@@ -66,7 +66,7 @@ class Conditions:
 
     @property
     def described(self) -> dict[str, Any]:
-        """The text, as [`described`][optimum_eggs.calibration.documents.described] does."""
+        """Name, split and SHA-256 of the text, as a recipe lists its calibration texts."""
         return {"name": self.text, "split": self.split, "sha256": self.text_sha256}
 
 

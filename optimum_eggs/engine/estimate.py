@@ -16,16 +16,19 @@ from ..measure import finish
 from ..nn import dense_weight
 from .inputs import expert_waves, kept_parts, wave_bytes
 from .plan import PrunePlan
+from .precision import bfloat16_products, in_float32
 from .rotation import STEPS, BlockSample
+from .tune import judged_batches
 
 # Products of a layer's weight (out, in) with its Gram matrix (in, in) that a solver costs, as counted or timed on two
 # cores.
-_PRODUCTS = {"score": 1, "sparsegpt": 3, "admm": 60}
-FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 20}
+_PRODUCTS = {"score": 1, "sparsegpt": 3, "admm": 50}
+FACTORISATION = {"score": 0, "sparsegpt": 4, "admm": 12}
 """Operations over in³ of the factorisation of a Gram matrix (in, in) that a solver does."""
 _ROUNDING = 10  # products too
 _TURNING = 1.5  # a step of a rotation over its products
-_BACKWARD = 3  # a step of tuning over a forward pass
+_STEP = 4.3  # a step of tuning over a forward pass in its precision
+_RUNS, _PROBED = 32, 3.0  # of what is timed: at the most, and seconds after which no other begins
 _LAYER_COPIES, _GRAM_COPIES, _BLOCK_COPIES = 8, 6, 5  # float32 buffers: of the largest layer, its Gram matrix, a block
 
 
@@ -38,9 +41,9 @@ class Estimate:
 
 
 def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: EGGSConfig) -> Estimate:
-    """Estimate the run from one pass of block `index` over one batch, and one product in float32.
+    """Estimate the run from passes of block `index` over one batch, as it is and as it is tuned, and one product.
 
-    Blocks count by the weights that they prune. Hidden states on disk are no memory.
+    Blocks count by the weights that they prune; processes share the solvers' work. Hidden states on disk are no memory.
     """
     layers = {name: dense_weight(module).shape for name, module in plan.layers[index].items()}
     limit = wave_bytes(next(block.parameters()).device)
@@ -48,31 +51,35 @@ def estimate(walk: Walk, block: nn.Module, index: int, plan: PrunePlan, config: 
     waves = expert_waves(block, prefix, plan.layers[index], limit)
     experts = {name for wave in waves for name in wave}
     readers = {name: ("" if name in experts else name.rpartition(".")[0], shape[1]) for name, shape in layers.items()}
-    one_pass = _seconds(lambda: walk.run(block, index, 0)) * len(walk.hidden)
-    rows, columns = max(layers.values(), key=lambda shape: shape[0] * shape[1])
     first = walk.hidden[0]
+    of_batch = _seconds(lambda: walk.run(block, index, 0, first))
+    batches = len(walk.hidden)
+    rows, columns = max(layers.values(), key=lambda shape: shape[0] * shape[1])
     device = first.device
     probe, square = torch.randn(rows, columns, device=device), torch.randn(columns, columns, device=device)
     rate = 2 * rows * columns**2 / _seconds(lambda: probe @ square)
-    tokens = first.shape[:-1].numel() * len(walk.hidden)
+    tokens = first.shape[:-1].numel() * batches
 
     matrices = {name if name in experts else reader: reader[1] for name, reader in readers.items()}
-    work = _solving(layers.values(), matrices.values(), config) + sum(
+    work = _solving(layers.values(), matrices.values(), config) / walk.ranks.size + sum(
         (2 + 2 * bool(config.error_correction) + 2 * (config.rounding == "gptq")) * tokens * width**2
         for _, width in set(readers.values())
     )
-    seconds = one_pass * passes(readers.values(), len(waves), config) + work / rate
-    steps = config.block_tuning + config.rounding_tuning
-    seconds += steps * _BACKWARD * one_pass / len(walk.hidden)
+    seconds = of_batch * batches * passes(readers.values(), len(waves), config) + work / rate
+    tunings = [steps for steps in (config.block_tuning, config.rounding_tuning) if steps]
+    if tunings:
+        with in_float32(block), bfloat16_products(block):
+            of_step = _STEP * _seconds(lambda: walk.run(block, index, 0, first, torch.float32))
+        seconds += sum(tunings) * of_step + len(tunings) * 2 * len(judged_batches(batches)) * of_batch
     blocks = sum(_weights(each) for each in plan.layers) / _weights(plan.layers[index])
     held = 4 * _LAYER_COPIES * rows * columns + 4 * _GRAM_COPIES * columns**2
     held += max((4 * sum(layers[name][1] ** 2 for name in wave) for wave in waves), default=0)
     if not isinstance(walk.hidden, StatesOnDisk):
         lists = lists_held(kept_parts(block, prefix, plan.layers[index]), config)
-        held += first.numel() * first.element_size() * len(walk.hidden) * lists
+        held += first.numel() * first.element_size() * batches * lists
     if config.error_correction:
         held += sum(parameter.nbytes for parameter in block.parameters())
-    if steps:
+    if tunings:
         held += 4 * _BLOCK_COPIES * sum(parameter.numel() for parameter in block.parameters())
     return Estimate(seconds * blocks, held)
 
@@ -187,9 +194,12 @@ def _weights(layers: Mapping[str, nn.Module]) -> int:
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
-    """Least seconds of two runs, with nothing left to do on the device."""
-    found = []
-    for _ in range(2):
+    """Least seconds of some runs, with nothing left to do on the device.
+
+    The first may take twice as long as the rest, as the system gives them memory that was not in use.
+    """
+    found: list[float] = []
+    while len(found) < 2 or (len(found) < _RUNS and sum(found) < _PROBED):
         began = time.perf_counter()
         finish([work().device])
         found.append(time.perf_counter() - began)

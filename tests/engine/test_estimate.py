@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
+import torch
 
 from optimum_eggs import EGGSConfig
 from optimum_eggs.calibration import InMemoryBlocks, find_block_list
@@ -61,3 +64,52 @@ def test_hidden_states_on_disk_are_no_memory_and_are_not_read_for_their_size(tmp
     (in_memory, _), (on_disk, read_for_it) = found
     assert in_memory.bytes - on_disk.bytes == 2 * 4 * WINDOWS.numel() * model.config.hidden_size
     assert read_for_it < len(WINDOWS)
+
+
+@pytest.mark.parametrize(("takes", "runs"), [(0.001, 32), (0.5, 6), (10.0, 2)])
+def test_what_is_timed_goes_on_for_some_seconds_or_runs(takes, runs, monkeypatch):
+    clock, done = [0.0], []
+
+    def work():
+        done.append(takes if len(done) == 1 else takes * 1.001)
+        clock[0] += done[-1]
+        return torch.zeros(())
+
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+    assert estimate._seconds(work) == pytest.approx(takes)
+    assert len(done) == runs
+
+
+def said(config, monkeypatch, processes=1, of_pass=1.0):
+    """Seconds said of a Llama, where a product takes one and a pass as it tunes half of one; and its blocks."""
+    model, found, whole = tiny.make_model("llama"), [], prune.estimate
+
+    def watched(walk, *given):
+        timed = iter([of_pass, 1.0, 0.5])
+        alone, walk.ranks = walk.ranks, SimpleNamespace(size=processes)
+        with monkeypatch.context() as patched:
+            patched.setattr(estimate, "_seconds", lambda work: next(timed))
+            found.append(whole(walk, *given))
+        walk.ranks = alone
+        return found[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prune, "estimate", watched)
+        prune_model(model, config, WINDOWS)
+    return found[0].seconds, len(find_block_list(model).blocks)
+
+
+@pytest.mark.parametrize("steps", [{"block_tuning": 4}, {"block_tuning": 4, "rounding_tuning": 2}])
+def test_a_step_of_tuning_is_counted_in_its_own_precision(steps, monkeypatch):
+    given = {"preset": "best", "band": 4, "batch_size": 1, "short_share": 0.0, "values": "int8"}
+    before, blocks = said(EGGSConfig("2:4", **given, **dict.fromkeys(steps, 0)), monkeypatch)
+    after, _ = said(EGGSConfig("2:4", **given, **steps), monkeypatch)
+    passes = (1 + 2 * len(steps)) * len(WINDOWS)  # of the dense block, and before the first step and after the last
+    assert after - before == pytest.approx(blocks * (sum(steps.values()) * 4.3 * 0.5 + passes))
+
+
+def test_processes_share_what_solvers_do(monkeypatch):
+    config = EGGSConfig("2:4", preset="alps", band=4, batch_size=1)
+    one, two, many = (said(config, monkeypatch, processes, 0.0)[0] for processes in (1, 2, 10**9))
+    assert one > 2 * many
+    assert two - many == pytest.approx((one - many) / 2)

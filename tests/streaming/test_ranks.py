@@ -97,6 +97,12 @@ def groups_agree(one, other, widths):
     return same / total
 
 
+def farthest(one, other):
+    """The largest difference of a tensor of floats of `one` to that of the other, over its norm."""
+    floating = {key: value for key, value in one.items() if value.is_floating_point()}
+    return max(float((value - other[key]).norm() / value.norm()) for key, value in floating.items())
+
+
 def tensors(folder):
     return load_file(folder / "model.safetensors")
 
@@ -145,7 +151,14 @@ def test_two_processes_give_what_one_gives(kind, together, sums_of_two):
     assert one.keys() == two.keys()
     report = json.loads((together / f"{kind}-1" / "report.json").read_text())
     widths = {layer["name"]: layer["in_features"] for layer in report["layers"]}
-    assert groups_agree(one, two, widths) > 0.999
+    # Where a gradient is no more than rounding, the first steps of Adam are as long as elsewhere. The first block is
+    # tuned alike but for that; behind it inputs differ by as little, which now and then decides between two masks of
+    # ADMM. Tuned by the gradients of one process alone, both come out several times as far apart.
+    tuned = bool(report["tuning"])
+    assert groups_agree(one, two, widths) > (0.98 if tuned else 0.999)
+    of_first = {key: value for key, value in one.items() if ".layers.0." in key}
+    assert groups_agree(of_first, two, widths) > 0.999
+    assert not tuned or farthest(of_first, two) < 1e-3
     assert inspect_checkpoint(together / f"{kind}-2").ok
     with torch.no_grad():
         logits = [
@@ -153,7 +166,7 @@ def test_two_processes_give_what_one_gives(kind, together, sums_of_two):
             for count in (1, 2)
         ]
     difference = (logits[0] - logits[1]).norm() / logits[0].norm()
-    assert difference < 1e-2
+    assert difference < (1.5e-2 if tuned else 1e-2)
     first, second = (json.loads((together / f"{kind}-{n}" / "report.json").read_text()) for n in (1, 2))
     assert second["measurements"]["processes"] == 2
     assert first["calibration"] == second["calibration"]

@@ -11,7 +11,7 @@ import torch
 from optimum_eggs import EGGSConfig
 from optimum_eggs.calibration import InMemoryBlocks, find_block_list
 from optimum_eggs.calibration.states import StatesOnDisk, states_in_memory
-from optimum_eggs.engine import estimate, prune
+from optimum_eggs.engine import estimate, precision, prune
 from optimum_eggs.engine.plan import make_plan
 from optimum_eggs.engine.prune import prune_blocks, prune_model
 from optimum_eggs.measure import Meter
@@ -105,7 +105,7 @@ def test_a_step_of_tuning_is_counted_in_its_own_precision(steps, monkeypatch):
     before, blocks = said(EGGSConfig("2:4", **given, **dict.fromkeys(steps, 0)), monkeypatch)
     after, _ = said(EGGSConfig("2:4", **given, **steps), monkeypatch)
     passes = (1 + 2 * len(steps)) * len(WINDOWS)  # of the dense block, and before the first step and after the last
-    assert after - before == pytest.approx(blocks * (sum(steps.values()) * 4.3 * 0.5 + passes))
+    assert after - before == pytest.approx(blocks * (sum(steps.values()) * estimate._STEP * 0.5 + passes))
 
 
 def test_processes_share_what_solvers_do(monkeypatch):
@@ -113,3 +113,24 @@ def test_processes_share_what_solvers_do(monkeypatch):
     one, two, many = (said(config, monkeypatch, processes, 0.0)[0] for processes in (1, 2, 10**9))
     assert one > 2 * many
     assert two - many == pytest.approx((one - many) / 2)
+
+
+def test_an_interrupt_while_tuning_is_timed_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny.make_model("llama").to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    timed = []
+
+    def interrupted(work):
+        timed.append(model.model.layers[0].mlp.up_proj.weight.dtype)
+        if len(timed) == 3:
+            work()
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(precision, "has_bfloat16_products", lambda device: True)
+    monkeypatch.setattr(estimate, "_seconds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(model, EGGSConfig("2:4", preset="best", band=4, batch_size=1, permutation=False), WINDOWS)
+    assert timed == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -166,7 +166,7 @@ def test_two_processes_give_what_one_gives(kind, together, sums_of_two):
             for count in (1, 2)
         ]
     difference = (logits[0] - logits[1]).norm() / logits[0].norm()
-    assert difference < (1.5e-2 if tuned else 1e-2)
+    assert difference < 1e-2
     first, second = (json.loads((together / f"{kind}-{n}" / "report.json").read_text()) for n in (1, 2))
     assert second["measurements"]["processes"] == 2
     assert first["calibration"] == second["calibration"]
